@@ -1,0 +1,12 @@
+"""slrprop: smaller and faster neural networks by rewriting their dense weights."""
+
+from slrprop import relevance
+from slrprop.api import apply, inspect, plan
+from slrprop.errors import SlrpropError
+from slrprop.export import export_onnx
+from slrprop.measure import measure
+from slrprop.plan import Plan
+from slrprop.storage import load, save
+
+__all__ = ["Plan", "SlrpropError", "apply", "export_onnx", "inspect", "load", "measure", "plan", "relevance", "save"]
+__version__ = "0.1.0"

@@ -1,0 +1,257 @@
+"""The few verbs a user needs: inspect, plan, apply."""
+
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slrprop.checks import require_choice, suggestion
+from slrprop.data import open_data
+from slrprop.errors import SlrpropError
+from slrprop.factors import Dense, Factors, SparseLowRank
+from slrprop.layers import linear_from
+from slrprop.measure import stored_numbers
+from slrprop.methods import METHODS, Method, Problem, Settings, find_method
+from slrprop.network.torch import TorchNetwork, dense_modules, fingerprint, swapped, tied_names
+from slrprop.plan import LayerPlan, Plan, pack
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """A dense layer: ``shape`` (m, n) inputs x outputs, its weight's ``numbers``, their ``share`` of the model.
+
+    ``break_even_rank`` is the highest rank at which a low-rank form stores fewer numbers (0: none does).
+    ``tied_to`` names parameters elsewhere that are the same tensor.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    numbers: int
+    share: float
+    break_even_rank: int
+    tied_to: tuple[str, ...] = ()
+
+
+def inspect(model: nn.Module) -> list[LayerInfo]:
+    """The dense layers of a model, in the order of its modules."""
+    total, tied = max(1, stored_numbers(model)), tied_names(model)
+    found = []
+    for name, module in dense_modules(model).items():
+        m, n = module.in_features, module.out_features
+        found.append(LayerInfo(name, (m, n), m * n, m * n / total, (m * n - 1) // (m + n), tuple(tied[name])))
+    return found
+
+
+def plan(
+    model: nn.Module,
+    data: Any,
+    method: str = "slrprop",
+    layers: str | list[str] | tuple[str, ...] | None = None,
+    rank: int = 16,
+    sparsity_rate: float = 0.5,
+    reduction_rate: float = 0.5,
+    **settings: Any,
+) -> Plan:
+    """Decide for each layer what to do with it.
+
+    Args:
+        model: evaluated as it is; neither its weights nor its mode change.
+        data: calibration samples, anything :class:`slrprop.data.Data` takes; None for methods that need none.
+        method: see ``slrprop methods``.
+        layers: names or glob patterns; None for all dense layers that the method can treat.
+        rank, sparsity_rate, reduction_rate: settings of the method; the rates are read by methods that shorten
+            neurons and ignored by the others.
+        settings: further settings of the method, see its settings class.
+
+    Returns:
+        The plan. Layers that the settings would not make smaller are left dense; ``left_dense`` says why.
+
+    Raises:
+        SlrpropError: bad settings, unknown layers, unusable data, a model with weights that are not finite.
+    """
+    chosen = find_method(method)
+    choices = _settings(chosen, rank=rank, sparsity_rate=sparsity_rate, reduction_rate=reduction_rate, **settings)
+    opened = None if data is None else open_data(data)
+    if opened is None and choices.needs():
+        raise SlrpropError(
+            f"method '{method}' with these settings needs calibration data ({', '.join(choices.needs())}), and none was given"
+        )
+    network = TorchNetwork(model, opened)
+    names, exact = _select(network, layers, choices, method)
+    left_dense: dict[str, str] = {}
+    for name in names:
+        reason = _why_dense(network, name, choices, must=name in exact)
+        if reason:
+            left_dense[name] = reason
+    wanted = tuple(name for name in network.order if name in names and name not in left_dense)
+    if not wanted and choices.rank > max(min(network.weight(name).shape) for name in names):
+        raise SlrpropError(
+            f"rank {choices.rank} is above the smaller side of every layer asked for ({', '.join(names)}); choose a lower rank"
+        )
+    planned = {}
+    if wanted:
+        for decision in chosen.decide(Problem(network, opened, wanted, choices)):
+            weight = network.modules[decision.name].weight
+            planned[decision.name] = LayerPlan(
+                name=decision.name,
+                shape=decision.factors.shape,
+                fingerprint=fingerprint(weight),
+                method=method,
+                settings={field.name: getattr(choices, field.name) for field in fields(choices)},
+                numbers=decision.factors.numbers,
+                kept_rows="" if decision.kept_rows is None else pack(decision.kept_rows),
+                kept_columns="" if decision.kept_columns is None else pack(decision.kept_columns),
+                factors=decision.factors,
+            )
+    return Plan(tuple(planned[name] for name in wanted), left_dense, _feeds(network, wanted))
+
+
+def _settings(method: Method, **given: Any) -> Settings:
+    known = {field.name for field in fields(method.settings)}
+    shared = {"sparsity_rate", "reduction_rate"}
+    for name in given:
+        if name not in known and name not in shared:
+            raise SlrpropError(
+                f"method '{method.name}' has no setting '{name}'{suggestion(name, known)}; it has {', '.join(sorted(known))}"
+            )
+    return method.settings(**{name: value for name, value in given.items() if name in known})
+
+
+def _select(network: TorchNetwork, layers: Any, settings: Settings, method: str) -> tuple[tuple[str, ...], set[str]]:
+    """The layers asked for in order of execution, and those of them that were named, not matched."""
+    eligible = settings.eligible(network)
+    if layers is None:
+        if not eligible:
+            raise SlrpropError("the model has no dense layer (nn.Linear) that is called on this data")
+        return eligible, set()
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    names: list[str] = []
+    for pattern in patterns:
+        matches = (
+            [pattern]
+            if pattern in network.modules
+            else [name for name in network.modules if fnmatchcase(name, pattern)]
+        )
+        if not matches:
+            network.require(pattern)
+        names += matches
+    exact = {pattern for pattern in patterns if pattern in network.modules}
+    for name in exact:
+        network.require(name)
+        if name not in eligible:
+            raise SlrpropError(
+                f"method '{method}' can't treat layer '{name}'; on this model it treats {', '.join(eligible)}"
+            )
+    selected = tuple(name for name in eligible if name in names)
+    if not selected:
+        raise SlrpropError(
+            f"none of the layers asked for ({', '.join(patterns) or 'none'}) can be treated by method '{method}'; it treats {', '.join(eligible)}"
+        )
+    return selected, exact
+
+
+def _why_dense(network: TorchNetwork, name: str, settings: Settings, must: bool) -> str:
+    """Why a layer must stay as it is; empty if it need not. ``must``: the user named it, so some reasons are errors."""
+    m, n = network.weight(name).shape
+    if network.tied[name]:
+        reason = f"its weight is also {', '.join(network.tied[name])}"
+        if must:
+            raise SlrpropError(f"layer '{name}' can't be factored: {reason}; untie them first, or leave it out")
+        return reason
+    if settings.rank > min(m, n):
+        if must:
+            raise SlrpropError(
+                f"rank {settings.rank} was asked of layer '{name}' ({m} x {n}); it has at most {min(m, n)}"
+            )
+        return f"rank {settings.rank} is above its smaller side {min(m, n)}"
+    numbers = settings.stored_numbers(m, n)
+    return f"rank {settings.rank} would store {numbers:,} numbers instead of {m * n:,}" if numbers >= m * n else ""
+
+
+def _feeds(network: TorchNetwork, wanted: tuple[str, ...]) -> dict[str, str]:
+    """Pairs of layers around a planned one whose neurons can be put in another order together."""
+
+    def alone(name: str) -> bool:
+        return network.times_called[name] == 1 and not network.tied[name]
+
+    pairs = ((name, network.feeds_directly(name)) for name in network.order)
+    return {
+        first: second
+        for first, second in pairs
+        if second is not None and alone(first) and alone(second) and (first in wanted or second in wanted)
+    }
+
+
+def apply(model: nn.Module, plan: Plan) -> nn.Module:
+    """A new model with the plan carried out; the original is untouched.
+
+    Neurons between layers that ``plan.feeds`` names are put in an order that makes every block of a sparse low-rank
+    layer a slice.
+
+    Raises:
+        SlrpropError: the plan was made for another model (names, shapes and the weights' fingerprints are checked).
+    """
+    modules = dense_modules(model)
+    forms: dict[str, Factors] = {}
+    biases: dict[str, Tensor | None] = {}
+
+    def take(name: str) -> None:
+        if name not in modules:
+            raise SlrpropError(
+                f"the plan treats layer '{name}', which this model does not have{suggestion(name, modules)}; it was made for another model"
+            )
+        bias = modules[name].bias
+        biases.setdefault(name, None if bias is None else bias.detach())
+        forms.setdefault(name, Dense(modules[name].weight.detach().T))
+
+    for layer in plan.layers:
+        take(layer.name)
+        forms[layer.name] = _build(layer, modules[layer.name])
+    for first, second in plan.feeds.items():
+        if not any(isinstance(forms.get(name), SparseLowRank) for name in (first, second)):
+            continue
+        take(first)
+        take(second)
+        if forms[first].shape[1] != forms[second].shape[0]:
+            raise SlrpropError(
+                f"the plan says that '{first}' feeds '{second}', whose sizes differ in this model; it was made for another model"
+            )
+        order = _common_order(forms[first], forms[second])
+        forms[first], forms[second] = forms[first].permuted(columns=order), forms[second].permuted(rows=order)
+        bias = biases[first]
+        biases[first] = None if bias is None else bias[order]
+    return swapped(model, {name: linear_from(form, biases[name]) for name, form in forms.items()})
+
+
+def _build(layer: LayerPlan, module: nn.Linear) -> Factors:
+    weight = module.weight.detach()
+    if layer.shape != (module.in_features, module.out_features):
+        raise SlrpropError(
+            f"the plan's layer '{layer.name}' is {layer.shape[0]} x {layer.shape[1]}, this model's is {module.in_features} x {module.out_features}; it was made for another model"
+        )
+    if layer.fingerprint != fingerprint(weight):
+        raise SlrpropError(
+            f"the weights of layer '{layer.name}' differ from those the plan was made for; plan again for this model"
+        )
+    if layer.factors is not None:
+        return layer.factors
+    require_choice("the plan's method", layer.method, METHODS)
+    method = METHODS[layer.method]
+    known = {field.name for field in fields(method.settings)}
+    if set(layer.settings) != known:
+        raise SlrpropError(
+            f"the plan's settings of layer '{layer.name}' are not those of method '{layer.method}'; the file is damaged"
+        )
+    return method.build(weight.T.contiguous(), layer, method.settings(**layer.settings))
+
+
+def _common_order(first: Factors, second: Factors) -> Tensor:
+    """An order of the neurons between two layers in which both layers' sets are slices (for two levels each)."""
+    count = first.shape[1]
+    made = first.column_levels.long() if isinstance(first, SparseLowRank) else torch.zeros(count, dtype=torch.long)
+    read = second.row_levels.long() if isinstance(second, SparseLowRank) else torch.zeros(count, dtype=torch.long)
+    top = made == made.max()
+    key = (made.max() - made) * 1024 + torch.where(top, read, read.max() - read)
+    return key.argsort(stable=True)

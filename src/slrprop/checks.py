@@ -1,0 +1,39 @@
+"""One sentence for every kind of bad setting."""
+
+from collections.abc import Collection
+from difflib import get_close_matches
+from numbers import Integral, Real
+from typing import Any
+
+from slrprop.errors import SlrpropError
+
+
+def require_rank(rank: Any) -> None:
+    """A rank is a whole number from 1."""
+    if isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1:
+        raise SlrpropError(f"rank must be a whole number from 1, got {rank!r}")
+
+
+def require_rate(what: str, rate: Any) -> None:
+    """A rate is a number in [0, 1)."""
+    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= rate < 1:
+        raise SlrpropError(f"{what} must be at least 0 and below 1, got {rate!r}")
+
+
+def require_choice(what: str, value: Any, choices: Collection[str]) -> None:
+    """A word out of a list."""
+    if value not in choices:
+        raise SlrpropError(
+            f"{what} must be one of {', '.join(choices)}, got {value!r}" + suggestion(str(value), choices)
+        )
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """``; did you mean ...?`` where a known name is near."""
+    near = get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def share(count: int, rate: float) -> int:
+    """``int(count * rate)`` as the articles write it, safe from 0.29 * 100 = 28.999..."""
+    return int(count * rate + 1e-9)

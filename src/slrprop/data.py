@@ -1,0 +1,153 @@
+"""What a user may hand over as data, as one stream of batches."""
+
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slrprop.errors import SlrpropError
+
+BATCH_SIZE = 512
+TARGET_KEYS = ("targets", "labels")
+
+
+class Batch(NamedTuple):
+    """Inputs by position and by name, and targets where there are any."""
+
+    inputs: tuple[Any, ...]
+    named: dict[str, Any]
+    targets: Tensor | None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on another device."""
+
+        def move(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        return Batch(tuple(map(move, self.inputs)), {k: move(v) for k, v in self.named.items()}, move(self.targets))
+
+
+def _tensor(value: Any, what: str) -> Tensor:
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "fiub":
+        raise SlrpropError(f"{what} must hold numbers, got dtype {value.dtype}")
+    tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.ascontiguousarray(value))
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise SlrpropError(f"{what} holds NaN or infinite values; clean the data first")
+    return tensor
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (Tensor, np.ndarray))
+
+
+class Data:
+    """A re-iterable stream of batches over a ``DataLoader``, arrays, or an ``.npz`` file.
+
+    Accepted: a pair (inputs, targets) or inputs alone, as tensors or arrays; any re-iterable of batches, each
+    ``inputs``, ``(inputs, ..., targets)`` or a mapping (key ``targets`` or ``labels``, the rest by name); the path of an
+    ``.npz`` whose key ``targets`` holds targets and whose other arrays are inputs (one: any name; several: the
+    names of the model's arguments).
+
+    Raises:
+        SlrpropError: empty, of unequal lengths, not finite, not numbers, or of an unknown type.
+    """
+
+    def __init__(self, source: Any, batch_size: int = BATCH_SIZE) -> None:
+        self.batch_size = batch_size
+        self._loader: Iterable[Any] | None = None
+        self._arrays: dict[str | int, Tensor] = {}
+        self._targets: Tensor | None = None
+        if isinstance(source, (str, Path)):
+            self._read_npz(Path(source))
+        elif _is_array(source):
+            self._arrays[0] = _tensor(source, "the input array")
+        elif (
+            isinstance(source, (tuple, list))
+            and len(source) == 2
+            and _is_array(source[0])
+            and (_is_array(source[1]) or source[1] is None)
+        ):
+            self._arrays[0] = _tensor(source[0], "the input array")
+            self._targets = None if source[1] is None else _tensor(source[1], "the target array")
+        elif isinstance(source, Iterable) and not isinstance(source, (Iterator, Mapping)):
+            self._loader = source
+            if isinstance(source, Sized) and len(source) == 0:
+                raise SlrpropError("the data holds no batches; give at least one sample")
+        else:
+            raise SlrpropError(
+                f"data must be a DataLoader, a pair of arrays, or the path of an .npz, got {type(source).__name__}"
+                + ("; a one-time iterator can't be read twice" if isinstance(source, Iterator) else "")
+            )
+        self._check_lengths()
+
+    def _read_npz(self, path: Path) -> None:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                size = sum(member.file_size for member in archive.infolist())
+            if size > memory:
+                raise SlrpropError(f"'{path}' unpacks to {size:,} bytes, more than this machine's memory; split it")
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {key: _tensor(file[key], f"array '{key}' of '{path}'") for key in file.files}
+        except SlrpropError:
+            raise
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, MemoryError, NotImplementedError) as error:
+            raise SlrpropError(f"'{path}' can't be read as an .npz of plain arrays: {error}") from error
+        for key in TARGET_KEYS:
+            if key in arrays and self._targets is None:
+                self._targets = arrays.pop(key)
+        if not arrays:
+            raise SlrpropError(f"'{path}' holds no input array beside the targets")
+        self._arrays = dict(arrays) if len(arrays) > 1 else {0: next(iter(arrays.values()))}
+
+    def _check_lengths(self) -> None:
+        if self._loader is not None:
+            return
+        lengths = {len(array) if array.ndim else -1 for array in self._arrays.values()}
+        lengths |= set() if self._targets is None else {len(self._targets) if self._targets.ndim else -1}
+        if len(lengths) > 1 or -1 in lengths:
+            shapes = [tuple(array.shape) for array in (*self._arrays.values(), self._targets) if array is not None]
+            raise SlrpropError(f"inputs and targets must have as many samples each, got shapes {shapes}")
+        if lengths == {0}:
+            raise SlrpropError("the data is empty; give at least one sample")
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._loader is not None:
+            seen = False
+            for item in self._loader:
+                seen = True
+                yield _batch(item)
+            if not seen:
+                raise SlrpropError("the data holds no batches; give at least one sample")
+            return
+        count = len(next(iter(self._arrays.values())))
+        for start in range(0, count, self.batch_size):
+            part = slice(start, start + self.batch_size)
+            named = {key: array[part] for key, array in self._arrays.items() if isinstance(key, str)}
+            inputs = tuple(array[part] for key, array in self._arrays.items() if isinstance(key, int))
+            yield Batch(inputs, named, None if self._targets is None else self._targets[part])
+
+
+def _batch(item: Any) -> Batch:
+    if isinstance(item, Mapping):
+        named = {key: _tensor(value, f"input '{key}'") if _is_array(value) else value for key, value in item.items()}
+        targets = next((named.pop(key) for key in TARGET_KEYS if key in named), None)
+        return Batch((), named, targets)
+    if _is_array(item):
+        return Batch((_tensor(item, "the input batch"),), {}, None)
+    if isinstance(item, (tuple, list)) and item and all(_is_array(part) for part in item):
+        tensors = [_tensor(part, "the batch") for part in item]
+        return Batch(tuple(tensors[:-1]), {}, tensors[-1]) if len(tensors) > 1 else Batch((tensors[0],), {}, None)
+    raise SlrpropError(
+        f"a batch must be a tensor, (inputs, targets) or a mapping of tensors, got {type(item).__name__}"
+    )
+
+
+def open_data(source: Any) -> Data:
+    """``source`` as :class:`Data`."""
+    return source if isinstance(source, Data) else Data(source)

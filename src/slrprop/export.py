@@ -1,0 +1,87 @@
+"""Torch models as ONNX files, compared with ONNX Runtime before they are kept."""
+
+import contextlib
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from slrprop.errors import SlrpropError
+from slrprop.files import replacing
+from slrprop.network.torch import evaluating
+
+RELATIVE, ABSOLUTE = 1e-3, 1e-4  # float32 sums in another order
+OPSET = 18
+
+
+def session(path: str | Path, threads: int = 0) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on the CPU (``threads`` 0: the runtime's choice)."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    values = list(result.values()) if hasattr(result, "values") else list(result)
+    return [tensor for value in values if value is not None for tensor in _tensors(value)]
+
+
+def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_batch: bool = True) -> float:
+    """Write the model as ONNX, check it, and run it: its outputs must equal the torch model's.
+
+    Args:
+        example_input: a tensor or array, or a tuple of them, with the batch in the first axis (two samples or more,
+            if the batch is to stay dynamic).
+        dynamic_batch: leave the batch size open.
+
+    Returns:
+        The largest absolute difference between torch and ONNX Runtime on the example, over all outputs.
+
+    Raises:
+        SlrpropError: the model can't be exported, or the file's outputs differ; no file is left then.
+    """
+    items = example_input if isinstance(example_input, (tuple, list)) else (example_input,)
+    inputs = tuple(item if isinstance(item, Tensor) else torch.as_tensor(item) for item in items)
+    if dynamic_batch and any(len(item) < 2 for item in inputs):
+        raise SlrpropError(
+            "the example input has one sample; give two or more, or dynamic_batch=False for a fixed batch of one"
+        )
+    with evaluating(model):
+        want = [tensor.cpu().numpy() for tensor in _tensors(model(*inputs))]
+        with replacing(path) as part:
+            shapes = tuple({0: torch.export.Dim("batch")} if dynamic_batch else None for _ in inputs)
+            silent = io.StringIO()
+            try:
+                with warnings.catch_warnings(), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
+                    warnings.simplefilter("ignore")
+                    torch.onnx.export(
+                        model, inputs, str(part), dynamo=True, dynamic_shapes=shapes if dynamic_batch else None,
+                        external_data=False, opset_version=OPSET, optimize=True, verbose=False,
+                    )  # fmt: skip
+                onnx.checker.check_model(str(part), full_check=True)
+            except OSError:
+                raise
+            except Exception as error:  # the exporter raises whatever it meets
+                root: BaseException = error
+                while root.__cause__ is not None:
+                    root = root.__cause__
+                reason = str(root).strip().split("\n")[0]
+                raise SlrpropError(f"the model can't be exported to ONNX: {reason}") from error
+            runtime = session(part)
+            feed = {slot.name: item.cpu().numpy() for slot, item in zip(runtime.get_inputs(), inputs, strict=True)}
+            got = runtime.run(None, feed)
+            for index, (mine, theirs) in enumerate(zip(want, got, strict=True)):
+                if mine.shape != theirs.shape or not np.allclose(mine, theirs, RELATIVE, ABSOLUTE):
+                    raise SlrpropError(
+                        f"output {index} of the ONNX file differs from the torch model's by more than {ABSOLUTE}; nothing was written"
+                    )
+    return max(float(np.abs(mine - theirs).max(initial=0)) for mine, theirs in zip(want, got, strict=True))

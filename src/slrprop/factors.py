@@ -1,0 +1,215 @@
+"""What a dense weight can become. Every form knows its stored numbers, bytes, multiplications and dense value.
+
+All matrices are in the articles' orientation: a weight is ``m x n`` = inputs (rows) x outputs (columns),
+``y = x @ W + b``, the transpose of ``torch.nn.Linear.weight``.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from slrprop.errors import SlrpropError
+from slrprop.linalg import SVD
+
+
+class Factors(ABC):
+    """A weight in a stored form."""
+
+    kind: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(m, n): inputs, outputs."""
+
+    @abstractmethod
+    def matrices(self) -> dict[str, Tensor]:
+        """The stored number arrays, by name."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The ``m x n`` matrix these factors stand for."""
+
+    @abstractmethod
+    def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Self:
+        """The factors of ``W[rows][:, columns]``, without loss."""
+
+    def indices(self) -> dict[str, Tensor]:
+        """The stored arrays that say which neurons a block serves, by name."""
+        return {}
+
+    @property
+    def numbers(self) -> int:
+        """Stored numbers; singular values are folded into the left factor, so they count nothing."""
+        return sum(matrix.numel() for matrix in self.matrices().values())
+
+    @property
+    def multiplications(self) -> int:
+        """Multiplications for one sample."""
+        return self.numbers  # every stored number of a block is used once
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of everything stored, indices included."""
+        return sum(array.nbytes for array in (*self.matrices().values(), *self.indices().values()))
+
+
+def _require_matrix(what: str, value: Tensor, shape: tuple[int | None, int | None]) -> None:
+    if value.ndim != 2 or any(want is not None and got != want for got, want in zip(value.shape, shape, strict=True)):
+        wanted = " x ".join("any" if side is None else str(side) for side in shape)
+        raise SlrpropError(f"{what} must have shape {wanted}, got {tuple(value.shape)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Factors):
+    """The weight itself (m x n)."""
+
+    weight: Tensor
+    kind: ClassVar[str] = "dense"
+
+    def __post_init__(self) -> None:
+        _require_matrix("a dense weight", self.weight, (None, None))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def matrices(self) -> dict[str, Tensor]:
+        return {"weight": self.weight}
+
+    def dense(self) -> Tensor:
+        return self.weight
+
+    def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Dense":
+        weight = self.weight if rows is None else self.weight[rows]
+        return Dense(weight if columns is None else weight[:, columns])
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Factors):
+    """``W = left @ right`` with ``left`` (m x k) and ``right`` (k x n)."""
+
+    left: Tensor
+    right: Tensor
+    kind: ClassVar[str] = "low_rank"
+
+    def __post_init__(self) -> None:
+        _require_matrix("the left factor", self.left, (None, None))
+        _require_matrix("the right factor", self.right, (self.left.shape[1], None))
+
+    @classmethod
+    def from_svd(cls, svd: SVD) -> "LowRank":
+        """Truncated SVD with the singular values folded into the left factor."""
+        return cls(svd.left, svd.vt)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[0], self.right.shape[1]
+
+    def matrices(self) -> dict[str, Tensor]:
+        return {"left": self.left, "right": self.right}
+
+    def dense(self) -> Tensor:
+        return self.left @ self.right
+
+    def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "LowRank":
+        return LowRank(
+            self.left if rows is None else self.left[rows], self.right if columns is None else self.right[:, columns]
+        )
+
+
+def members(levels: Tensor, level: int) -> Tensor:
+    """Indices of the neurons that take part in block ``level``, ascending."""
+    return (levels > level).nonzero()[:, 0]
+
+
+def _permute_blocks(
+    blocks: tuple[Tensor, ...], levels: Tensor, order: Tensor, axis: int
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    # old members, ascending in their new places
+    moved = tuple(
+        block.index_select(axis, place[members(levels, level)].argsort()) for level, block in enumerate(blocks)
+    )
+    return moved, levels[order]
+
+
+@dataclass(frozen=True, eq=False)
+class SparseLowRank(Factors):
+    """Low rank with fewer ranks for some neurons, as dense blocks: ``W = sum_g E(R_g) left_g right_g E(C_g)``.
+
+    Neuron i belongs to blocks 0 .. levels[i] - 1, so the row sets R_g (and column sets C_g) are nested, and
+    a neuron at level 0 has no weight at all. ``left[g]`` is |R_g| x k_g and ``right[g]`` is k_g x |C_g|, rows and
+    columns in ascending order of the neurons. No zero is stored or multiplied. SLR (Swaminathan et al. 2020)
+    has two blocks: everyone at rank rk, the kept neurons at the other k - rk. Its numbers are then
+    ``k (m - r_m + n - r_n) + rk (r_m + r_n)``: the article's formula less the k singular values.
+
+    ``row_levels`` (m,) and ``column_levels`` (n,) are uint8.
+    """
+
+    left: tuple[Tensor, ...]
+    right: tuple[Tensor, ...]
+    row_levels: Tensor
+    column_levels: Tensor
+    kind: ClassVar[str] = "sparse_low_rank"
+
+    def __post_init__(self) -> None:
+        if not self.left or len(self.left) != len(self.right):
+            raise SlrpropError(
+                f"sparse low rank takes as many left as right blocks, at least one; got {len(self.left)} and {len(self.right)}"
+            )
+        for side, levels in (("row", self.row_levels), ("column", self.column_levels)):
+            if levels.ndim != 1 or levels.dtype != torch.uint8 or (len(levels) and int(levels.max()) > len(self.left)):
+                raise SlrpropError(
+                    f"{side} levels must be one uint8 per neuron, at most {len(self.left)}; got {levels.dtype} {tuple(levels.shape)}"
+                )
+        for level, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
+            _require_matrix(f"left block {level}", left, (len(members(self.row_levels, level)), None))
+            _require_matrix(f"right block {level}", right, (left.shape[1], len(members(self.column_levels, level))))
+
+    @classmethod
+    def shorten(cls, svd: SVD, reduced_rank: int, short_rows: Tensor, short_columns: Tensor) -> "SparseLowRank":
+        """Cut the tails of the masked neurons beyond ``reduced_rank`` (SLR, Algorithm 1).
+
+        Args:
+            short_rows: bool (m,), the input neurons that keep only ``reduced_rank`` ranks.
+            short_columns: bool (n,), the same for output neurons.
+        """
+        left, right = svd.left, svd.vt
+        tail = (left[~short_rows, reduced_rank:], right[reduced_rank:, ~short_columns])
+        rows, columns = (~short_rows).to(torch.uint8), (~short_columns).to(torch.uint8)
+        if reduced_rank == 0:
+            return cls((tail[0],), (tail[1],), rows, columns)
+        return cls((left[:, :reduced_rank], tail[0]), (right[:reduced_rank], tail[1]), rows + 1, columns + 1)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.row_levels), len(self.column_levels)
+
+    def matrices(self) -> dict[str, Tensor]:
+        named = [(f"left_{level}", block) for level, block in enumerate(self.left)]
+        return dict(named + [(f"right_{level}", block) for level, block in enumerate(self.right)])
+
+    def indices(self) -> dict[str, Tensor]:
+        return {"row_levels": self.row_levels, "column_levels": self.column_levels}
+
+    def dense(self) -> Tensor:
+        weight = self.left[0].new_zeros(self.shape)
+        for level, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
+            weight[members(self.row_levels, level)[:, None], members(self.column_levels, level)] += left @ right
+        return weight
+
+    def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "SparseLowRank":
+        left, right, row_levels, column_levels = self.left, self.right, self.row_levels, self.column_levels
+        if rows is not None:
+            left, row_levels = _permute_blocks(left, row_levels, rows, 0)
+        if columns is not None:
+            right, column_levels = _permute_blocks(right, column_levels, columns, 1)
+        return SparseLowRank(left, right, row_levels, column_levels)
+
+
+KINDS: dict[str, type[Factors]] = {form.kind: form for form in (Dense, LowRank, SparseLowRank)}

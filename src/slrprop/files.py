@@ -1,0 +1,38 @@
+"""Writing files so that a half-written one never stays."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from slrprop.errors import SlrpropError
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it takes the place of ``path``, on failure it is removed.
+
+    Raises:
+        SlrpropError: the file system refused (no such folder, no space, no permission).
+    """
+    target = Path(path)
+    part: Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
+        os.close(handle)
+        part = Path(name)
+        yield part
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(part, 0o666 & ~umask)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    except OSError as error:
+        raise SlrpropError(
+            f"'{target}' could not be written ({error.strerror or error}); nothing was left behind"
+        ) from error
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)

@@ -1,0 +1,143 @@
+"""Torch modules that compute with factors, in the place of ``torch.nn.Linear``.
+
+They take (..., m) and give (..., n), can be fine-tuned, and export to ONNX as plain matrix products.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from slrprop.errors import SlrpropError
+from slrprop.factors import Dense, Factors, LowRank, SparseLowRank, members
+
+
+class FactoredLinear(nn.Module):
+    """A linear layer held as factors."""
+
+    kind: str
+
+    def __init__(self, factors: Factors, bias: Tensor | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = factors.shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    def factors(self) -> Factors:
+        """The factors as they are now."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, out x in like ``nn.Linear.weight``, rebuilt at each call: for code that reads it."""
+        return self.factors().dense().T
+
+    def _with_bias(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _parameter(block: Tensor) -> nn.Parameter:
+    return nn.Parameter(block.detach().clone(memory_format=torch.contiguous_format))
+
+
+class LowRankLinear(FactoredLinear):
+    """``y = (x @ left) @ right + bias``."""
+
+    kind = LowRank.kind
+
+    def __init__(self, factors: LowRank, bias: Tensor | None) -> None:
+        super().__init__(factors, bias)
+        self.left, self.right = _parameter(factors.left), _parameter(factors.right)
+
+    def factors(self) -> LowRank:
+        return LowRank(self.left, self.right)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._with_bias(x @ self.left @ self.right)
+
+
+def _consecutive(index: Tensor) -> bool:
+    return len(index) > 0 and int(index[-1] - index[0]) == len(index) - 1
+
+
+class SparseLowRankLinear(FactoredLinear):
+    """Nested dense blocks: one product per row set, one per column segment (the outputs of one level).
+
+    Where the neurons of a set are neighbours (``slrprop.apply`` orders them so if it can), a set is a slice;
+    elsewhere it is gathered. ``segments[i]`` holds all blocks' columns of the i-th segment, stacked.
+    """
+
+    kind = SparseLowRank.kind
+    row_levels: Tensor
+    column_levels: Tensor
+
+    def __init__(self, factors: SparseLowRank, bias: Tensor | None) -> None:
+        super().__init__(factors, bias)
+        self.register_buffer("row_levels", factors.row_levels.clone())
+        self.register_buffer("column_levels", factors.column_levels.clone())
+        self.left = nn.ParameterList(_parameter(block) for block in factors.left)
+        self.row_slices: list[slice | None] = []
+        for level in range(len(self.left)):
+            index = members(self.row_levels, level)
+            self.register_buffer(f"rows_{level}", index, persistent=False)
+            self.row_slices.append(slice(int(index[0]), int(index[-1]) + 1) if _consecutive(index) else None)
+        levels = self.column_levels.unique().tolist()
+        groups = [((self.column_levels == level).nonzero()[:, 0], level) for level in levels]
+        groups.sort(key=lambda group: int(group[0][0]))
+        self.segment_levels = [level for _, level in groups]
+        for i, (index, _) in enumerate(groups):
+            self.register_buffer(f"columns_{i}", index, persistent=False)
+        self.segments = nn.ParameterList(
+            _parameter(self._stacked(factors.right, index, level)) for index, level in groups
+        )
+        in_order = all(_consecutive(index) for index, _ in groups)
+        unsort = None if in_order else torch.cat([index for index, _ in groups]).argsort()
+        self.register_buffer("unsort", unsort, persistent=False)
+
+    def _stacked(self, right: tuple[Tensor, ...], index: Tensor, level: int) -> Tensor:
+        parts = [
+            block[:, torch.searchsorted(members(self.column_levels, g), index)] for g, block in enumerate(right[:level])
+        ]
+        return torch.cat(parts) if parts else right[0].new_zeros(0, len(index))
+
+    def factors(self) -> SparseLowRank:
+        right, start = [], 0
+        for g, left in enumerate(self.left):
+            block = left.new_zeros(left.shape[1], self.out_features)
+            for i, (level, segment) in enumerate(zip(self.segment_levels, self.segments, strict=True)):
+                if level > g:
+                    block[:, self.get_buffer(f"columns_{i}")] = segment[start : start + left.shape[1]]
+            right.append(block[:, members(self.column_levels, g)])
+            start += left.shape[1]
+        return SparseLowRank(tuple(self.left), tuple(right), self.row_levels, self.column_levels)
+
+    def _rows(self, x: Tensor, level: int) -> Tensor:
+        span = self.row_slices[level]
+        if span is None:
+            return x.index_select(-1, self.get_buffer(f"rows_{level}"))
+        return x if span == slice(0, self.in_features) else x[..., span]
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = [self._rows(x, level) @ left for level, left in enumerate(self.left)]
+        parts = [
+            torch.cat(hidden[:level], -1) @ segment if level else x.new_zeros((*x.shape[:-1], segment.shape[1]))
+            for level, segment in zip(self.segment_levels, self.segments, strict=True)
+        ]
+        y = torch.cat(parts, -1)
+        return self._with_bias(y if self.unsort is None else y.index_select(-1, self.unsort))
+
+
+def linear_from(factors: Factors, bias: Tensor | None) -> nn.Module:
+    """The module that computes with these factors; ``bias`` is (n,) or None."""
+    if isinstance(factors, Dense):
+        m, n = factors.shape
+        linear = nn.utils.skip_init(nn.Linear, m, n, bias=bias is not None)
+        linear.weight = _parameter(factors.weight.T)
+        if bias is not None:
+            linear.bias = _parameter(bias)
+        return linear
+    if isinstance(factors, LowRank):
+        return LowRankLinear(factors, bias)
+    if isinstance(factors, SparseLowRank):
+        return SparseLowRankLinear(factors, bias)
+    raise SlrpropError(f"no torch layer computes with {type(factors).__name__} factors")

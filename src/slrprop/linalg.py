@@ -1,0 +1,107 @@
+"""Truncated singular value decomposition by several solvers behind one front."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse.linalg
+import torch
+from torch import Tensor
+
+from slrprop.errors import SlrpropError
+
+FULL_BELOW = 512  # "auto": up to this smaller side the full decomposition is fast enough
+OVERSAMPLING = 16
+POWER_ITERATIONS = 12
+
+
+class SVD(NamedTuple):
+    """``W ~ u @ diag(s) @ vt`` with ``u`` (m x k), ``s`` (k,) descending, ``vt`` (k x n)."""
+
+    u: Tensor
+    s: Tensor
+    vt: Tensor
+
+    @property
+    def left(self) -> Tensor:
+        """``u`` with the singular values folded in (m x k)."""
+        return self.u * self.s
+
+
+Solver = str | Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+
+
+def _full(w: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    u, s, vt = torch.linalg.svd(w, full_matrices=False)
+    return u[:, :k], s[:k], vt[:k]
+
+
+def _iterative(package: str) -> Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]:
+    def solve(w: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        if k >= min(w.shape):
+            return _full(w, k)  # the iterative solvers need k below the smaller side
+        start = np.random.default_rng(0).standard_normal(min(w.shape)).astype(w.cpu().numpy().dtype)
+        parts = scipy.sparse.linalg.svds(w.cpu().numpy(), k, v0=start, solver=package, rng=np.random.default_rng(0))
+        u, s, vt = (torch.from_numpy(np.ascontiguousarray(part)).to(w) for part in parts)
+        order = s.argsort(descending=True)
+        return u[:, order], s[order], vt[order]
+
+    return solve
+
+
+def _randomized(w: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.random.fork_rng(devices=[w.device] if w.is_cuda else []):
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(w, min(k + OVERSAMPLING, *w.shape), niter=POWER_ITERATIONS)
+    return u[:, :k], s[:k], v[:, :k].T
+
+
+SOLVERS: dict[str, Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]] = {
+    "full": _full,
+    "arpack": _iterative("arpack"),
+    "lanczos": _iterative("propack"),
+    "randomized": _randomized,
+}
+
+
+def _auto(w: Tensor, k: int) -> Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]:
+    small = min(w.shape)
+    return SOLVERS["full"] if small <= FULL_BELOW or k > small // 8 else SOLVERS["arpack"]
+
+
+def truncated_svd(w: Tensor, rank: int, solver: Solver = "auto") -> SVD:
+    """The ``rank`` largest singular triplets of ``w`` (m x n), in the dtype of ``w`` (half precision: in float32).
+
+    Signs are fixed: the entry of largest magnitude in every column of ``u`` is positive.
+
+    Args:
+        solver: ``full`` (LAPACK), ``arpack`` (implicitly restarted Lanczos on the Gram matrix), ``lanczos``
+            (PROPACK, Lanczos bidiagonalisation), ``randomized`` (Halko, Martinsson, Tropp 2011, with power
+            iterations), ``auto`` (``full`` for small matrices or high ranks, else ``arpack``), or a function
+            ``(w, rank) -> (u, s, vt)``.
+
+    Raises:
+        SlrpropError: rank outside 1..min(m, n), unknown solver, or a weight that is not finite.
+    """
+    if w.ndim != 2:
+        raise SlrpropError(f"a truncated SVD takes a matrix; this weight has shape {tuple(w.shape)}")
+    if not 1 <= rank <= min(w.shape):
+        raise SlrpropError(f"rank {rank} was asked of a {w.shape[0]} x {w.shape[1]} weight; choose 1 to {min(w.shape)}")
+    if not torch.isfinite(w).all():
+        raise SlrpropError(
+            f"the {w.shape[0]} x {w.shape[1]} weight holds NaN or infinite values; repair the model first"
+        )
+    if isinstance(solver, str) and solver != "auto" and solver not in SOLVERS:
+        raise SlrpropError(
+            f"no solver is called '{solver}'; choose one of auto, {', '.join(SOLVERS)}, or pass a function"
+        )
+    w = w if w.dtype in (torch.float32, torch.float64) else w.float()
+    solve = (_auto(w, rank) if solver == "auto" else SOLVERS[solver]) if isinstance(solver, str) else solver
+    u, s, vt = solve(w, rank)
+    if u.shape != (w.shape[0], rank) or s.shape != (rank,) or vt.shape != (rank, w.shape[1]):
+        raise SlrpropError(
+            f"the solver gave factors of shapes {tuple(u.shape)}, {tuple(s.shape)}, {tuple(vt.shape)} for rank {rank} of a {w.shape[0]} x {w.shape[1]} weight"
+        )
+    peak = u.gather(0, u.abs().argmax(0, keepdim=True))[0]
+    sign = torch.where(peak < 0, -1, 1).to(u)
+    return SVD((u * sign).contiguous(), s, (vt * sign[:, None]).contiguous())

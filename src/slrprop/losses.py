@@ -1,0 +1,132 @@
+"""The losses that costs are measured by, and their exact changes.
+
+A change of the loss is computed from the change of the outputs, never as the difference of two nearly equal losses:
+for softmax cross-entropy with base probabilities P and change d of the logits,
+``log1p(sum_c P_c expm1(d_c)) - sum_c q_c d_c`` with q the (one-hot or soft) target.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from slrprop.errors import SlrpropError
+
+LossName = Literal["cross_entropy", "kl", "squared"]
+LOSSES = ("cross_entropy", "kl", "squared")
+LARGE = 1.0  # beyond a change of this size the log-sum-exp form is the more accurate one
+
+
+def rows_of(output: Tensor) -> Tensor:
+    """A network's output as (p, c): all but the last axis are samples; a flat output has one column."""
+    return output.reshape(-1, output.shape[-1] if output.ndim > 1 else 1)
+
+
+def check_labels(labels: Tensor, outputs: Tensor) -> Tensor:
+    """Flat int64 labels for outputs (p, classes).
+
+    Raises:
+        SlrpropError: not whole numbers, not one per row of the outputs, or out of range.
+    """
+    classes = outputs.shape[-1]
+    flat = labels.reshape(-1)
+    if labels.is_floating_point() or labels.is_complex():
+        raise SlrpropError(f"labels must be whole numbers for a classification measure, got dtype {labels.dtype}")
+    if len(flat) != len(outputs):
+        raise SlrpropError(f"got {len(flat)} labels for {len(outputs)} rows of outputs; give one label per output row")
+    low, high = int(flat.min()), int(flat.max())
+    if low < 0 or high >= classes:
+        raise SlrpropError(
+            f"labels go from {low} to {high}, but the network has {classes} classes; use 0 to {classes - 1}"
+        )
+    return flat.long()
+
+
+def pick_loss(targets: Tensor | None, outputs: Tensor, asked: LossName | None = None) -> LossName:
+    """The loss that was asked for; else cross-entropy for labels, squared distance for real targets.
+
+    Without targets: KL divergence to the original's outputs if there are two or more, else squared distance.
+    """
+    if asked is not None:
+        if asked not in LOSSES:
+            raise SlrpropError(f"no loss is called '{asked}'; choose one of {', '.join(LOSSES)}")
+        if asked == "cross_entropy" and targets is None:
+            raise SlrpropError("loss 'cross_entropy' needs labels, and the data has none; use loss='kl' or give labels")
+        return asked
+    if targets is None:
+        return "kl" if outputs.shape[-1] > 1 else "squared"
+    return "squared" if targets.is_floating_point() else "cross_entropy"
+
+
+@dataclass(frozen=True, eq=False)
+class SoftmaxPoint:
+    """Cross-entropy or KL divergence at base logits (p x c), target distribution q (p x c)."""
+
+    log_p: Tensor
+    p: Tensor
+    q: Tensor
+    values: Tensor
+
+    def change(self, d: Tensor, sample: Any) -> Tensor:
+        """Change of the loss when the logits of the samples change by ``d`` (..., c): the shape of ``d`` less c.
+
+        ``sample`` indexes the samples so that the result broadcasts against ``d``.
+        """
+        p, q = self.p[sample], self.q[sample]
+        moved = torch.log1p((p * torch.expm1(d)).sum(-1))
+        large = d.abs().amax(-1) > LARGE
+        if large.any():
+            exact = torch.logsumexp(d + self.log_p[sample], -1)
+            moved = torch.where(large, exact, moved)
+        return moved - (q * d).sum(-1)
+
+    def single_change(self, d: Tensor) -> Tensor:
+        """Change of the loss when output c alone changes by ``d[:, c]``, for every sample and c (p x c)."""
+        moved = torch.log1p(self.p * torch.expm1(d))
+        top = self.p.argmax(-1, keepdim=True)  # the only class whose complement may cancel
+        others = self.log_p.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
+        rest = torch.log1p(-self.p).scatter(-1, top, others)  # log of the other classes' share
+        moved = torch.where(d.abs() > LARGE, torch.logaddexp(self.log_p + d, rest), moved)
+        return moved - self.q * d
+
+
+@dataclass(frozen=True, eq=False)
+class SquaredPoint:
+    """Squared distance, summed over outputs, at base residuals (p x c)."""
+
+    residual: Tensor
+    values: Tensor
+
+    def change(self, d: Tensor, sample: Any) -> Tensor:
+        """See :meth:`SoftmaxPoint.change`."""
+        return (d * (2 * self.residual[sample] + d)).sum(-1)
+
+    def single_change(self, d: Tensor) -> Tensor:
+        """See :meth:`SoftmaxPoint.single_change`."""
+        return d * (2 * self.residual + d)
+
+
+Point = SoftmaxPoint | SquaredPoint
+
+
+def loss_point(loss: LossName, outputs: Tensor, targets: Tensor | None, original: Tensor) -> Point:
+    """The loss at ``outputs`` (p x c), per sample, against labels, real targets, or the ``original`` outputs (p x c)."""
+    if loss == "squared":
+        goal = original if targets is None else targets.reshape(len(outputs), -1).to(outputs)
+        if goal.shape != outputs.shape:
+            raise SlrpropError(
+                f"targets of shape {tuple(goal.shape)} can't be compared with outputs of shape {tuple(outputs.shape)}"
+            )
+        residual = outputs - goal
+        return SquaredPoint(residual, residual.square().sum(-1))
+    log_p = outputs.log_softmax(-1)
+    if loss == "cross_entropy":
+        assert targets is not None
+        q = torch.nn.functional.one_hot(check_labels(targets, outputs), outputs.shape[-1]).to(outputs)
+        values = -(q * log_p).sum(-1)
+    else:
+        log_q = original.log_softmax(-1)
+        q = log_q.exp()
+        values = (q * (log_q - log_p)).sum(-1)
+    return SoftmaxPoint(log_p, log_p.exp(), q, values)

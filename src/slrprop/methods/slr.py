@@ -1,0 +1,130 @@
+"""SLR, sparse low rank: less relevant neurons keep fewer ranks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from slrprop.checks import require_choice, require_rate, share
+from slrprop.factors import SparseLowRank
+from slrprop.linalg import truncated_svd
+from slrprop.losses import LossName
+from slrprop.methods.base import Decision, Method, Problem, Settings, require_loss
+from slrprop.plan import LayerPlan, unpack
+from slrprop.relevance.cost import Baseline
+from slrprop.relevance.simple import Scores, combined
+
+CRITERIA = ("weight", "activation", "cost", "cost+weight", "cost+activation")
+ORDERS = ("independent", "sequential")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortenSettings(Settings):
+    """Settings of every method that shortens neurons.
+
+    Args:
+        sparsity_rate: share of the inputs, and of the outputs, that are shortened.
+        reduction_rate: share of the rank that a shortened neuron keeps.
+        baseline: loss that costs are measured from: of the ``truncated`` (authors' SLR code) or ``original`` network.
+        order: ``independent`` measures each layer's costs with the other layers original; ``sequential``, from the
+            last layer back, with the later ones already compressed.
+        loss: ``cross_entropy``, ``kl`` or ``squared``; None finds it from the data.
+    """
+
+    sparsity_rate: float = 0.5
+    reduction_rate: float = 0.5
+    baseline: Baseline = "truncated"
+    order: str = "independent"
+    loss: LossName | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_rate("sparsity_rate", self.sparsity_rate)
+        require_rate("reduction_rate", self.reduction_rate)
+        require_choice("baseline", self.baseline, ("truncated", "original"))
+        require_choice("order", self.order, ORDERS)
+        require_loss(self.loss)
+
+    @property
+    def reduced_rank(self) -> int:
+        """The rank that a shortened neuron keeps."""
+        return share(self.rank, self.reduction_rate)
+
+    def stored_numbers(self, m: int, n: int) -> int:
+        short = share(m, self.sparsity_rate) + share(n, self.sparsity_rate)
+        return self.rank * (m + n - short) + self.reduced_rank * short
+
+    def needs(self) -> tuple[str, ...]:
+        return ("cost",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLRSettings(ShortenSettings):
+    """SLR: the less relevant neurons of both sides keep only part of the rank.
+
+    Args:
+        criterion: what a neuron's relevance is: ``weight``, ``activation``, ``cost``, or a sum of two.
+    """
+
+    criterion: str = "cost"
+
+    source: ClassVar[str] = "Swaminathan, Garg, Kannan, Andres, Neurocomputing 398, 2020"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("criterion", self.criterion, CRITERIA)
+
+    def needs(self) -> tuple[str, ...]:
+        cost = ("cost",) if "cost" in self.criterion else ()
+        return cost + (("input_abs", "output_abs") if "activation" in self.criterion else ())
+
+
+def kept(scores: Tensor, sparsity_rate: float) -> Tensor:
+    """Mask of the neurons that keep the full rank: all but the lowest share; ties fall to the lower index."""
+    mask = torch.ones(len(scores), dtype=torch.bool)
+    mask[scores.cpu().argsort(stable=True)[: share(len(scores), sparsity_rate)]] = False
+    return mask
+
+
+def shortened(problem: Problem, name: str, scores: Scores) -> Decision:
+    """Shorten a layer's least relevant neurons."""
+    settings = problem.settings
+    assert isinstance(settings, ShortenSettings)
+    rows, columns = (kept(side, settings.sparsity_rate) for side in scores)
+    factors = SparseLowRank.shorten(problem.svd(name), settings.reduced_rank, ~rows, ~columns)
+    if settings.order == "sequential":
+        problem.compress_now(name, factors)
+    return Decision(name, factors, rows, columns)
+
+
+def _scores(problem: Problem, name: str, settings: SLRSettings) -> Scores:
+    parts = []
+    for part in settings.criterion.split("+"):
+        if part == "cost":
+            cost = problem.cost(name, settings.reduced_rank, settings.baseline, settings.loss)
+            parts.append(Scores(cost.rows, cost.columns))
+        else:
+            parts.append(problem.weight_scores(name) if part == "weight" else problem.activation_scores(name))
+    return parts[0] if len(parts) == 1 else combined(*parts)
+
+
+def decide(problem: Problem) -> Iterator[Decision]:
+    """Every layer by itself, from the last to the first."""
+    settings = problem.settings
+    assert isinstance(settings, SLRSettings)
+    for name in reversed(problem.layers):
+        yield shortened(problem, name, _scores(problem, name, settings))
+
+
+def build(weight: Tensor, layer: LayerPlan, settings: ShortenSettings) -> SparseLowRank:
+    """The factors of a planned layer from its m x n weight."""
+    svd = truncated_svd(weight, settings.rank, settings.solver)
+    rows, columns = (
+        unpack(text, count) for text, count in zip((layer.kept_rows, layer.kept_columns), layer.shape, strict=True)
+    )
+    return SparseLowRank.shorten(svd, settings.reduced_rank, ~rows, ~columns)
+
+
+METHOD = Method("slr", SLRSettings, decide, build)

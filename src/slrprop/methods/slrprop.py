@@ -1,0 +1,81 @@
+"""SLRProp: sparse low rank with relevance propagated from the final response layer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from slrprop.checks import require_choice
+from slrprop.errors import SlrpropError
+from slrprop.methods.base import Decision, Method, Problem
+from slrprop.methods.slr import ShortenSettings, build, shortened
+from slrprop.network.torch import TorchNetwork
+from slrprop.relevance.simple import Scores, propagated
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLRPropSettings(ShortenSettings):
+    """SLRProp: costs at the final response layer, propagated back to the inputs of the layers before it.
+
+    The final response layer (FRL) is the last dense layer before the classifier's own.
+
+    Args:
+        frl: the FRL's name; None finds it.
+        propagate: over the ``original`` weights (Eq 6) or the rank-k ``truncated`` ones.
+    """
+
+    frl: str | None = None
+    propagate: str = "original"
+
+    source: ClassVar[str] = "Garmendia-Orbegozo, Nunez-Gonzalez, Anton, Sensors 23(5):2718, 2023"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("propagate", self.propagate, ("original", "truncated"))
+
+    def eligible(self, network: TorchNetwork) -> tuple[str, ...]:
+        return response_layers(network, self.frl)
+
+
+def response_layers(network: TorchNetwork, frl: str | None) -> tuple[str, ...]:
+    """The FRL and the dense layers that lead to it through element-wise functions and batch norm, in order.
+
+    Raises:
+        SlrpropError: the FRL is not named and can't be found.
+    """
+    before = {network.next_layer(name): name for name in network.order if network.next_layer(name)}
+    if frl is None:
+        last = next((name for name in network.order if network.is_last(name)), None)
+        frl = before.get(last) if last else None
+        if frl is None:
+            raise SlrpropError(
+                "no final response layer was found: no dense layer leads straight to the one that makes the outputs "
+                f"(traced dense layers: {', '.join(network.order) or 'none'}); name it with frl='...', or use method='slr'"
+            )
+    network.require(frl)
+    names = [frl]
+    while (previous := before.get(names[0])) is not None and previous not in names:
+        names.insert(0, previous)
+    return tuple(names)
+
+
+def decide(problem: Problem) -> Iterator[Decision]:
+    """From the FRL back: columns by cost; rows by cost at the FRL and by propagated relevance before it."""
+    settings = problem.settings
+    assert isinstance(settings, SLRPropSettings)
+    layers = settings.eligible(problem.network)
+    relevance: Tensor | None = None  # of the current layer's outputs
+    for name in reversed(layers[layers.index(problem.layers[0]) :]):
+        if relevance is None or name in problem.layers:
+            rows, columns, _ = problem.cost(name, settings.reduced_rank, settings.baseline, settings.loss)
+        if relevance is not None:
+            original = settings.propagate == "original"
+            weight = problem.weight(name) if original else problem.svd(name).left @ problem.svd(name).vt
+            rows = propagated(weight, relevance)
+        relevance = rows
+        if name in problem.layers:
+            yield shortened(problem, name, Scores(rows, columns))
+
+
+METHOD = Method("slrprop", SLRPropSettings, decide, build)

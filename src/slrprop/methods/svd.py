@@ -1,0 +1,36 @@
+"""Truncated SVD."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from slrprop.factors import LowRank
+from slrprop.linalg import truncated_svd
+from slrprop.methods.base import Decision, Method, Problem, Settings
+from slrprop.plan import LayerPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class SVDSettings(Settings):
+    """Truncated SVD: the best rank-k approximation of the weight itself."""
+
+    source: ClassVar[str] = "Eckart and Young, Psychometrika 1, 1936"
+
+    def stored_numbers(self, m: int, n: int) -> int:
+        return self.rank * (m + n)
+
+
+def decide(problem: Problem) -> Iterator[Decision]:
+    """Every layer by itself."""
+    for name in problem.layers:
+        yield Decision(name, LowRank.from_svd(problem.svd(name)))
+
+
+def build(weight: Tensor, layer: LayerPlan, settings: SVDSettings) -> LowRank:
+    """The factors of a planned layer from its m x n weight."""
+    return LowRank.from_svd(truncated_svd(weight, settings.rank, settings.solver))
+
+
+METHOD = Method("svd", SVDSettings, decide, build)

@@ -1,0 +1,6 @@
+"""Networks: find dense layers, stream their inputs, run what follows a layer, swap weights."""
+
+from slrprop.network.chain import Chain, Step
+from slrprop.network.torch import TorchNetwork
+
+__all__ = ["Chain", "Step", "TorchNetwork"]

@@ -1,0 +1,106 @@
+"""What follows a dense layer, where that is a chain of dense layers with element-wise functions between."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z: z,
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """``z -> activation(z) @ weight + bias`` with ``weight`` (m x n); ``name`` of the dense layer."""
+
+    activation: str
+    weight: Tensor
+    bias: Tensor
+    name: str | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return torch.addmm(self.bias, ACTIVATIONS[self.activation](z), self.weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """From a dense layer's output y (p x n) to the network's outputs: ``z = y * scale + shift``, then the steps.
+
+    Batch norm in evaluation mode is folded into ``scale`` and ``shift`` or into the steps.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    steps: tuple[Step, ...]
+
+    def values(self, y: Tensor) -> list[Tensor]:
+        """The pre-activation of every layer from this one on; the last is the network's output."""
+        z = [y * self.scale + self.shift]
+        for step in self.steps:
+            z.append(step(z[-1]))
+        return z
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """``z * scale + shift`` per feature."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """``a @ weight + bias``."""
+
+    weight: Tensor
+    bias: Tensor
+    name: str | None
+
+
+Element = Affine | Linear | str  # a str names an activation
+
+
+def fold(elements: list[Element], like: Tensor) -> Chain | None:
+    """The elements as a chain; None where two activations stand in a row or one stands at the end.
+
+    Args:
+        like: any tensor of the layer's output width n, dtype and device.
+    """
+    scale, shift = torch.ones_like(like), torch.zeros_like(like)
+    steps: list[Step] = []
+    activation: str | None = None
+    pending = [scale, shift]  # the affine map waiting for the next dense layer: after an activation
+    for element in elements:
+        if isinstance(element, Affine):
+            if activation is not None:
+                pending = [pending[0] * element.scale, pending[1] * element.scale + element.shift]
+            elif steps:
+                last = steps[-1]
+                steps[-1] = Step(
+                    last.activation, last.weight * element.scale, last.bias * element.scale + element.shift, last.name
+                )
+            else:
+                scale, shift = scale * element.scale, shift * element.scale + element.shift
+        elif isinstance(element, Linear):
+            weight, bias = element.weight, element.bias
+            if activation is not None:
+                weight, bias = pending[0][:, None] * weight, bias + pending[1] @ weight
+            steps.append(Step(activation or "identity", weight.contiguous(), bias, element.name))
+            activation = None
+        elif activation is not None:
+            return None
+        else:
+            activation = element
+            width = steps[-1].bias if steps else like
+            pending = [torch.ones_like(width), torch.zeros_like(width)]
+    return None if activation is not None else Chain(scale, shift, tuple(steps))

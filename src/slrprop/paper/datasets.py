@@ -1,0 +1,118 @@
+"""The articles' data sets: read from a local folder, or downloaded from their official places and checked.
+
+A folder named by ``--data`` or the environment variable ``SLRPROP_DATA`` is looked at first; it holds
+``mnist.npz`` (arrays ``x_train, y_train, x_test, y_test``) and ``room_occupancy.csv``, plain or with ``.xz``.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from slrprop.errors import SlrpropError
+
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+MNIST_FILES = {
+    "x_train": ("train-images-idx3-ubyte.gz", "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873", 16),
+    "y_train": ("train-labels-idx1-ubyte.gz", "md5:d53e105ee54ea40749a09fcbcd1e9432", 8),
+    "x_test": ("t10k-images-idx3-ubyte.gz", "md5:9fb629c4189551a2d022fa330f9573f3", 16),
+    "y_test": ("t10k-labels-idx1-ubyte.gz", "md5:ec29112dd5afa0611ce80d1b7f02629c", 8),
+}
+MNIST_TRAIN_MD5 = "6bbc9ace898e44ae57da46a324031adb"  # of the uncompressed train-images-idx3-ubyte
+ROOM_URL = "https://archive.ics.uci.edu/static/public/864/room+occupancy+estimation.zip"
+ROOM_COUNTS = [8228, 459, 748, 694]  # rows with 0, 1, 2, 3 people, of 10 129
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Inputs (float32) and labels (int64) of both splits."""
+
+    x_train: torch.Tensor
+    y_train: torch.Tensor
+    x_test: torch.Tensor
+    y_test: torch.Tensor
+
+
+def _local(folder: str | Path | None, name: str) -> bytes | None:
+    chosen = folder or os.environ.get("SLRPROP_DATA")
+    if not chosen:
+        return None
+    for path, opener in ((Path(chosen) / name, open), (Path(chosen) / f"{name}.xz", lzma.open)):
+        if path.exists():
+            with opener(path, "rb") as file:
+                return file.read()
+    if folder:
+        raise SlrpropError(
+            f"data folder '{folder}' holds neither {name} nor {name}.xz; name another folder or leave --data out to download"
+        )
+    return None
+
+
+def _download(url: str, known_hash: str | None) -> Path:
+    import pooch
+
+    return Path(pooch.retrieve(url, known_hash, path=pooch.os_cache("slrprop"), progressbar=True))
+
+
+def _idx(raw: bytes, header: int) -> np.ndarray:
+    values = np.frombuffer(raw, np.uint8, offset=header)
+    return values.reshape(-1, 28, 28) if header == 16 else values
+
+
+def mnist(folder: str | Path | None = None) -> Dataset:
+    """MNIST padded by 2 to 1 x 32 x 32, scaled to [0, 1] (LeCun et al. 1998)."""
+    raw = _local(folder, "mnist.npz")
+    if raw is not None:
+        with np.load(io.BytesIO(raw), allow_pickle=False) as file:
+            arrays = {key: file[key] for key in MNIST_FILES}
+    else:
+        arrays = {
+            key: _idx(gzip.decompress(_download(MNIST_URL + name, digest).read_bytes()), header)
+            for key, (name, digest, header) in MNIST_FILES.items()
+        }
+    head = b"\0\0\x08\x03" + np.array([60000, 28, 28], ">u4").tobytes()
+    if hashlib.md5(head + arrays["x_train"].tobytes(), usedforsecurity=False).hexdigest() != MNIST_TRAIN_MD5:
+        raise SlrpropError("the MNIST training images differ from the published ones; fetch the file again")
+
+    def images(x: np.ndarray) -> torch.Tensor:
+        return torch.nn.functional.pad(torch.from_numpy(x.copy()).float()[:, None] / 255, (2, 2, 2, 2))
+
+    def labels(y: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(y.astype(np.int64))
+
+    return Dataset(
+        images(arrays["x_train"]), labels(arrays["y_train"]), images(arrays["x_test"]), labels(arrays["y_test"])
+    )
+
+
+def room(folder: str | Path | None = None) -> Dataset:
+    """UCI Room Occupancy Estimation: 16 features, 0 to 3 people; the first 1000 rows test, the other 9129 train.
+
+    Inputs are standardised on the training rows (Garmendia-Orbegozo et al. 2023, section 4).
+    """
+    raw = _local(folder, "room_occupancy.csv")
+    if raw is None:
+        with zipfile.ZipFile(_download(ROOM_URL, None)) as archive:
+            raw = archive.read("Occupancy_Estimation.csv")
+    rows = list(csv.reader(io.StringIO(raw.decode())))[1:]
+    x = np.array([[float(value) for value in row[2:18]] for row in rows])
+    y = np.array([int(row[18]) for row in rows])
+    if x.shape != (10129, 16) or np.bincount(y).tolist() != ROOM_COUNTS:
+        raise SlrpropError(
+            f"the room-occupancy file has {x.shape} values, not the published (10129, 16) with class counts {ROOM_COUNTS}"
+        )
+    scaled = torch.from_numpy((x - x[1000:].mean(0)) / x[1000:].std(0)).float()
+    labels = torch.from_numpy(y)
+    return Dataset(scaled[1000:], labels[1000:], scaled[:1000], labels[:1000])
+
+
+DATASETS: dict[str, Callable[..., Dataset]] = {"mnist": mnist, "room": room}

@@ -1,0 +1,67 @@
+"""Relevance: a score for every neuron of a dense layer. These functions take a model; larger is more relevant."""
+
+from typing import Any
+
+from torch import nn
+
+from slrprop.checks import require_choice, require_rank, require_rate, share
+from slrprop.data import open_data
+from slrprop.linalg import Solver, truncated_svd
+from slrprop.losses import LossName
+from slrprop.network.torch import TorchNetwork
+from slrprop.relevance.cost import Baseline, CostScores, cost_scores
+from slrprop.relevance.simple import Scores, combined, propagated, weight_scores
+from slrprop.statistics import QUANTITIES, collect
+
+__all__ = ["CostScores", "Scores", "activation", "combined", "cost", "propagated", "weight"]
+
+
+def weight(model: nn.Module, layer: str) -> Scores:
+    """Sums of ``|W|`` per input and output of the layer."""
+    network = TorchNetwork(model, None)
+    network.require(layer)
+    return weight_scores(network.weight(layer))
+
+
+def activation(model: nn.Module, layer: str, data: Any) -> Scores:
+    """Sums over the data of ``|x|`` per input and ``|y|`` per output, y after the layer's nonlinearity."""
+    opened = open_data(data)
+    network = TorchNetwork(model, opened)
+    network.require(layer)
+    statistics = collect(network, (layer,), opened, QUANTITIES)[layer]
+    return Scores(statistics["input_abs"], statistics["output_abs"])
+
+
+def cost(
+    model: nn.Module,
+    layer: str,
+    data: Any,
+    rank: int = 16,
+    reduction_rate: float = 0.5,
+    baseline: Baseline = "truncated",
+    loss: LossName | None = None,
+    solver: Solver = "auto",
+) -> CostScores:
+    """Change of the mean loss when one neuron of the layer's rank-``rank`` SVD keeps ``int(rank * reduction_rate)`` ranks.
+
+    Exact, without re-evaluating the network per neuron (Swaminathan et al. 2020, Algorithm 1, computed as
+    described in docs/architecture.md).
+
+    Args:
+        baseline: ``"truncated"`` measures from the rank-k network, ``"original"`` from the original one.
+        loss: ``cross_entropy`` (labels), ``kl`` or ``squared`` (to the original's outputs); found by default.
+
+    Returns:
+        ``rows`` (m,), ``columns`` (n,) in float64, and ``baseline``, the mean loss they are measured from.
+
+    Raises:
+        SlrpropError: unknown layer, rank or rate out of range, unusable data.
+    """
+    require_rank(rank)
+    require_rate("reduction_rate", reduction_rate)
+    require_choice("baseline", baseline, ("truncated", "original"))
+    opened = open_data(data)
+    network = TorchNetwork(model, opened)
+    network.require(layer)
+    svd = truncated_svd(network.weight(layer), rank, solver)
+    return cost_scores(network, opened, layer, svd, share(rank, reduction_rate), baseline, loss)

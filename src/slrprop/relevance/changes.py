@@ -1,0 +1,176 @@
+"""Exact changes of the loss when one neuron of a low-rank layer is shortened, for chains of dense layers.
+
+Shortening input i moves the pre-activation by ``-x_i d_i`` with ``d_i = left[i, rk:] @ right[rk:]``; shortening
+output j moves only pre-activation j, and through its activation the next layer by one row of its weight. Each
+candidate is so an *injection* ``s[p, i] * D[i]`` into one layer, and only this change travels on to the loss.
+Three kernels share the work: single (the changed output is the network's own), pairs (each sample and candidate
+pushed through the rest), and wide (ReLU layers: away from sign flips the map is linear, so all candidates pass
+as a product of small matrices, and the few units that could flip are corrected one by one; still exact).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slrprop.linalg import SVD
+from slrprop.losses import Point
+from slrprop.network.chain import ACTIVATIONS, Chain
+
+WIDE = 256  # from this width on a ReLU layer is worth the wide kernel
+FEW_OUTPUTS = 64  # the wide kernel for full-rank injections needs a narrow next layer
+PAIR_TILE = 1 << 18  # numbers in flight at once in the pairs kernel: about a second-level cache
+WIDE_TILE = 1 << 19  # the same for the wide kernels
+OUTER_SAMPLES = 128  # samples whose linear maps are computed by one large product
+SLACK = 1 + 1e-4  # bounds are rounded up by this much
+
+
+def activation_change(d: Tensor, z: Tensor, activation: str) -> Tensor:
+    """``act(z + d) - act(z)`` without cancellation for ReLU."""
+    if activation == "identity":
+        return d
+    if activation == "relu":
+        return torch.maximum(d + z.clamp(max=0), -z.clamp(min=0))
+    act = ACTIVATIONS[activation]
+    return act(z + d) - act(z)
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """One batch at the base network: pre-activations z[t] (p x n_t) of the chain's layers and the loss there."""
+
+    chain: Chain
+    z: list[Tensor]
+    point: Point
+
+    def push(self, d: Tensor, level: int, sample: object) -> Tensor:
+        """Change of the loss when pre-activation ``level`` of the indexed samples moves by ``d`` (..., n_level)."""
+        for t, step in enumerate(self.chain.steps[level:], level):
+            d = activation_change(d, self.z[t][sample], step.activation) @ step.weight  # type: ignore[index]
+        return self.point.change(d, sample)
+
+    def pairs(self, s: Tensor, direction: Tensor, level: int) -> Tensor:
+        """Sum over samples of the loss changes for injections ``s[p, i] * direction[i]`` at ``level``: (candidates,)."""
+        total = s.new_zeros(s.shape[1], dtype=torch.float64)
+        width = max([direction.shape[1], *(step.weight.shape[1] for step in self.chain.steps[level:])])
+        samples, candidates = s.nonzero(as_tuple=True)
+        count = max(1, PAIR_TILE // width)
+        for sample, candidate in zip(samples.split(count), candidates.split(count), strict=True):
+            d = direction.index_select(0, candidate) * s[sample, candidate][:, None]
+            total.index_add_(0, candidate, self.push(d, level, sample).double())
+        return total
+
+    def _wide_steps(self, level: int) -> int:
+        """How many steps from ``level`` on are ReLU."""
+        steps = self.chain.steps[level:]
+        return next((i for i, step in enumerate(steps) if step.activation != "relu"), len(steps))
+
+    def wide_low_rank(self, s: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """Like :meth:`pairs` at level 0 with ``direction = left @ right``, for wide ReLU layers.
+
+        Per sample, every candidate's change at layer t is coefficients (candidates x r) times a basis (r x n_t).
+        A ReLU masks the basis; each unit that may flip adds one coefficient column (its exact correction) and one
+        basis row (its outgoing weights).
+        """
+        total = s.new_zeros(s.shape[1], dtype=torch.float64)
+        linear_steps = self._wide_steps(0)
+        norms = left.norm(dim=1)
+        tile = max(1, WIDE_TILE // (s.shape[1] * 32))
+        for start in range(0, len(s), OUTER_SAMPLES):
+            stop = min(start + OUTER_SAMPLES, len(s))
+            bases = [right.expand(stop - start, *right.shape)]
+            for t, step in enumerate(self.chain.steps[:linear_steps]):
+                mask = (self.z[t][start:stop, None] > 0).to(s)
+                bases.append(((bases[-1] * mask).flatten(0, 1) @ step.weight).unflatten(0, (stop - start, -1)))
+            for first in range(start, stop, tile):
+                part = slice(first, min(first + tile, stop))
+                local = slice(first - start, part.stop - start)
+                change = self._low_rank_tile(s[part], left, norms, [basis[local] for basis in bases], part)
+                total += change.double().sum(0)
+        return total
+
+    def _low_rank_tile(self, s: Tensor, left: Tensor, norms: Tensor, bases: list[Tensor], part: slice) -> Tensor:
+        coefficients = s[:, :, None] * left
+        reach = (s.abs() * norms).amax(1)[:, None]  # longest coefficient vector of each sample
+        corrections = s.new_zeros(*s.shape, 0)
+        outgoing = s.new_zeros(len(s), 0, bases[0].shape[2])
+        for t, basis in enumerate(bases):
+            last = t == len(bases) - 1
+            bound = (
+                None
+                if last
+                else (reach * basis.norm(dim=1) + corrections.norm(dim=2).amax(1)[:, None] * outgoing.norm(dim=1))
+                * SLACK
+            )
+            z = self.z[t][part]
+            risky = 0 if bound is None else int((z.abs() <= bound).sum(1).max())
+            if bound is None or 2 * risky > basis.shape[2]:
+                d = coefficients @ basis
+                d = d + corrections @ outgoing if outgoing.shape[1] else d
+                return self.push(d, t, (part, None))
+            weight = self.chain.steps[t].weight
+            carried = (outgoing * (z > 0).to(s)[:, None]) @ weight
+            unit = (z.abs() - bound).topk(risky, largest=False).indices
+            at = unit[:, None].expand(-1, basis.shape[1], -1)
+            d = coefficients @ basis.gather(2, at)
+            if outgoing.shape[1]:
+                d = d + corrections @ outgoing.gather(2, unit[:, None].expand(-1, outgoing.shape[1], -1))
+            flip = self._flips(d, z.gather(1, unit)[:, None])
+            corrections, outgoing = torch.cat([corrections, flip], 2), torch.cat([carried, weight[unit]], 1)
+        raise AssertionError("the last basis always returns")
+
+    @staticmethod
+    def _flips(d: Tensor, z: Tensor) -> Tensor:
+        """What a ReLU adds to its linear part at z: zero where the sign does not flip."""
+        return activation_change(d, z, "relu") - d * (z > 0)
+
+    def wide_full_rank(self, s: Tensor, direction: Tensor, level: int) -> Tensor:
+        """Like :meth:`pairs` for a wide ReLU layer with few outputs after it."""
+        total = s.new_zeros(s.shape[1], dtype=torch.float64)
+        weight = self.chain.steps[level].weight
+        peaks = direction.abs().amax(0)
+        by_unit = direction.T.contiguous()
+        tile = max(1, WIDE_TILE // (s.shape[1] * 32))
+        outer = max(1, min(OUTER_SAMPLES, 1024 // weight.shape[1]))
+        for start in range(0, len(s), outer):
+            stop = min(start + outer, len(s))
+            mask = (self.z[level][start:stop] > 0).to(s)
+            through = (mask.T[:, :, None] * weight[:, None]).flatten(1)  # n x (samples * outputs)
+            linear = (direction @ through).unflatten(1, (stop - start, -1)).movedim(1, 0)
+            for first in range(start, stop, tile):
+                part = slice(first, min(first + tile, stop))
+                z, share = self.z[level][part], s[part]
+                bound = share.abs().amax(1)[:, None] * peaks * SLACK
+                risky = int((z.abs() <= bound).sum(1).max())
+                d = share[:, :, None] * linear[first - start : part.stop - start]
+                if risky:
+                    unit = (z.abs() - bound).topk(risky, largest=False).indices
+                    moved = share[:, None] * by_unit[unit]
+                    d = d + self._flips(moved, z.gather(1, unit)[:, :, None]).mT @ weight[unit]
+                total += self.push(d, level + 1, (part, None)).double().sum(0)
+        return total
+
+
+def chain_changes(x: Tensor, svd: SVD, reduced_rank: int, walk: Walk) -> tuple[Tensor, Tensor]:
+    """Summed loss changes over the batch for shortening each input (m,) and each output (n,), in float64.
+
+    Args:
+        x: the layer's inputs (p x m).
+        walk: the batch at the truncated layer; ``walk.z[0]`` is the layer's output after its own batch norm.
+    """
+    chain = walk.chain
+    left, right = svd.left[:, reduced_rank:].contiguous(), svd.vt[reduced_rank:] * chain.scale
+    steps, width = chain.steps, svd.vt.shape[1]
+    if steps and steps[0].activation == "relu" and width >= WIDE:
+        rows = walk.wide_low_rank(-x, left, right)
+    else:
+        rows = walk.pairs(-x, left @ right, 0)
+    tail = (x @ left) @ right
+    if not steps:
+        return rows, walk.point.single_change(-tail).double().sum(0)
+    moved = activation_change(-tail, walk.z[0], steps[0].activation)
+    following = steps[0].weight
+    narrow = len(steps) > 1 and steps[1].weight.shape[1] <= FEW_OUTPUTS
+    if narrow and steps[1].activation == "relu" and following.shape[1] >= WIDE:
+        return rows, walk.wide_full_rank(moved, following, 1)
+    return rows, walk.pairs(moved, following, 1)

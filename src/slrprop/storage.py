@@ -1,0 +1,114 @@
+"""Models as safetensors files: tensors, and in the header which layers are factored. No pickle."""
+
+import json
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from slrprop.errors import SlrpropError
+from slrprop.factors import KINDS, Factors, LowRank, SparseLowRank, members
+from slrprop.files import replacing
+from slrprop.layers import FactoredLinear, linear_from
+from slrprop.network.torch import dense_modules, swapped
+
+FORMAT = "slrprop-model"
+VERSION = "1"
+
+
+def _unique_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with tied tensors under their first name only."""
+    seen: dict[tuple[int, torch.Size], str] = {}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and key in seen:
+            continue
+        seen[key] = name
+        tensor = tensor.detach().cpu().contiguous()
+        state[name] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+    return state
+
+
+def to_bytes(model: nn.Module) -> bytes:
+    """The content of the file that :func:`save` writes."""
+    kinds = {name: module.kind for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+    return safetensors.torch.save(
+        _unique_state(model), {"format": FORMAT, "version": VERSION, "layers": json.dumps(kinds)}
+    )
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write a model's tensors, factored layers included, as safetensors.
+
+    Raises:
+        SlrpropError: the file can't be written; an existing file stays as it was.
+    """
+    content = to_bytes(model)
+    with replacing(path) as part:
+        part.write_bytes(content)
+
+
+def load(model: nn.Module, path: str | Path) -> nn.Module:
+    """A copy of ``model`` with the layers and tensors of a saved one.
+
+    Args:
+        model: the network the saved one was made from (its weights do not matter); untouched.
+
+    Raises:
+        SlrpropError: unreadable or damaged file, or one made from another network.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT or header.get("version") != VERSION:
+                raise SlrpropError(
+                    f"'{path}' was not written by slrprop.save (version {VERSION}); its header says {header.get('format')!r} {header.get('version')!r}"
+                )
+            kinds = json.loads(header.get("layers", ""))
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, safetensors.SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, SlrpropError):
+            raise
+        raise SlrpropError(f"'{path}' can't be read as a safetensors file: {error}") from error
+    if not isinstance(kinds, dict) or not all(isinstance(kind, str) for kind in kinds.values()):
+        raise SlrpropError(f"the header of '{path}' names no layers; the file is damaged")
+    loaded = swapped(model, {name: _skeleton(model, name, kind, state) for name, kind in kinds.items()})
+    aliases = set(loaded.state_dict()) - set(_unique_state(loaded))
+    try:
+        missing, unexpected = loaded.load_state_dict(state, strict=False)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[-1].strip()
+        raise SlrpropError(f"'{path}' does not fit this model: {reason}") from error
+    wrong = [f"no {name}" for name in missing if name not in aliases] + [f"a foreign {name}" for name in unexpected]
+    if wrong:
+        raise SlrpropError(f"'{path}' does not fit this model: it has {', '.join(wrong[:4])}")
+    return loaded
+
+
+def _skeleton(model: nn.Module, name: str, kind: str, state: dict[str, Tensor]) -> nn.Module:
+    """A factored layer of the shapes that the file has for it; its values are loaded later."""
+    linear = dense_modules(model).get(name)
+    if linear is None or kind not in KINDS:
+        raise SlrpropError(f"the file has a {kind} layer '{name}', but this model has no dense layer of that name")
+    own = {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
+    try:
+        factors = _factors_like(kind, own)
+    except (KeyError, IndexError, SlrpropError) as error:
+        raise SlrpropError(f"the tensors of layer '{name}' make no {kind} layer: {error}") from error
+    if factors.shape != (linear.in_features, linear.out_features):
+        raise SlrpropError(
+            f"layer '{name}' is {linear.in_features} x {linear.out_features} in this model, but {factors.shape[0]} x {factors.shape[1]} in the file"
+        )
+    return linear_from(factors, own.get("bias"))
+
+
+def _factors_like(kind: str, own: dict[str, Tensor]) -> Factors:
+    if kind == LowRank.kind:
+        return LowRank(own["left"], own["right"])
+    left = [own[f"left.{level}"] for level in range(sum(key.startswith("left.") for key in own))]
+    columns = own["column_levels"]
+    right = tuple(block.new_zeros(block.shape[1], len(members(columns, level))) for level, block in enumerate(left))
+    return SparseLowRank(tuple(left), right, own["row_levels"], columns)
