@@ -16,7 +16,7 @@ def require_rank(rank: Any) -> None:
 
 def require_rate(what: str, rate: Any) -> None:
     """A rate is a number in [0, 1)."""
-    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= rate < 1:
+    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= float(rate) < 1:
         raise SlrpropError(f"{what} must be at least 0 and below 1, got {rate!r}")
 
 

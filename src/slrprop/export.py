@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,19 @@ def session(path: str | Path, threads: int = 0) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress and remarks from the terminal."""
+    silent, before = io.StringIO(), logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _tensors(result: Any) -> list[Tensor]:
@@ -59,10 +74,8 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_
         want = [tensor.cpu().numpy() for tensor in _tensors(model(*inputs))]
         with replacing(path) as part:
             shapes = tuple({0: torch.export.Dim("batch")} if dynamic_batch else None for _ in inputs)
-            silent = io.StringIO()
             try:
-                with warnings.catch_warnings(), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
-                    warnings.simplefilter("ignore")
+                with _quiet():
                     torch.onnx.export(
                         model, inputs, str(part), dynamo=True, dynamic_shapes=shapes if dynamic_batch else None,
                         external_data=False, opset_version=OPSET, optimize=True, verbose=False,

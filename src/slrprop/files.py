@@ -25,10 +25,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield part
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(part, 0o666 & ~umask)
+        part.chmod(0o666 & ~umask)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(part, target)
+        part.replace(target)
     except OSError as error:
         raise SlrpropError(
             f"'{target}' could not be written ({error.strerror or error}); nothing was left behind"

@@ -70,6 +70,7 @@ class SparseLowRankLinear(FactoredLinear):
     kind = SparseLowRank.kind
     row_levels: Tensor
     column_levels: Tensor
+    unsort: Tensor | None
 
     def __init__(self, factors: SparseLowRank, bias: Tensor | None) -> None:
         super().__init__(factors, bias)

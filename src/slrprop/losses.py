@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from slrprop.errors import SlrpropError
 
@@ -59,27 +60,39 @@ def pick_loss(targets: Tensor | None, outputs: Tensor, asked: LossName | None = 
     return "squared" if targets.is_floating_point() else "cross_entropy"
 
 
+def at(values: Tensor, sample: Any) -> Tensor:
+    """``values[sample]``, by the fast way where ``sample`` is a list of rows."""
+    return values.index_select(0, sample) if isinstance(sample, Tensor) else values[sample]
+
+
 @dataclass(frozen=True, eq=False)
 class SoftmaxPoint:
-    """Cross-entropy or KL divergence at base logits (p x c), target distribution q (p x c)."""
+    """Cross-entropy or KL divergence at base logits (p x c)."""
 
     log_p: Tensor
     p: Tensor
-    q: Tensor
+    target: Tensor  # labels (p,) or a distribution (p x c)
     values: Tensor
+
+    def _at_target(self, d: Tensor, sample: Any) -> Tensor:
+        """``sum_c q_c d_c`` for the indexed samples: the shape of ``d`` less its last axis."""
+        target = at(self.target, sample)
+        if self.target.ndim == 1:
+            return d.gather(-1, target.expand(d.shape[:-1])[..., None])[..., 0]
+        return (target * d).sum(-1)
 
     def change(self, d: Tensor, sample: Any) -> Tensor:
         """Change of the loss when the logits of the samples change by ``d`` (..., c): the shape of ``d`` less c.
 
         ``sample`` indexes the samples so that the result broadcasts against ``d``.
         """
-        p, q = self.p[sample], self.q[sample]
-        moved = torch.log1p((p * torch.expm1(d)).sum(-1))
-        large = d.abs().amax(-1) > LARGE
-        if large.any():
-            exact = torch.logsumexp(d + self.log_p[sample], -1)
-            moved = torch.where(large, exact, moved)
-        return moved - (q * d).sum(-1)
+        moved = torch.expm1(d).mul_(at(self.p, sample)).sum(-1).log1p_()
+        low, high = torch.aminmax(d)
+        if high > LARGE or low < -LARGE:
+            large = (d.abs().amax(-1) > LARGE).nonzero(as_tuple=True)
+            log_p = at(self.log_p, sample).expand_as(d)
+            moved[large] = torch.logsumexp(d[large] + log_p[large], -1)
+        return moved.sub_(self._at_target(d, sample))
 
     def single_change(self, d: Tensor) -> Tensor:
         """Change of the loss when output c alone changes by ``d[:, c]``, for every sample and c (p x c)."""
@@ -88,7 +101,8 @@ class SoftmaxPoint:
         others = self.log_p.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
         rest = torch.log1p(-self.p).scatter(-1, top, others)  # log of the other classes' share
         moved = torch.where(d.abs() > LARGE, torch.logaddexp(self.log_p + d, rest), moved)
-        return moved - self.q * d
+        q = self.target if self.target.ndim == 2 else one_hot(self.target, d.shape[1])
+        return moved - q * d
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +114,7 @@ class SquaredPoint:
 
     def change(self, d: Tensor, sample: Any) -> Tensor:
         """See :meth:`SoftmaxPoint.change`."""
-        return (d * (2 * self.residual[sample] + d)).sum(-1)
+        return (d * (2 * at(self.residual, sample) + d)).sum(-1)
 
     def single_change(self, d: Tensor) -> Tensor:
         """See :meth:`SoftmaxPoint.single_change`."""
@@ -123,10 +137,8 @@ def loss_point(loss: LossName, outputs: Tensor, targets: Tensor | None, original
     log_p = outputs.log_softmax(-1)
     if loss == "cross_entropy":
         assert targets is not None
-        q = torch.nn.functional.one_hot(check_labels(targets, outputs), outputs.shape[-1]).to(outputs)
-        values = -(q * log_p).sum(-1)
-    else:
-        log_q = original.log_softmax(-1)
-        q = log_q.exp()
-        values = (q * (log_q - log_p)).sum(-1)
-    return SoftmaxPoint(log_p, log_p.exp(), q, values)
+        labels = check_labels(targets, outputs)
+        return SoftmaxPoint(log_p, log_p.exp(), labels, -log_p.gather(-1, labels[:, None])[:, 0])
+    log_q = original.log_softmax(-1)
+    q = log_q.exp()
+    return SoftmaxPoint(log_p, log_p.exp(), q, (q * (log_q - log_p)).sum(-1))

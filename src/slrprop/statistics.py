@@ -36,8 +36,8 @@ def collect(network: TorchNetwork, names: tuple[str, ...], data: Data, needs: Co
         for name, calls in flow.calls.items():
             for x, y in calls:
                 samples[name] += len(x)
-                batch = {"input_abs": lambda x=x: x, "output_abs": lambda name=name, y=y: network.activated(name, y)}
                 for need in needs:
-                    total = batch[need]().abs().sum(0, dtype=torch.float64)
+                    values = x if need == "input_abs" else network.activated(name, y)
+                    total = values.abs().sum(0, dtype=torch.float64)
                     sums[name][need] = sums[name][need] + total if need in sums[name] else total
     return {name: Statistics(samples[name], sums[name]) for name in names}

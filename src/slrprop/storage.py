@@ -68,7 +68,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
                     f"'{path}' was not written by slrprop.save (version {VERSION}); its header says {header.get('format')!r} {header.get('version')!r}"
                 )
             kinds = json.loads(header.get("layers", ""))
-            state = {name: file.get_tensor(name) for name in file.keys()}
+            state = {name: file.get_tensor(name) for name in sorted(file.keys())}
     except (OSError, safetensors.SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, SlrpropError):
             raise

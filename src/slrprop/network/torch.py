@@ -225,10 +225,8 @@ class TorchNetwork:
             calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
 
             def note(name: str, into: dict[str, list[tuple[Tensor, Tensor]]]) -> Callable[..., None]:
-                def hook(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                    into[name].append(
-                        (inputs[0].reshape(-1, module.in_features), output.reshape(-1, module.out_features))
-                    )
+                def hook(module: nn.Linear, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+                    into[name].append((inputs[0].reshape(-1, module.in_features), y.reshape(-1, module.out_features)))
 
                 return hook
 

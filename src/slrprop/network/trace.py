@@ -9,10 +9,13 @@ from torch.overrides import TorchFunctionMode
 
 from slrprop.network.chain import Affine, Element, Linear
 
+_RELU: list[Any] = [torch.relu, torch.relu_, functional.relu, functional.relu_, Tensor.relu, Tensor.relu_]
+_TANH: list[Any] = [torch.tanh, torch.tanh_, functional.tanh, Tensor.tanh, Tensor.tanh_]
+_SIGMOID: list[Any] = [torch.sigmoid, torch.sigmoid_, functional.sigmoid, Tensor.sigmoid, Tensor.sigmoid_]
 _ACTIVATIONS: dict[Any, str] = {
-    **dict.fromkeys([torch.relu, torch.relu_, functional.relu, functional.relu_, Tensor.relu, Tensor.relu_], "relu"),
-    **dict.fromkeys([torch.tanh, torch.tanh_, functional.tanh, Tensor.tanh, Tensor.tanh_], "tanh"),
-    **dict.fromkeys([torch.sigmoid, torch.sigmoid_, functional.sigmoid, Tensor.sigmoid, Tensor.sigmoid_], "sigmoid"),
+    **dict.fromkeys(_RELU, "relu"),
+    **dict.fromkeys(_TANH, "tanh"),
+    **dict.fromkeys(_SIGMOID, "sigmoid"),
 }
 _SOFTMAX = {torch.softmax, functional.softmax, Tensor.softmax}
 _LOG_SOFTMAX = {torch.log_softmax, functional.log_softmax, Tensor.log_softmax}

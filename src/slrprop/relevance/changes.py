@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from slrprop.linalg import SVD
-from slrprop.losses import Point
+from slrprop.losses import Point, at
 from slrprop.network.chain import ACTIVATIONS, Chain
 
 WIDE = 256  # from this width on a ReLU layer is worth the wide kernel
 FEW_OUTPUTS = 64  # the wide kernel for full-rank injections needs a narrow next layer
-PAIR_TILE = 1 << 18  # numbers in flight at once in the pairs kernel: about a second-level cache
+PAIR_TILE = 1 << 19  # numbers in flight at once in the pairs kernel: about the cache
 WIDE_TILE = 1 << 19  # the same for the wide kernels
 OUTER_SAMPLES = 128  # samples whose linear maps are computed by one large product
 SLACK = 1 + 1e-4  # bounds are rounded up by this much
@@ -30,9 +30,14 @@ def activation_change(d: Tensor, z: Tensor, activation: str) -> Tensor:
     if activation == "identity":
         return d
     if activation == "relu":
-        return torch.maximum(d + z.clamp(max=0), -z.clamp(min=0))
+        below = z.neg()
+        return torch.maximum(d, below) - below.clamp_(min=0)
     act = ACTIVATIONS[activation]
     return act(z + d) - act(z)
+
+
+def _norm(x: Tensor, dim: int) -> Tensor:
+    return x.square().sum(dim).sqrt()
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,17 +51,23 @@ class Walk:
     def push(self, d: Tensor, level: int, sample: object) -> Tensor:
         """Change of the loss when pre-activation ``level`` of the indexed samples moves by ``d`` (..., n_level)."""
         for t, step in enumerate(self.chain.steps[level:], level):
-            d = activation_change(d, self.z[t][sample], step.activation) @ step.weight  # type: ignore[index]
+            d = activation_change(d, at(self.z[t], sample), step.activation) @ step.weight
         return self.point.change(d, sample)
 
     def pairs(self, s: Tensor, direction: Tensor, level: int) -> Tensor:
         """Sum over samples of the loss changes for injections ``s[p, i] * direction[i]`` at ``level``: (candidates,)."""
         total = s.new_zeros(s.shape[1], dtype=torch.float64)
         width = max([direction.shape[1], *(step.weight.shape[1] for step in self.chain.steps[level:])])
-        samples, candidates = s.nonzero(as_tuple=True)
+        scales = s.flatten()
+        pairs = scales.nonzero()[:, 0]
+        scales = scales.index_select(0, pairs)
+        samples = pairs // s.shape[1]
+        candidates = pairs - samples * s.shape[1]
         count = max(1, PAIR_TILE // width)
-        for sample, candidate in zip(samples.split(count), candidates.split(count), strict=True):
-            d = direction.index_select(0, candidate) * s[sample, candidate][:, None]
+        for sample, candidate, scale in zip(
+            samples.split(count), candidates.split(count), scales.split(count), strict=True
+        ):
+            d = direction.index_select(0, candidate).mul_(scale[:, None])
             total.index_add_(0, candidate, self.push(d, level, sample).double())
         return total
 
@@ -99,8 +110,7 @@ class Walk:
             bound = (
                 None
                 if last
-                else (reach * basis.norm(dim=1) + corrections.norm(dim=2).amax(1)[:, None] * outgoing.norm(dim=1))
-                * SLACK
+                else (reach * _norm(basis, 1) + _norm(corrections, 2).amax(1)[:, None] * _norm(outgoing, 1)) * SLACK
             )
             z = self.z[t][part]
             risky = 0 if bound is None else int((z.abs() <= bound).sum(1).max())

@@ -1,0 +1,220 @@
+"""The command line: parse, call, print."""
+
+import importlib
+import json
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from slrprop.errors import SlrpropError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make trained networks smaller and faster by rewriting their dense weights.",
+)
+paper = typer.Typer(no_args_is_help=True, help="The experiments of the SLRProp article (Sensors 23(5):2718, 2023).")
+app.add_typer(paper, name="paper")
+
+Name = Annotated[str, typer.Argument(help="lenet5-mnist or room-mlp")]
+DataFolder = Annotated[
+    Path | None, typer.Option("--data", help="Folder with the data sets [default: $SLRPROP_DATA, else download].")
+]
+RunFolder = Annotated[Path, typer.Option("--run-dir", help="Folder for trained networks and results.")]
+Output = Annotated[Path, typer.Option("--output", help="Folder to write to.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _print(header: list[str], rows: list[list[str]], title: str = "", wrap: tuple[str, ...] = ()) -> None:
+    grid = Table(*[], title=title or None, title_justify="left")
+    for index, name in enumerate(header):
+        grid.add_column(
+            name,
+            justify="left" if index == 0 or name in wrap or not rows or not rows[0][index][:1].isdigit() else "right",
+            no_wrap=name not in wrap,
+        )
+    for row in rows:
+        grid.add_row(*row)
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width).print(grid)
+
+
+def _extra(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("slrprop"):
+            raise
+        raise SlrpropError(
+            f"this command needs the package '{error.name}'; install it with: pip install 'slrprop[{extra}]'"
+        ) from error
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the methods, what they need and where they come from.
+
+    Example: slrprop methods --json
+    """
+    from slrprop.methods import METHODS
+
+    listed = [
+        {
+            "method": method.name,
+            "summary": method.summary,
+            "needs": list(method.needs),
+            "settings": {field.name: getattr(method.settings(), field.name) for field in fields(method.settings)},
+            "source": method.source,
+        }
+        for method in METHODS.values()
+    ]
+    if as_json:
+        typer.echo(json.dumps(listed, indent=1))
+        return
+    rows = [
+        [
+            str(item["method"]),
+            str(item["summary"]),
+            ", ".join(method.needs) or "weights only",
+            ", ".join(f"{key}={value}" for key, value in method_settings.items()),
+            str(item["source"]),
+        ]
+        for item, method in zip(listed, METHODS.values(), strict=True)
+        if isinstance(method_settings := item["settings"], dict)
+    ]
+    _print(
+        ["method", "summary", "needs", "settings (default)", "source"],
+        rows,
+        wrap=("summary", "settings (default)", "source"),
+    )
+
+
+@app.command()
+def demo(output: Output = Path("build/demo"), as_json: Json = False) -> None:
+    """Train a small network on scikit-learn's digits, compress it, measure it.
+
+    Example: slrprop demo --output build/demo
+    """
+    _extra("matplotlib", "paper")
+    rows, best = importlib.import_module("slrprop.demo").run(output)
+    if as_json:
+        typer.echo(
+            json.dumps({"rows": [asdict(row) for row in rows], "chosen": best.name, "onnx": str(output / "demo.onnx")})
+        )
+        return
+    original = rows[0]
+    lines = [
+        [
+            row.name,
+            f"{row.numbers:,}",
+            f"{row.bytes / 1000:,.1f}",
+            f"{original.bytes / row.bytes:.1f}x",
+            f"{row.choosing:.1f}",
+            f"{row.testing:.1f}",
+            f"{1e6 * row.latency:.0f}",
+            f"{original.latency / row.latency:.1f}x",
+        ]
+        for row in rows
+    ]
+    header = [
+        "network",
+        "numbers",
+        "ONNX file, kB",
+        "smaller",
+        "accuracy, choosing %",
+        "accuracy, test %",
+        "latency, µs",
+        "faster",
+    ]
+    _print(
+        header,
+        lines,
+        "Handwritten digits, 64-768-768-768-10; the two 768 x 768 layers compressed; ONNX Runtime, batch 1, 1 thread",
+    )
+    typer.echo(
+        f"Smallest file within 1 point of the original on the choosing part: {best.name}: {original.bytes / best.bytes:.1f}x smaller, "
+        f"{original.latency / best.latency:.1f}x faster, test accuracy {original.testing:.1f} -> {best.testing:.1f} %."
+    )
+    typer.echo(f"Written: {output / 'demo.onnx'}, {output / 'demo.png'}")
+
+
+@paper.command("run")
+def paper_run(name: Name, seeds: int = 10, data: DataFolder = None, run_dir: RunFolder = Path("runs/paper")) -> None:
+    """Train and sweep all methods and ranks; a second call goes on where the first one stopped.
+
+    Example: slrprop paper run lenet5-mnist --seeds 10
+    """
+    store = _extra("slrprop.paper.store", "paper").Store(run_dir / "results.sqlite")
+    experiment = importlib.import_module("slrprop.paper.experiments").find_experiment(name)
+    new = importlib.import_module("slrprop.paper.run").run(
+        experiment, experiment.load_data(data), run_dir, seeds, store
+    )
+    typer.echo(f"{new} new rows; all {len(store.results(name))} of {name} are in {run_dir / 'results.sqlite'}")
+
+
+def _results(name: str, run_dir: Path) -> tuple[Any, Any, Any]:
+    results = _extra("slrprop.paper.results", "paper")
+    experiment = importlib.import_module("slrprop.paper.experiments").find_experiment(name)
+    return (
+        experiment,
+        importlib.import_module("slrprop.paper.store").Store(run_dir / "results.sqlite").results(name),
+        results,
+    )
+
+
+@paper.command("table")
+def paper_table(
+    name: Name,
+    output: Annotated[Path | None, typer.Option(help="Also write NAME.csv and NAME.md here.")] = None,
+    run_dir: RunFolder = Path("runs/paper"),
+) -> None:
+    """Print our figures, mean ± deviation over seeds, and the published ones in brackets.
+
+    Example: slrprop paper table room-mlp --output docs/paper
+    """
+    experiment, found, results = _results(name, run_dir)
+    lines = results.table(experiment, found)
+    _print(lines[0], lines[1:], f"{name}: test set, %; [published]; rate: compression rate of {experiment.layers[0]}")
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        results.write_csv(found, output / f"{name}.csv")
+        with importlib.import_module("slrprop.files").replacing(output / f"{name}.md") as part:
+            part.write_text(results.markdown(lines))
+
+
+FIGURES = {
+    "lenet5-mnist": ("figure4", "LeNet-5 on MNIST (Figure 4)"),
+    "room-mlp": ("figure5", "Room occupancy, MLP (Figure 5)"),
+}
+
+
+@paper.command("figures")
+def paper_figures(output: Output = Path("docs/paper"), run_dir: RunFolder = Path("runs/paper")) -> None:
+    """Draw Figures 4 and 5 as PNG and SVG.
+
+    Example: slrprop paper figures --output docs/paper
+    """
+    _extra("matplotlib", "paper")
+    output.mkdir(parents=True, exist_ok=True)
+    for name, (file, title) in FIGURES.items():
+        experiment, found, results = _results(name, run_dir)
+        results.table(experiment, found)  # refuses where nothing was computed
+        drawn = results.figure(experiment, found, title)
+        for kind in ("png", "svg"):
+            drawn.savefig(output / f"{file}.{kind}", dpi=130, metadata={"Date": None} if kind == "svg" else None)
+        typer.echo(f"Written: {output / file}.png, .svg")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one sentence and exit code 1."""
+    try:
+        app()
+    except SlrpropError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)

@@ -1,0 +1,126 @@
+"""The demonstration: a network on scikit-learn's digits, compressed by every method at several ranks."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from slrprop.api import apply, plan
+from slrprop.export import export_onnx
+from slrprop.files import replacing
+from slrprop.latency import latencies
+from slrprop.measure import measure
+
+WIDTH, EPOCHS, BATCH = 768, 12, 64
+RANKS = (2, 4, 8, 16, 32, 64)
+METHODS = ("svd", "slr", "slrprop")
+LAYERS = ["2", "4"]
+TRAIN, SELECT = 1000, 1397  # samples 0..999 train and calibrate, 1000..1396 choose, the rest tests
+ALLOWED_DROP = 1.0  # points of accuracy on the choosing part
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network of the demonstration; latency in seconds."""
+
+    name: str
+    numbers: int
+    bytes: int
+    choosing: float
+    testing: float
+    latency: float
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """1797 handwritten digits, 8 x 8, scaled to [0, 1], shuffled once."""
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(x))
+    return torch.from_numpy(x[order] / 16).float(), torch.from_numpy(y[order])
+
+
+def train(x: Tensor, y: Tensor) -> nn.Module:
+    """A 64-768-768-768-10 ReLU network."""
+    torch.manual_seed(0)
+    wide = [part for _ in range(2) for part in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
+    model = nn.Sequential(nn.Linear(64, WIDTH), nn.ReLU(), *wide, nn.Linear(WIDTH, 10))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in tqdm(range(EPOCHS), desc="training", unit="epoch", disable=None):
+        for chosen in torch.randperm(len(x)).split(BATCH):
+            loss = nn.functional.cross_entropy(model(x[chosen]), y[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model.eval()
+
+
+def run(output: Path) -> tuple[list[Row], Row]:
+    """Train, compress, measure; write the smallest good network and the figure to ``output``.
+
+    Returns:
+        All rows, the original first, and the chosen one: the smallest file that loses at most one point of
+        accuracy on the choosing part.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    x, y = digits()
+    model = train(x[:TRAIN], y[:TRAIN])
+    networks = {"original": model}
+    for method in METHODS:
+        for rank in tqdm(RANKS, desc=method, unit="rank", disable=None):
+            made = plan(model, (x[:TRAIN], y[:TRAIN]), method=method, layers=LAYERS, rank=rank)
+            networks[f"{method}, rank {rank}"] = apply(model, made)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / f"{index}.onnx" for index, name in enumerate(networks)}
+        for name, path in tqdm(files.items(), desc="exporting and checking", unit="file", disable=None):
+            export_onnx(networks[name], path, x[:4])
+        times = latencies(files, x[:1].numpy(), repetitions=200)
+        rows = []
+        for name, small in networks.items():
+            choosing, testing = (
+                measure(small, (x[TRAIN:SELECT], y[TRAIN:SELECT])),
+                measure(small, (x[SELECT:], y[SELECT:])),
+            )
+            rows.append(
+                Row(
+                    name, choosing.numbers, files[name].stat().st_size, choosing.accuracy, testing.accuracy, times[name]
+                )
+            )
+        good = [row for row in rows if row.choosing >= rows[0].choosing - ALLOWED_DROP]
+        best = min(good, key=lambda row: row.bytes)
+        with replacing(output / "demo.onnx") as part:
+            part.write_bytes(files[best.name].read_bytes())
+    with replacing(output / "demo.png") as part:
+        _figure(rows, best).savefig(part, dpi=120, format="png")
+    return rows, best
+
+
+def _figure(rows: list[Row], best: Row) -> Any:
+    from matplotlib.figure import Figure
+
+    canvas = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = canvas.add_subplot()
+    for method in METHODS:
+        chosen = [row for row in rows if row.name.startswith(f"{method},")]
+        axes.plot([row.bytes / 1000 for row in chosen], [row.testing for row in chosen], marker="o", label=method)
+    axes.plot(rows[0].bytes / 1000, rows[0].testing, "k*", markersize=12, label="original")
+    axes.plot(
+        best.bytes / 1000,
+        best.testing,
+        "o",
+        markersize=14,
+        fillstyle="none",
+        color="black",
+        label=f"chosen: {best.name}",
+    )
+    axes.set_xscale("log")
+    axes.set_xlabel("ONNX file, kB")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title("Handwritten digits, 64-768-768-768-10")
+    axes.grid(alpha=0.25)
+    axes.legend()
+    return canvas
