@@ -71,14 +71,19 @@ def plan(
     Raises:
         SlrpropError: bad settings, unknown layers, unusable data, a model with weights that are not finite.
     """
-    chosen = find_method(method)
-    choices = _settings(chosen, rank=rank, sparsity_rate=sparsity_rate, reduction_rate=reduction_rate, **settings)
     opened = None if data is None else open_data(data)
-    if opened is None and choices.needs():
-        raise SlrpropError(
-            f"method '{method}' with these settings needs calibration data ({', '.join(choices.needs())}), and none was given"
-        )
-    network = TorchNetwork(model, opened)
+    problem = Problem(TorchNetwork(model, opened), opened)
+    return plan_problem(
+        problem, method, layers, rank=rank, sparsity_rate=sparsity_rate, reduction_rate=reduction_rate, **settings
+    )
+
+
+def plan_problem(
+    problem: Problem, method: str, layers: str | list[str] | tuple[str, ...] | None, **settings: Any
+) -> Plan:
+    """Like :func:`plan`, for a problem that may already know its decompositions, statistics and costs."""
+    chosen = find_method(method)
+    choices, network = _settings(chosen, **settings), problem.network
     names, exact = _select(network, layers, choices, method)
     left_dense: dict[str, str] = {}
     for name in names:
@@ -92,7 +97,8 @@ def plan(
         )
     planned = {}
     if wanted:
-        for decision in chosen.decide(Problem(network, opened, wanted, choices)):
+        problem.collect(wanted, tuple(need for need in choices.needs() if need != "cost"))
+        for decision in chosen.decide(problem, wanted, choices):
             weight = network.modules[decision.name].weight
             planned[decision.name] = LayerPlan(
                 name=decision.name,

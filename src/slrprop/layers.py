@@ -60,6 +60,13 @@ def _consecutive(index: Tensor) -> bool:
     return len(index) > 0 and int(index[-1] - index[0]) == len(index) - 1
 
 
+def _gathered(x: Tensor, index: Tensor) -> Tensor:
+    """``x[..., index]``; in exported graphs by whole rows of the transpose, which ONNX Runtime copies far faster."""
+    if torch.compiler.is_exporting():
+        return x.movedim(-1, 0).index_select(0, index).movedim(0, -1)
+    return x.index_select(-1, index)
+
+
 class SparseLowRankLinear(FactoredLinear):
     """Nested dense blocks: one product per row set, one per column segment (the outputs of one level).
 
@@ -115,7 +122,7 @@ class SparseLowRankLinear(FactoredLinear):
     def _rows(self, x: Tensor, level: int) -> Tensor:
         span = self.row_slices[level]
         if span is None:
-            return x.index_select(-1, self.get_buffer(f"rows_{level}"))
+            return _gathered(x, self.get_buffer(f"rows_{level}"))
         return x if span == slice(0, self.in_features) else x[..., span]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,7 +132,7 @@ class SparseLowRankLinear(FactoredLinear):
             for level, segment in zip(self.segment_levels, self.segments, strict=True)
         ]
         y = torch.cat(parts, -1)
-        return self._with_bias(y if self.unsort is None else y.index_select(-1, self.unsort))
+        return self._with_bias(y if self.unsort is None else _gathered(y, self.unsort))
 
 
 def linear_from(factors: Factors, bias: Tensor | None) -> nn.Module:

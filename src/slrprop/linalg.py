@@ -40,8 +40,15 @@ def _iterative(package: str) -> Callable[[Tensor, int], tuple[Tensor, Tensor, Te
     def solve(w: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         if k >= min(w.shape):
             return _full(w, k)  # the iterative solvers need k below the smaller side
-        start = np.random.default_rng(0).standard_normal(min(w.shape)).astype(w.cpu().numpy().dtype)
-        parts = scipy.sparse.linalg.svds(w.cpu().numpy(), k, v0=start, solver=package, rng=np.random.default_rng(0))
+        matrix = w.cpu().numpy()
+        length = len(matrix) if package == "propack" else min(matrix.shape)
+        start = np.random.default_rng(0).standard_normal(length).astype(matrix.dtype)
+        try:
+            parts = scipy.sparse.linalg.svds(matrix, k, v0=start, solver=package, rng=np.random.default_rng(0))
+        except (np.linalg.LinAlgError, scipy.sparse.linalg.ArpackError) as error:  # a rank below k, or no convergence
+            raise SlrpropError(
+                f"the {package} solver failed on a {len(matrix)} x {matrix.shape[1]} weight at rank {k} ({error}); use solver='full'"
+            ) from error
         u, s, vt = (torch.from_numpy(np.ascontiguousarray(part)).to(w) for part in parts)
         order = s.argsort(descending=True)
         return u[:, order], s[order], vt[order]

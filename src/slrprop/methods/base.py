@@ -17,7 +17,7 @@ from slrprop.network.torch import TorchNetwork
 from slrprop.plan import LayerPlan
 from slrprop.relevance.cost import Baseline, CostScores, cost_scores
 from slrprop.relevance.simple import Scores, weight_scores
-from slrprop.statistics import Statistics, collect
+from slrprop.statistics import collect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,54 +53,68 @@ class Settings(ABC):
 
 
 class Problem:
-    """The arrays a method decides on: weights, their SVD, statistics and scores of the chosen layers."""
+    """What methods decide on: the arrays of one network on one calibration set, each computed once.
 
-    def __init__(self, network: TorchNetwork, data: Data | None, layers: tuple[str, ...], settings: Settings) -> None:
-        self.network, self.layers, self.settings = network, layers, settings
+    The same problem can be put to many methods and settings; decompositions, statistics and costs are kept.
+    """
+
+    def __init__(self, network: TorchNetwork, data: Data | None) -> None:
+        self.network = network
         self._data = data
-        self._scored = network  # the network the costs are measured on
-        self._compressed: dict[str, Factors] = {}
-        self._svds: dict[str, SVD] = {}
-        quantities = tuple(need for need in settings.needs() if need != "cost")
-        self.statistics: dict[str, Statistics] = collect(network, layers, self.data, quantities) if quantities else {}
+        self._svds: dict[tuple[Any, ...], SVD] = {}
+        self._statistics: dict[tuple[str, str], Tensor] = {}
+        self._costs: dict[tuple[Any, ...], CostScores] = {}
 
     @property
     def data(self) -> Data:
         """The calibration data."""
         if self._data is None:
-            raise SlrpropError(
-                f"these settings need calibration data ({', '.join(self.settings.needs())}), and none was given"
-            )
+            raise SlrpropError("these settings need calibration data, and none was given")
         return self._data
-
-    def svd(self, name: str) -> SVD:
-        """The truncated SVD of a layer's weight at the settings' rank."""
-        if name not in self._svds:
-            self._svds[name] = truncated_svd(self.weight(name), self.settings.rank, self.settings.solver)
-        return self._svds[name]
 
     def weight(self, name: str) -> Tensor:
         """A layer's original weight (m x n)."""
         return self.network.weight(name)
+
+    def svd(self, name: str, rank: int, solver: Solver) -> SVD:
+        """The truncated SVD of a layer's weight."""
+        key = (name, rank, solver)
+        if key not in self._svds:
+            self._svds[key] = truncated_svd(self.weight(name), rank, solver)
+        return self._svds[key]
+
+    def collect(self, layers: tuple[str, ...], quantities: tuple[str, ...]) -> None:
+        """Measure what is missing of these quantities, for all these layers in one pass."""
+        missing = tuple(need for need in quantities if any((name, need) not in self._statistics for name in layers))
+        if missing:
+            for name, found in collect(self.network, layers, self.data, missing).items():
+                self._statistics |= {(name, need): found[need] for need in missing}
 
     def weight_scores(self, name: str) -> Scores:
         """Scores by magnitude of the original weight."""
         return weight_scores(self.weight(name))
 
     def activation_scores(self, name: str) -> Scores:
-        """Scores by mean activation."""
-        return Scores(self.statistics[name]["input_abs"], self.statistics[name]["output_abs"])
+        """Scores by mean activation; the quantities were collected."""
+        return Scores(self._statistics[name, "input_abs"], self._statistics[name, "output_abs"])
 
-    def cost(self, name: str, reduced_rank: int, baseline: Baseline, loss: LossName | None) -> CostScores:
-        """Exact costs of shortening single neurons."""
-        return cost_scores(self._scored, self.data, name, self.svd(name), reduced_rank, baseline, loss)
-
-    def compress_now(self, name: str, factors: Factors) -> None:
-        """From here on costs are measured with this layer already compressed."""
-        self._compressed[name] = factors
-        self._scored = self.network.with_weights(
-            {key: form.dense() for key, form in self._compressed.items()}, self.data
-        )
+    def cost(
+        self,
+        name: str,
+        svd: SVD,
+        reduced_rank: int,
+        baseline: Baseline,
+        loss: LossName | None,
+        compressed: dict[str, Factors] | None = None,
+    ) -> CostScores:
+        """Exact costs of shortening single neurons, where asked with other layers already ``compressed``."""
+        if compressed:
+            network = self.network.with_weights({key: form.dense() for key, form in compressed.items()}, self.data)
+            return cost_scores(network, self.data, name, svd, reduced_rank, baseline, loss)
+        key = (name, len(svd.s), reduced_rank, baseline, loss)
+        if key not in self._costs:
+            self._costs[key] = cost_scores(self.network, self.data, name, svd, reduced_rank, baseline, loss)
+        return self._costs[key]
 
 
 class Decision(NamedTuple):
@@ -114,11 +128,15 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method; ``decide`` yields one decision per layer, ``build`` rebuilds factors from a saved plan."""
+    """A registered method.
+
+    ``decide(problem, layers, settings)`` yields one decision per layer; ``build(weight, layer_plan, settings)`` rebuilds
+    the factors of a saved plan.
+    """
 
     name: str
     settings: type[Settings]
-    decide: Callable[[Problem], Iterator[Decision]]
+    decide: Callable[[Problem, tuple[str, ...], Any], Iterator[Decision]]
     build: Callable[[Tensor, LayerPlan, Any], Factors]
 
     @property

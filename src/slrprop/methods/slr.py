@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from slrprop.checks import require_choice, require_rate, share
-from slrprop.factors import SparseLowRank
+from slrprop.factors import Factors, SparseLowRank
 from slrprop.linalg import truncated_svd
 from slrprop.losses import LossName
 from slrprop.methods.base import Decision, Method, Problem, Settings, require_loss
 from slrprop.plan import LayerPlan, unpack
-from slrprop.relevance.cost import Baseline
+from slrprop.relevance.cost import Baseline, CostScores
 from slrprop.relevance.simple import Scores, combined
 
 CRITERIA = ("weight", "activation", "cost", "cost+weight", "cost+activation")
@@ -88,34 +88,36 @@ def kept(scores: Tensor, sparsity_rate: float) -> Tensor:
     return mask
 
 
-def shortened(problem: Problem, name: str, scores: Scores) -> Decision:
+def cost_of(
+    problem: Problem, name: str, settings: ShortenSettings, compressed: dict[str, Factors] | None = None
+) -> CostScores:
+    """The costs of a layer's neurons under these settings."""
+    svd = problem.svd(name, settings.rank, settings.solver)
+    before = compressed if settings.order == "sequential" else None
+    return problem.cost(name, svd, settings.reduced_rank, settings.baseline, settings.loss, before)
+
+
+def shortened(problem: Problem, name: str, settings: ShortenSettings, scores: Scores) -> Decision:
     """Shorten a layer's least relevant neurons."""
-    settings = problem.settings
-    assert isinstance(settings, ShortenSettings)
     rows, columns = (kept(side, settings.sparsity_rate) for side in scores)
-    factors = SparseLowRank.shorten(problem.svd(name), settings.reduced_rank, ~rows, ~columns)
-    if settings.order == "sequential":
-        problem.compress_now(name, factors)
-    return Decision(name, factors, rows, columns)
+    svd = problem.svd(name, settings.rank, settings.solver)
+    return Decision(name, SparseLowRank.shorten(svd, settings.reduced_rank, ~rows, ~columns), rows, columns)
 
 
-def _scores(problem: Problem, name: str, settings: SLRSettings) -> Scores:
-    parts = []
-    for part in settings.criterion.split("+"):
-        if part == "cost":
-            cost = problem.cost(name, settings.reduced_rank, settings.baseline, settings.loss)
-            parts.append(Scores(cost.rows, cost.columns))
-        else:
-            parts.append(problem.weight_scores(name) if part == "weight" else problem.activation_scores(name))
-    return parts[0] if len(parts) == 1 else combined(*parts)
-
-
-def decide(problem: Problem) -> Iterator[Decision]:
+def decide(problem: Problem, layers: tuple[str, ...], settings: SLRSettings) -> Iterator[Decision]:
     """Every layer by itself, from the last to the first."""
-    settings = problem.settings
-    assert isinstance(settings, SLRSettings)
-    for name in reversed(problem.layers):
-        yield shortened(problem, name, _scores(problem, name, settings))
+    compressed: dict[str, Factors] = {}
+    for name in reversed(layers):
+        parts = []
+        for part in settings.criterion.split("+"):
+            if part == "cost":
+                cost = cost_of(problem, name, settings, compressed)
+                parts.append(Scores(cost.rows, cost.columns))
+            else:
+                parts.append(problem.weight_scores(name) if part == "weight" else problem.activation_scores(name))
+        decision = shortened(problem, name, settings, parts[0] if len(parts) == 1 else combined(*parts))
+        compressed[name] = decision.factors
+        yield decision
 
 
 def build(weight: Tensor, layer: LayerPlan, settings: ShortenSettings) -> SparseLowRank:

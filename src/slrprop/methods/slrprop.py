@@ -8,8 +8,9 @@ from torch import Tensor
 
 from slrprop.checks import require_choice
 from slrprop.errors import SlrpropError
+from slrprop.factors import Factors
 from slrprop.methods.base import Decision, Method, Problem
-from slrprop.methods.slr import ShortenSettings, build, shortened
+from slrprop.methods.slr import ShortenSettings, build, cost_of, shortened
 from slrprop.network.torch import TorchNetwork
 from slrprop.relevance.simple import Scores, propagated
 
@@ -60,22 +61,24 @@ def response_layers(network: TorchNetwork, frl: str | None) -> tuple[str, ...]:
     return tuple(names)
 
 
-def decide(problem: Problem) -> Iterator[Decision]:
+def decide(problem: Problem, layers: tuple[str, ...], settings: SLRPropSettings) -> Iterator[Decision]:
     """From the FRL back: columns by cost; rows by cost at the FRL and by propagated relevance before it."""
-    settings = problem.settings
-    assert isinstance(settings, SLRPropSettings)
-    layers = settings.eligible(problem.network)
+    path = settings.eligible(problem.network)
+    compressed: dict[str, Factors] = {}
     relevance: Tensor | None = None  # of the current layer's outputs
-    for name in reversed(layers[layers.index(problem.layers[0]) :]):
-        if relevance is None or name in problem.layers:
-            rows, columns, _ = problem.cost(name, settings.reduced_rank, settings.baseline, settings.loss)
+    for name in reversed(path[path.index(layers[0]) :]):
+        if relevance is None or name in layers:
+            rows, columns, _ = cost_of(problem, name, settings, compressed)
         if relevance is not None:
-            original = settings.propagate == "original"
-            weight = problem.weight(name) if original else problem.svd(name).left @ problem.svd(name).vt
-            rows = propagated(weight, relevance)
+            svd = problem.svd(name, settings.rank, settings.solver)
+            rows = propagated(
+                problem.weight(name) if settings.propagate == "original" else svd.left @ svd.vt, relevance
+            )
         relevance = rows
-        if name in problem.layers:
-            yield shortened(problem, name, Scores(rows, columns))
+        if name in layers:
+            decision = shortened(problem, name, settings, Scores(rows, columns))
+            compressed[name] = decision.factors
+            yield decision
 
 
 METHOD = Method("slrprop", SLRPropSettings, decide, build)

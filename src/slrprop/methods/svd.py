@@ -22,10 +22,10 @@ class SVDSettings(Settings):
         return self.rank * (m + n)
 
 
-def decide(problem: Problem) -> Iterator[Decision]:
+def decide(problem: Problem, layers: tuple[str, ...], settings: SVDSettings) -> Iterator[Decision]:
     """Every layer by itself."""
-    for name in problem.layers:
-        yield Decision(name, LowRank.from_svd(problem.svd(name)))
+    for name in layers:
+        yield Decision(name, LowRank.from_svd(problem.svd(name, settings.rank, settings.solver)))
 
 
 def build(weight: Tensor, layer: LayerPlan, settings: SVDSettings) -> LowRank:

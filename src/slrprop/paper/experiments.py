@@ -49,7 +49,7 @@ EXPERIMENTS = {
     experiment.name: experiment
     for experiment in (
         Experiment("lenet5-mnist", "mnist", LeNet5, ("fc3", "fc4"), (2, 4, 8, 16, 32), 10_000, 15, 64, 3e-3, shifted),
-        Experiment("room-mlp", "room", RoomMLP, ("fc2", "fc3"), (2, 4, 8, 16), 1_000, 4, 128, 2e-4),
+        Experiment("room-mlp", "room", RoomMLP, ("fc2", "fc3"), (2, 4, 8, 16), 1_000, 4, 64, 1e-4),
     )
 }
 
@@ -83,14 +83,13 @@ def fit(model: nn.Module, experiment: Experiment, data: Dataset, label: str) -> 
 
 def trained(experiment: Experiment, seed: int, data: Dataset, folder: Path) -> nn.Module:
     """The experiment's network trained from ``seed``; read from ``folder`` if it was trained there before."""
-    model = experiment.network()
     path = folder / f"{experiment.name}-seed{seed}.safetensors"
-    if path.exists():
-        model.load_state_dict(load_file(path))
-        return model.eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = experiment.network()
+        if path.exists():
+            model.load_state_dict(load_file(path))
+            return model.eval()
         fit(model, experiment, data, f"{experiment.name} seed {seed}")
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:

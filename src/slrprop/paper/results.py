@@ -123,9 +123,8 @@ def figure(experiment: Experiment, results: list[Result], title: str) -> Any:
             if rank in rates and (experiment.name, method, rank) in theirs
         ]
         if given:
-            axes.scatter(
-                *zip(*given, strict=True), color=colour, marker=marker, s=55, label=f"{method}, published", zorder=3
-            )
+            xs, ys = zip(*given, strict=True)
+            axes.scatter(xs, ys, s=55, color=colour, marker=marker, label=f"{method}, published", zorder=3)
     if originals := grouped.get((ORIGINAL, 0)):
         mean, _ = spread([result.accuracy for result in originals])
         axes.axhline(mean, color="black", linewidth=0.8, linestyle=":", label=f"original, {mean:.2f} %")

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
-from slrprop.api import apply, plan
+from slrprop.api import apply, plan_problem
 from slrprop.data import Data
 from slrprop.measure import measure
+from slrprop.methods import Problem
 from slrprop.methods.slr import CRITERIA
+from slrprop.network import TorchNetwork
 from slrprop.paper.datasets import Dataset
 from slrprop.paper.experiments import Experiment, trained
 from slrprop.paper.store import Result, Store
@@ -39,15 +40,13 @@ def _cells(experiment: Experiment) -> Iterator[tuple[str, int]]:
             yield method, rank
 
 
-def measure_cell(experiment: Experiment, model: nn.Module, data: Dataset, seed: int, method: str, rank: int) -> Result:
+def measure_cell(experiment: Experiment, problem: Problem, data: Dataset, seed: int, method: str, rank: int) -> Result:
     """Compress by one method at one rank and measure on the whole test set."""
     start, rate = time.perf_counter(), 1.0
-    small = model
+    small = problem.network.model
     if method != ORIGINAL:
-        made = plan(
-            model, calibration(experiment, data, seed), layers=list(experiment.layers), rank=rank, **METHODS[method]
-        )
-        small = apply(model, made)
+        made = plan_problem(problem, layers=experiment.layers, rank=rank, **METHODS[method])
+        small = apply(small, made)
         before_frl = next((layer for layer in made.layers if layer.name == experiment.layers[0]), None)
         if before_frl is not None:
             rate = before_frl.numbers / (before_frl.shape[0] * before_frl.shape[1])
@@ -65,9 +64,10 @@ def run(experiment: Experiment, data: Dataset, folder: Path, seeds: int, store: 
         for method, rank in _cells(experiment)
         if (experiment.name, seed, method, rank) not in done
     ]
-    model, of_seed = experiment.network(), -1
+    problem, of_seed = None, None
     for seed, method, rank in tqdm(missing, desc=experiment.name, unit="row"):
-        if seed != of_seed:
-            model, of_seed = trained(experiment, seed, data, folder), seed
-        store.add(measure_cell(experiment, model, data, seed, method, rank))
+        if problem is None or seed != of_seed:
+            samples = calibration(experiment, data, seed)
+            problem, of_seed = Problem(TorchNetwork(trained(experiment, seed, data, folder), samples), samples), seed
+        store.add(measure_cell(experiment, problem, data, seed, method, rank))
     return len(missing)

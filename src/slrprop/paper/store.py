@@ -1,9 +1,11 @@
 """Results row by row in a database, so that a killed run goes on where it stopped."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sqlalchemy import Column, Float, Integer, MetaData, String, Table, create_engine, insert, select
+from sqlalchemy.schema import CreateTable
 
 _TYPES = {str: String, int: Integer, float: Float}
 
@@ -50,8 +52,9 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._engine = create_engine(f"sqlite:///{path}")
-        _TABLE.metadata.create_all(self._engine)
+        self._engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 60})
+        with self._engine.begin() as connection:
+            connection.execute(CreateTable(_TABLE, if_not_exists=True))
 
     def add(self, result: Result) -> None:
         """Keep a row."""
@@ -64,4 +67,6 @@ class Store:
         if experiment is not None:
             query = query.where(_TABLE.c.experiment == experiment)
         with self._engine.connect() as connection:
-            return [Result(**row._mapping) for row in connection.execute(query)]
+            rows = [dict(row._mapping) for row in connection.execute(query)]
+        # SQLite keeps NaN as NULL
+        return [Result(**{name: math.nan if value is None else value for name, value in row.items()}) for row in rows]

@@ -1,0 +1,59 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from slrprop import cli
+from slrprop.demo import Row
+
+runner = CliRunner()
+
+
+def test_methods_are_listed_with_needs_and_source():
+    listed = {item["method"]: item for item in json.loads(runner.invoke(cli.app, ["methods", "--json"]).stdout)}
+    assert listed.keys() == {"svd", "slr", "slrprop"}
+    assert listed["svd"]["needs"] == [] and listed["slrprop"]["needs"] == ["cost"]
+    assert "Sensors 23(5):2718" in listed["slrprop"]["source"]
+    table = runner.invoke(cli.app, ["methods"]).stdout
+    assert "weights only" in table and "sparsity_rate=0.5" in table
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["methods"], ["demo"], ["paper", "run"], ["paper", "table"], ["paper", "figures"]]
+)
+def test_every_command_has_help_with_an_example(command):
+    result = runner.invoke(cli.app, [*command, "--help"])
+    assert result.exit_code == 0 and ("Example:" in result.stdout or not command)
+
+
+def test_a_mistake_is_one_sentence_and_no_traceback(tmp_path):
+    command = [
+        sys.executable,
+        "-c",
+        "from slrprop.cli import main; main()",
+        "paper",
+        "table",
+        "vgg",
+        "--run-dir",
+        str(tmp_path),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.strip() == "error: no experiment is called 'vgg'; there are lenet5-mnist, room-mlp"
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = runner.invoke(cli.app, ["demo"])
+    assert result.exit_code != 0
+    assert "install it with: pip install 'slrprop[paper]'" in str(result.exception)
+
+
+def test_the_demo_says_what_it_chose(monkeypatch, tmp_path):
+    rows = [Row("original", 1000, 4000, 97.0, 96.0, 1e-4), Row("svd, rank 2", 100, 400, 96.5, 95.5, 2e-5)]
+    monkeypatch.setattr("slrprop.demo.run", lambda output: (rows, rows[1]))
+    text = runner.invoke(cli.app, ["demo", "--output", str(tmp_path)]).stdout
+    assert "svd, rank 2: 10.0x smaller, 5.0x faster, test accuracy 96.0 -> 95.5 %" in text
+    assert json.loads(runner.invoke(cli.app, ["demo", "--json"]).stdout)["chosen"] == "svd, rank 2"

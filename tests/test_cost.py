@@ -1,0 +1,145 @@
+"""The exact cost scores against their literal definition."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from slrprop import SlrpropError, relevance
+from slrprop.data import Data
+from slrprop.linalg import truncated_svd
+from slrprop.network import TorchNetwork
+from slrprop.relevance import changes
+from slrprop.relevance.cost import cost_scores
+from tests.oracle import naive_cost
+
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "sigmoid": nn.Sigmoid, "identity": nn.Identity}
+POSITIONS = ("first", "second", "third", "last")
+LOSSES = ("cross_entropy", "kl", "squared")
+
+
+def normalised(width):
+    norm = nn.BatchNorm1d(width)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    return norm
+
+
+def chain(activation, dtype):
+    """Four dense layers with batch norm before one activation and after another."""
+    torch.manual_seed(3)
+    act = ACTIVATIONS[activation]
+    layers = dict(
+        first=nn.Linear(9, 22), a=act(), second=nn.Linear(22, 18), norm=normalised(18), b=act(),
+        third=nn.Linear(18, 14), c=act(), after=normalised(14), drop=nn.Dropout(), last=nn.Linear(14, 5),
+    )  # fmt: skip
+    model = nn.Sequential()
+    for name, layer in layers.items():
+        if isinstance(layer, nn.Linear):
+            layer.weight.data *= 2
+        model.add_module(name, layer)
+    return model.to(dtype).eval(), torch.randn(40, 9, dtype=dtype), torch.randint(0, 5, (40,))
+
+
+def compare(model, x, y, name, loss="cross_entropy", rank=4, reduced=1, baseline="truncated"):
+    """Largest difference to the oracle, relative to the largest loss that is compared where that is above 1."""
+    labels = y if loss == "cross_entropy" else None
+    data = Data((x, labels), batch_size=17)
+    network = TorchNetwork(model, data)
+    svd = truncated_svd(network.weight(name), min(rank, *network.weight(name).shape))
+    fast = cost_scores(network, data, name, svd, reduced, baseline, loss)
+    rows, columns = naive_cost(model, network.modules[name], svd, reduced, x, labels, loss, baseline=baseline)
+    assert fast.rows.dtype == fast.columns.dtype == torch.float64
+    scale = max(1.0, fast.baseline + max(float(rows.max()), float(columns.max())))
+    return max(float((fast.rows - rows).abs().max()), float((fast.columns - columns).abs().max())) / scale
+
+
+@pytest.fixture(params=["wide kernels", "pairs kernel"])
+def kernels(request, monkeypatch):
+    monkeypatch.setattr(changes, "WIDE", 2 if request.param == "wide kernels" else 10**9)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", POSITIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_equals_the_definition(activation, name, loss, kernels):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        assert compare(*chain(activation, dtype), name, loss) < tolerance
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", POSITIONS)
+def test_any_suffix_equals_the_definition(name, loss, monkeypatch):
+    """The way for networks that are no chain, on one where the oracle's answer is known."""
+    monkeypatch.setattr(TorchNetwork, "chain", lambda self, name: None)
+    for activation in ("relu", "tanh"):
+        assert compare(*chain(activation, torch.float64), name, loss) < 1e-12
+        assert compare(*chain(activation, torch.float32), name, loss) < 1e-6
+
+
+@pytest.mark.parametrize("baseline", ["truncated", "original"])
+@pytest.mark.parametrize("name", POSITIONS)
+def test_baselines(name, baseline):
+    assert compare(*chain("relu", torch.float64), name, baseline=baseline) < 1e-12
+
+
+@pytest.mark.parametrize("rank", [1, 5])
+def test_reduced_rank_zero_removes_the_neuron(rank, kernels):
+    assert compare(*chain("relu", torch.float64), "third", rank=rank, reduced=0) < 1e-12
+
+
+@pytest.mark.parametrize("scale", [1e-6, 30.0])
+def test_tiny_and_huge_changes(scale, kernels):
+    """Changes of the loss near rounding, and logits that saturate the softmax."""
+    model, x, y = chain("relu", torch.float64)
+    model.get_submodule("last").weight.data *= scale
+    for name in POSITIONS:
+        assert compare(model, x, y, name) < 1e-12
+
+
+def test_wide_kernel_with_many_sign_flips(monkeypatch):
+    """Pre-activations around zero: most units are corrected, or the kernel gives up its linear form."""
+    monkeypatch.setattr(changes, "WIDE", 2)
+    model, x, y = chain("relu", torch.float64)
+    for name in POSITIONS[:3]:
+        model.get_submodule(name).bias.data.zero_()
+    assert compare(model, x * 1e-3, y, "first") < 1e-12
+    assert compare(model, x * 1e-3, y, "second") < 1e-12
+
+
+def test_sparse_inputs_and_real_data(trained, digits):
+    x, y = digits
+    model = copy.deepcopy(trained).double()
+    for name in ("0", "2", "4"):
+        assert compare(model, x[:200].double(), y[:200], name, rank=8, reduced=4) < 1e-12
+
+
+@pytest.mark.parametrize("ending", [nn.Softmax(-1), nn.LogSoftmax(-1)])
+def test_a_final_softmax_is_seen_through(ending):
+    model, x, y = chain("relu", torch.float64)
+    data = (x, y)
+    want = relevance.cost(model, "third", data, rank=4)
+    got = relevance.cost(nn.Sequential(model, ending), "0.third", data, rank=4)
+    torch.testing.assert_close(got.rows, want.rows, rtol=0, atol=1e-12)
+    torch.testing.assert_close(got.columns, want.columns, rtol=0, atol=1e-12)
+
+
+def test_the_batches_do_not_matter():
+    model, x, y = chain("gelu", torch.float64)
+    whole, parts = (relevance.cost(model, "second", Data((x, y), size), rank=4) for size in (40, 7))
+    torch.testing.assert_close(whole.rows, parts.rows, rtol=0, atol=1e-14)
+    assert abs(whole.baseline - parts.baseline) < 1e-14
+
+
+def test_losses_are_found_from_the_data():
+    model, x, y = chain("relu", torch.float64)
+    for data, loss in (((x, y), "cross_entropy"), (x, "kl"), ((x, model(x).detach()), "squared")):
+        assert torch.equal(
+            relevance.cost(model, "third", data, rank=4).rows,
+            relevance.cost(model, "third", data, rank=4, loss=loss).rows,
+        )
+    with pytest.raises(SlrpropError, match="needs labels, and the data has none"):
+        relevance.cost(model, "third", x, rank=4, loss="cross_entropy")

@@ -1,0 +1,135 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slrprop import SlrpropError
+from slrprop.checks import share
+from slrprop.factors import Dense, LowRank, SparseLowRank
+from slrprop.layers import linear_from
+from slrprop.linalg import SVD, truncated_svd
+from slrprop.methods.slr import SLRSettings
+
+
+@st.composite
+def shortened(draw):
+    """SLR factors of a random weight, and the article's cut of U and V to compare with."""
+    m, n = draw(st.integers(2, 14)), draw(st.integers(2, 14))
+    k = draw(st.integers(1, min(m, n)))
+    rk = draw(st.integers(0, k - 1))
+    rows = torch.tensor(draw(st.lists(st.booleans(), min_size=m, max_size=m)))
+    columns = torch.tensor(draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    svd = truncated_svd(torch.randn(m, n, generator=generator, dtype=torch.float64), k)
+    u, vt = svd.left.clone(), svd.vt.clone()
+    u[rows, rk:] = 0
+    vt[rk:, columns] = 0
+    return SparseLowRank.shorten(svd, rk, rows, columns), u, vt
+
+
+@given(shortened())
+@settings(deadline=None)
+def test_shortened_factors_are_the_articles_cut(case):
+    factors, u, vt = case
+    torch.testing.assert_close(factors.dense(), u @ vt)
+    assert factors.numbers == factors.multiplications == int((u != 0).sum() + (vt != 0).sum())
+
+
+@given(shortened(), st.randoms(use_true_random=False))
+@settings(deadline=None)
+def test_permuted_factors_are_the_permuted_weight(case, random):
+    factors, _, _ = case
+    rows, columns = list(range(factors.shape[0])), list(range(factors.shape[1]))
+    random.shuffle(rows)
+    random.shuffle(columns)
+    moved = factors.permuted(torch.tensor(rows), torch.tensor(columns))
+    torch.testing.assert_close(moved.dense(), factors.dense()[rows][:, columns])
+    assert moved.numbers == factors.numbers
+
+
+@given(shortened(), st.booleans(), st.sampled_from([(), (3,), (2, 3)]), st.booleans())
+@settings(deadline=None)
+def test_layers_compute_with_the_factors(case, has_bias, batch, ordered):
+    factors, _, _ = case
+    if ordered:
+        factors = factors.permuted(factors.row_levels.argsort(), factors.column_levels.argsort(descending=True))
+    bias = torch.arange(factors.shape[1], dtype=torch.float64) if has_bias else None
+    layer = linear_from(factors, bias)
+    x = torch.randn(*batch, factors.shape[0], dtype=torch.float64)
+    want = x @ factors.dense() + (0 if bias is None else bias)
+    torch.testing.assert_close(layer(x), want)
+    assert torch.equal(layer.factors().dense(), factors.dense())
+    torch.testing.assert_close(layer.weight.T, factors.dense())
+    assert sum(p.numel() for p in layer.parameters()) == factors.numbers + (factors.shape[1] if has_bias else 0)
+    if ordered:
+        assert layer.unsort is None
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "want"),
+    [
+        (512, 4096, 2, 6914),
+        (512, 4096, 16, 55312),
+        (4096, 4096, 16, 98320),
+        (400, 120, 8, 3128),
+        (120, 84, 32, 4928),
+        (4000, 4000, 8, 48008),
+    ],
+)
+def test_stored_numbers_of_the_article(m, n, k, want):
+    """The article's formula counts the k singular values; here they are folded into the left factor."""
+    assert SLRSettings(rank=k).stored_numbers(m, n) == want - k
+    if m < 1000:
+        svd = SVD(torch.randn(m, k), torch.ones(k), torch.randn(k, n))
+        short = [torch.arange(side) < share(side, 0.5) for side in (m, n)]
+        assert SparseLowRank.shorten(svd, k // 2, *short).numbers == want - k
+
+
+def test_low_rank_and_dense_sizes():
+    low = LowRank.from_svd(truncated_svd(torch.randn(7, 5), 3))
+    assert (low.shape, low.numbers, low.bytes, low.multiplications) == ((7, 5), 36, 144, 36)
+    dense = Dense(torch.randn(7, 5).double())
+    assert (dense.numbers, dense.bytes) == (35, 280)
+    order = torch.tensor([4, 2, 0, 1, 3])
+    assert torch.equal(low.permuted(columns=order).dense(), low.dense()[:, order])
+
+
+def test_bytes_count_the_levels():
+    factors = SparseLowRank.shorten(truncated_svd(torch.randn(8, 6), 4), 2, torch.arange(8) < 4, torch.arange(6) < 3)
+    assert factors.bytes == 4 * factors.numbers + 8 + 6
+
+
+def test_share_is_exact():
+    assert share(100, 0.29) == 29 and share(10, 0.99) == 9 and share(7, 0.5) == 3
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: LowRank(torch.ones(4, 2), torch.ones(3, 5)), "right factor must have shape 2 x any, got"),
+        (lambda: LowRank(torch.ones(4), torch.ones(3, 5)), "left factor must have shape"),
+        (lambda: Dense(torch.ones(4)), "dense weight must have shape"),
+        (lambda: SparseLowRank((), (), torch.ones(3).byte(), torch.ones(3).byte()), "at least one; got 0 and 0"),
+        (
+            lambda: SparseLowRank((torch.ones(3, 1),), (torch.ones(1, 3),), torch.ones(3), torch.ones(3).byte()),
+            "row levels must be one uint8",
+        ),
+        (
+            lambda: SparseLowRank(
+                (torch.ones(3, 1),), (torch.ones(1, 3),), 2 * torch.ones(3).byte(), torch.ones(3).byte()
+            ),
+            "at most 1",
+        ),
+        (
+            lambda: SparseLowRank((torch.ones(2, 1),), (torch.ones(1, 3),), torch.ones(3).byte(), torch.ones(3).byte()),
+            "left block 0 must have shape 3 x any",
+        ),
+        (
+            lambda: SparseLowRank((torch.ones(3, 2),), (torch.ones(1, 3),), torch.ones(3).byte(), torch.ones(3).byte()),
+            "right block 0 must have shape 2 x 3",
+        ),
+    ],
+)
+def test_inconsistent_shapes_are_refused(build, message):
+    with pytest.raises(SlrpropError, match=message):
+        build()

@@ -1,0 +1,106 @@
+"""The article's experiments, on a tiny network in the place of the large ones; real data where it lies."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from slrprop import SlrpropError
+from slrprop.paper import datasets, results, run
+from slrprop.paper.datasets import Dataset
+from slrprop.paper.experiments import EXPERIMENTS, find_experiment, trained
+from slrprop.paper.networks import LeNet5, RoomMLP
+from slrprop.paper.store import Store
+
+needs_data = pytest.mark.skipif("SLRPROP_DATA" not in os.environ, reason="SLRPROP_DATA names no data folder")
+
+
+@pytest.fixture(scope="module")
+def tiny(digits):
+    x, y = digits
+    x = torch.nn.functional.interpolate(x.view(-1, 1, 8, 8), 32)
+    data = Dataset(x[:600], y[:600], x[600:800], y[600:800])
+    experiment = dataclasses.replace(EXPERIMENTS["lenet5-mnist"], ranks=(2, 8), calibration=60, epochs=2)
+    return experiment, data
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
+    experiment, data = tiny
+    measured, real = [], run.measure_cell
+
+    def stops_at_eleven(*args):
+        if len(measured) == 11:
+            raise KeyboardInterrupt
+        measured.append(args[3:])
+        return real(*args)
+
+    monkeypatch.setattr(run, "measure_cell", stops_at_eleven)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(experiment, data, tmp_path, 1, Store(tmp_path / "results.sqlite"))
+    monkeypatch.setattr(run, "measure_cell", lambda *args: measured.append(args[3:]) or real(*args))
+    store = Store(tmp_path / "results.sqlite")
+    assert len(store.results()) == 11
+    assert run.run(experiment, data, tmp_path, 1, store) == 4
+    assert len(measured) == len(set(measured)) == 15  # 7 methods x 2 ranks and the original: none twice
+    assert run.run(experiment, data, tmp_path, 1, store) == 0
+
+    lines = results.table(experiment, store.results(experiment.name))
+    assert len(lines) == 16 and any("[21.08]" in cell for line in lines for cell in line)
+    results.write_csv(store.results(), tmp_path / "results.csv")
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 16
+    results.figure(experiment, store.results(), "title").savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_training_is_repeatable_and_kept(tiny, tmp_path):
+    experiment, data = tiny
+    state = torch.random.get_rng_state()
+    first, second = (trained(experiment, 1, data, tmp_path / name) for name in "ab")
+    kept = trained(experiment, 1, data, tmp_path / "a")
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]) and torch.equal(value, kept.state_dict()[name])
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_the_networks_are_the_articles():
+    assert [tuple(p.shape) for p in LeNet5().parameters() if p.ndim == 2] == [(120, 400), (84, 120), (10, 84)]
+    assert LeNet5()(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
+    assert [tuple(p.shape) for p in RoomMLP(40).parameters() if p.ndim == 2] == [(40, 16), (40, 40), (40, 40), (4, 40)]
+
+
+def test_published_figures():
+    theirs = results.published()
+    assert theirs["lenet5-mnist", "slr cost", 8]["accuracy"] == 80.47
+    assert theirs["room-mlp", "slrprop", 8]["auc"] == 95.52
+
+
+def test_no_results_and_no_experiment():
+    with pytest.raises(SlrpropError, match="compute them with: slrprop paper run room-mlp"):
+        results.table(EXPERIMENTS["room-mlp"], [])
+    with pytest.raises(SlrpropError, match="no experiment is called 'vgg'"):
+        find_experiment("vgg")
+
+
+def test_a_named_folder_must_hold_the_data(tmp_path):
+    with pytest.raises(SlrpropError, match=r"holds neither room_occupancy.csv nor room_occupancy.csv.xz"):
+        datasets.room(tmp_path)
+    (tmp_path / "room_occupancy.csv").write_text("header\n" + ",".join(["0"] * 19) + "\n")
+    with pytest.raises(SlrpropError, match="not the published"):
+        datasets.room(tmp_path)
+
+
+@needs_data
+def test_real_data():
+    digits, room = datasets.mnist(), datasets.room()
+    assert digits.x_train.shape == (60000, 1, 32, 32) and digits.x_test.shape == (10000, 1, 32, 32)
+    assert room.x_train.shape == (9129, 16) and float((room.y_test == 0).double().mean()) == 0.175
+    torch.testing.assert_close(room.x_train.mean(0), torch.zeros(16), atol=1e-5, rtol=0)
+
+
+def test_the_committed_results_are_complete():
+    """Every row of the sweep is in the export that the documentation shows."""
+    for name, experiment in EXPERIMENTS.items():
+        path = Path(__file__).parents[1] / "docs" / "paper" / f"{name}.csv"
+        assert len(path.read_text().splitlines()) == 1 + 10 * (1 + 7 * len(experiment.ranks))
