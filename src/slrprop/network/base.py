@@ -47,6 +47,11 @@ class Network(ABC):
         self._paths: dict[str, tuple[list[Element], bool]] = {}
         self._chains: dict[str, Chain | None] = {}
 
+    @property
+    @abstractmethod
+    def numbers(self) -> int:
+        """Floating-point numbers the model stores, shared ones once."""
+
     @abstractmethod
     def weight(self, name: str) -> Tensor:
         """The layer's weight in the articles' orientation, m x n (inputs x outputs)."""
@@ -72,6 +77,11 @@ class Network(ABC):
     @abstractmethod
     def with_weights(self, weights: dict[str, Tensor], data: Data) -> Self:
         """A copy of the network whose named layers have these dense weights (m x n)."""
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(m, n) of a layer's weight."""
+        m, n = self.weight(name).shape
+        return m, n
 
     def fingerprint(self, name: str) -> str:
         """SHA-256 of the layer's weight: the same for equal weights of any network."""

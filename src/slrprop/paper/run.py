@@ -43,6 +43,7 @@ def _cells(experiment: Experiment) -> Iterator[tuple[str, int]]:
 def measure_cell(experiment: Experiment, problem: Problem, data: Dataset, seed: int, method: str, rank: int) -> Result:
     """Compress by one method at one rank and measure on the whole test set."""
     start, rate = time.perf_counter(), 1.0
+    assert isinstance(problem.network, TorchNetwork)
     small = problem.network.model
     if method != ORIGINAL:
         made = plan_problem(problem, layers=experiment.layers, rank=rank, **METHODS[method])

@@ -1,0 +1,412 @@
+"""The graph of an ONNX model: its constants, its dense layers, and what follows a tensor."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from slrprop.errors import SlrpropError
+from slrprop.network.chain import ACTIVATIONS, Affine, Element, Linear
+from slrprop.network.onnx_file import FLOATS, OnnxFile, node_reads
+
+STANDARD = ("", "ai.onnx")
+ACTIVATION_OPS = {"Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid"}
+ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Neg", "Erf", "Exp", "Max", "Min", "Clip", "Cast", "Identity"} | {
+    *ACTIVATION_OPS
+}  # fmt: skip
+MAX_REGION = 16  # nodes that one activation may be made of
+PROBE = np.linspace(-6, 6, 121)
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """A tensor known without data: its shape and dtype, and a way to its numbers. ``root`` is what stores them."""
+
+    root: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    load: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A dense layer: node number ``index`` multiplies ``x`` (..., m) by a constant, ``y`` (..., n) is its output.
+
+    ``bias`` is the tensor that is added, by ``adder`` (this node for Gemm, an Add node for MatMul).
+    """
+
+    index: int
+    x: str
+    y: str
+    weight: str
+    shape: tuple[int, int]
+    bias: str | None = None
+    adder: int | None = None
+    alpha: float = 1.0
+    beta: float = 1.0
+    trans_a: bool = False
+    trans_b: bool = False
+
+
+def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
+    """An attribute's value."""
+    return next((helper.get_attribute_value(item) for item in node.attribute if item.name == name), default)
+
+
+class Graph:
+    """Who makes and who reads each tensor, which tensors are constant, and which nodes are dense layers."""
+
+    def __init__(self, file: OnnxFile) -> None:
+        self.file = file
+        self.nodes = list(file.proto.graph.node)
+        self.reads = [node_reads(node) for node in self.nodes]
+        self.maker: dict[str, int] = {}
+        self.readers: dict[str, list[int]] = defaultdict(list)
+        for index, node in enumerate(self.nodes):
+            for name in node.output:
+                if name and self.maker.setdefault(name, index) != index:
+                    raise SlrpropError(f"'{file.path}' is no valid graph: two nodes make tensor '{name}'")
+            for name in dict.fromkeys(self.reads[index]):
+                self.readers[name].append(index)
+        self.outputs = {value.name for value in file.proto.graph.output}
+        self.constants = self._constants()
+        stored = {tensor.name for tensor in file.proto.graph.initializer}
+        self.inputs = [value for value in file.proto.graph.input if value.name not in stored]
+        self.main = self._main_output()
+        self.layers = self._dense_layers()
+        self.by_index = {layer.index: name for name, layer in self.layers.items()}
+        self._ranks: dict[str, int] | None = None
+        self.ending = self._ending()
+
+    def standard(self, node: NodeProto) -> str:
+        """The node's operator where it is a standard one, else an empty text."""
+        return node.op_type if node.domain in STANDARD else ""
+
+    def _constants(self) -> dict[str, Constant]:
+        """Initializers, Constant nodes, and what Identity, Transpose, Cast and Reshape make of them."""
+        found: dict[str, Constant] = {}
+
+        def from_tensor(tensor: TensorProto, name: str, load: Callable[[], np.ndarray]) -> None:
+            if tensor.data_type not in (TensorProto.STRING, TensorProto.UNDEFINED):
+                dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+                found[name] = Constant(name, tuple(tensor.dims), dtype, load)
+
+        for tensor in self.file.proto.graph.initializer:
+            from_tensor(tensor, tensor.name, partial(self.file.array, tensor.name))
+        for node in self.nodes:
+            op = self.standard(node)
+            if op == "Constant" and node.output:
+                value = attribute(node, "value")
+                if isinstance(value, TensorProto):
+                    from_tensor(value, node.output[0], partial(numpy_helper.to_array, value))
+                elif (plain := next((attribute(node, key) for key in ("value_float", "value_floats", "value_int", "value_ints") if attribute(node, key) is not None), None)) is not None:  # fmt: skip
+                    array = np.array(plain, np.float32 if "float" in node.attribute[0].name else np.int64)
+                    found[node.output[0]] = Constant(node.output[0], array.shape, array.dtype, array.copy)
+            elif op in ("Identity", "Transpose", "Cast", "Reshape") and node.input and node.input[0] in found:
+                made = self._derived(op, node, found)
+                if made is not None:
+                    found[node.output[0]] = made
+        return found
+
+    @staticmethod
+    def _derived(op: str, node: NodeProto, found: dict[str, Constant]) -> Constant | None:
+        base = found[node.input[0]]
+        if op == "Identity":
+            return base
+        if op == "Transpose":
+            axes = tuple(attribute(node, "perm", range(len(base.shape))[::-1]))
+            if sorted(axes) != list(range(len(base.shape))):
+                return None
+            return Constant(
+                base.root, tuple(base.shape[axis] for axis in axes), base.dtype, lambda: base.load().transpose(axes)
+            )
+        if op == "Cast":
+            to = FLOATS.get(attribute(node, "to"))
+            return None if to is None else Constant(base.root, base.shape, np.dtype(to), lambda: base.load().astype(to))
+        target = found.get(node.input[1]) if len(node.input) > 1 else None
+        if target is None or len(target.shape) != 1 or target.shape[0] > 8:
+            return None
+        sides = [
+            base.shape[i] if side == 0 and i < len(base.shape) else int(side) for i, side in enumerate(target.load())
+        ]
+        count = int(np.prod(base.shape, dtype=object))
+        rest = int(np.prod([side for side in sides if side != -1], dtype=object))
+        shape = tuple(count // max(rest, 1) if side == -1 else side for side in sides)
+        if int(np.prod(shape, dtype=object)) != count:
+            return None
+        return Constant(base.root, shape, base.dtype, lambda: base.load().reshape(shape))
+
+    def _main_output(self) -> str:
+        """The tensor that quality is judged by: the output called ``logits``, or the first that holds real numbers."""
+        outputs = list(self.file.proto.graph.output)
+        outputs.sort(key=lambda value: value.name != "logits")
+        for value in outputs:
+            maker = self.nodes[self.maker[value.name]] if value.name in self.maker else None
+            if maker is not None and maker.op_type == "ZipMap" and maker.input:
+                return maker.input[0]
+            kind = value.type.WhichOneof("value")
+            if kind in (None, "tensor_type") and value.type.tensor_type.elem_type in (0, *FLOATS):
+                return value.name
+        raise SlrpropError(f"'{self.file.path}' has no output of real numbers to judge it by")
+
+    def _dense_layers(self) -> dict[str, Dense]:
+        found: dict[str, Dense] = {}
+        for index, node in enumerate(self.nodes):
+            op = self.standard(node)
+            layer = self._gemm(index, node) if op == "Gemm" else self._matmul(index, node) if op == "MatMul" else None
+            if layer is not None:
+                name = node.name if node.name and node.name not in found else layer.y
+                found[name if name not in found else f"{name}#{index}"] = layer
+        return found
+
+    def _matrix(self, name: str) -> Constant | None:
+        found = self.constants.get(name)
+        known = found is not None and len(found.shape) == 2 and min(found.shape) > 0 and found.dtype in FLOATS.values()
+        return found if known else None
+
+    def _gemm(self, index: int, node: NodeProto) -> Dense | None:
+        if len(node.input) < 2 or node.input[0] in self.constants or (weight := self._matrix(node.input[1])) is None:
+            return None
+        trans_b = bool(attribute(node, "transB", 0))
+        m, n = weight.shape[::-1] if trans_b else weight.shape
+        bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
+        if bias is not None and not self._is_row(bias, n):
+            return None  # added numbers that differ from sample to sample: no bias
+        alpha, beta = float(attribute(node, "alpha", 1.0)), float(attribute(node, "beta", 1.0))
+        trans_a = bool(attribute(node, "transA", 0))
+        return Dense(
+            index, node.input[0], node.output[0], node.input[1], (m, n), bias, index, alpha, beta, trans_a, trans_b
+        )
+
+    def _matmul(self, index: int, node: NodeProto) -> Dense | None:
+        if len(node.input) != 2 or node.input[0] in self.constants or (weight := self._matrix(node.input[1])) is None:
+            return None
+        m, n = weight.shape
+        y, bias, adder = node.output[0], None, None
+        readers = self.readers[y]
+        if len(readers) == 1 and y not in self.outputs and self.standard(after := self.nodes[readers[0]]) == "Add":
+            others = [name for name in after.input if name != y]
+            if len(others) == 1 and self._is_row(others[0], n) and len(self.constants[others[0]].shape) == 1:
+                y, bias, adder = after.output[0], others[0], readers[0]
+        return Dense(index, node.input[0], y, node.input[1], (m, n), bias, adder)
+
+    def _is_row(self, name: str, n: int) -> bool:
+        """Whether a tensor is a constant (n,) or (1, n), or one number for all."""
+        found = self.constants.get(name)
+        return found is not None and found.dtype in FLOATS.values() and found.shape in ((n,), (1, n), (1,), ())
+
+    def weight(self, layer: Dense) -> np.ndarray:
+        """The numbers that ``x`` is multiplied by (m x n), alpha included."""
+        value = self.constants[layer.weight].load()
+        value = value.T if layer.trans_b else value
+        return value if layer.alpha == 1 else (value * np.asarray(layer.alpha, value.dtype))
+
+    def bias(self, layer: Dense) -> np.ndarray | None:
+        """What is added (n,), beta included."""
+        if layer.bias is None:
+            return None
+        value = self.constants[layer.bias].load().reshape(-1)
+        value = np.broadcast_to(value, layer.shape[1:])
+        return value if layer.beta == 1 else value * np.asarray(layer.beta, value.dtype)
+
+    def tied(self) -> dict[str, list[str]]:
+        """For every dense layer, what else uses the numbers of its weight."""
+        uses: dict[str, list[int]] = defaultdict(list)
+        for name, constant in self.constants.items():
+            if name in self.outputs:
+                uses[constant.root].append(-1)
+            uses[constant.root] += [i for i in self.readers[name] if self.nodes[i].output[0] not in self.constants]
+
+        def label(index: int) -> str:
+            if index < 0:
+                return "an output of the model"
+            return self.by_index.get(index) or self.nodes[index].name or self.nodes[index].output[0]
+
+        return {
+            name: [label(index) for index in uses[self.constants[layer.weight].root] if index != layer.index]
+            for name, layer in self.layers.items()
+        }
+
+    def rank(self, name: str) -> int | None:
+        """How many axes a tensor has, where that can be known without data."""
+        if self._ranks is None:
+            self._ranks = {}
+            try:
+                inferred = onnx.shape_inference.infer_shapes(self.file.proto).graph
+            except Exception:  # what can't be inferred is unknown
+                inferred = self.file.proto.graph
+            for value in (*inferred.value_info, *inferred.input, *inferred.output):
+                if value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape"):
+                    self._ranks[value.name] = len(value.type.tensor_type.shape.dim)
+        return self._ranks.get(name)
+
+    def after(self, names: set[str]) -> set[int]:
+        """The nodes that depend on any of these tensors."""
+        found: set[int] = set()
+        reached = set(names)
+        for index, node in enumerate(self.nodes):
+            if not reached.isdisjoint(self.reads[index]):
+                found.add(index)
+                reached.update(node.output)
+        return found
+
+    def before(self, name: str) -> set[int]:
+        """The nodes that a tensor depends on."""
+        found: set[int] = set()
+        open_names = [name]
+        while open_names:
+            index = self.maker.get(open_names.pop())
+            if index is not None and index not in found:
+                found.add(index)
+                open_names += self.reads[index]
+        return found
+
+    def _ending(self) -> str | None:
+        """``softmax`` or ``log_softmax`` where that, over the last axis, makes the main output."""
+        node = self.nodes[self.maker[self.main]] if self.main in self.maker else None
+        kind = (
+            {"Softmax": "softmax", "LogSoftmax": "log_softmax"}.get(self.standard(node)) if node is not None else None
+        )
+        if node is None or kind is None:
+            return None
+        axis = attribute(node, "axis", -1 if self.file.opset >= 13 else 1)
+        return kind if axis == -1 or axis + 1 == self.rank(self.main) else None
+
+    def follow(self, layer: Dense) -> tuple[list[Element], bool]:
+        """What happens to a layer's output, as long as it is element-wise or dense and its only use.
+
+        Returns:
+            The elements, and whether they end at the network's main output (a final softmax is left out).
+        """
+        elements: list[Element] = []
+        tensor, width, flat = layer.y, layer.shape[1], self.standard(self.nodes[layer.index]) == "Gemm"
+        for _ in self.nodes:  # a path is not longer, unless a broken graph goes in circles
+            if tensor == self.main:
+                return elements, True
+            readers = self.readers[tensor]
+            if tensor in self.outputs or not readers:
+                return elements, False
+            if len(readers) == 1:
+                node = self.nodes[readers[0]]
+                if self.ending and self.maker[self.main] == readers[0]:
+                    return elements, True
+                if readers[0] in self.by_index and self.layers[self.by_index[readers[0]]].x == tensor:
+                    name = self.by_index[readers[0]]
+                    following = self.layers[name]
+                    if following.trans_a or following.shape[0] != width:
+                        return elements, False
+                    elements.append(self._linear(name))
+                    tensor, width = following.y, following.shape[1]
+                    continue
+                found = self._element(node, tensor, width, flat)
+                if found is not None:
+                    elements += [found] if found != "same" else []
+                    tensor = node.output[0]
+                    continue
+            region = self._activation(tensor)
+            if region is None:
+                return elements, False
+            elements.append(region[0])
+            tensor = region[1]
+        return elements, tensor == self.main
+
+    def _linear(self, name: str) -> Linear:
+        layer = self.layers[name]
+        weight = tensor_of(self.weight(layer))
+        bias = self.bias(layer)
+        return Linear(weight, weight.new_zeros(layer.shape[1]) if bias is None else tensor_of(bias), name)
+
+    def _element(self, node: NodeProto, tensor: str, width: int, flat: bool) -> Element | None:
+        """The node as an element, ``"same"`` where it changes nothing, None where it is neither."""
+        op = self.standard(node)
+        if not node.input or node.input[0] != tensor:
+            return None
+        if op in ACTIVATION_OPS:
+            return ACTIVATION_OPS[op]
+        if op == "Gelu":
+            return "gelu_tanh" if attribute(node, "approximate", b"none") == b"tanh" else "gelu"
+        if op == "Identity":
+            return "same"
+        if op == "Dropout":
+            training = node.input[2] if len(node.input) > 2 else ""
+            off = not training or (training in self.constants and not self.constants[training].load().any())
+            return "same" if off and not any(self.readers[name] for name in node.output[1:]) else None
+        two_axes = flat or self.rank(tensor) == 2
+        if op == "Flatten" and two_axes and attribute(node, "axis", 1) == 1:
+            return "same"
+        if op == "Reshape" and two_axes and len(node.input) > 1 and node.input[1] in self.constants:
+            return (
+                "same" if self.constants[node.input[1]].load().tolist() in ([-1, width], [0, width], [0, -1]) else None
+            )
+        if op == "BatchNormalization" and two_axes and len(node.input) == 5 and not attribute(node, "training_mode", 0):
+            if any(name not in self.constants for name in node.input[1:]) or len(node.output) > 1:
+                return None
+            gain, shift, mean, var = (tensor_of(self.constants[name].load()) for name in node.input[1:])
+            scale = gain * (var + attribute(node, "epsilon", 1e-5)).rsqrt()
+            return Affine(scale, shift - mean * scale)
+        return None
+
+    def _activation(self, start: str) -> tuple[str, str] | None:
+        """An activation that is written as several element-wise nodes of one tensor, and the tensor it gives.
+
+        Recognised by its values: whatever the nodes are, they are compared with the known functions on [-6, 6].
+        """
+        region: list[int] = []
+        inside = {start}
+        for index in sorted(self.after({start})):
+            node = self.nodes[index]
+            numbers = [name for name in node.input if name and name not in inside]
+            scalar = all(
+                name in self.constants and np.prod(self.constants[name].shape, dtype=object) == 1 for name in numbers
+            )
+            if self.standard(node) not in ELEMENTWISE or not scalar or len(region) == MAX_REGION:
+                if inside.isdisjoint(self.reads[index]):
+                    continue
+                return None
+            region.append(index)
+            inside.update(node.output)
+            end = node.output[0]
+            closed = all(set(self.readers[name]) <= set(region) and name not in self.outputs for name in inside - {end})
+            if closed:
+                name = self._named(start, end, region)
+                if name is not None:
+                    return name, end
+        return None
+
+    def _named(self, start: str, end: str, region: list[int]) -> str | None:
+        dtype = next(
+            (c.dtype for i in region for name in self.nodes[i].input if (c := self.constants.get(name)) is not None),
+            np.dtype(np.float32),
+        )
+        if dtype not in FLOATS.values():
+            return None
+        probe = PROBE.astype(dtype)[:, None]
+        value = helper.make_tensor_value_info(start, helper.np_dtype_to_tensor_dtype(dtype), [None, None])
+        constant = {
+            self.maker[name]
+            for i in region
+            for name in self.nodes[i].input
+            if name in self.constants and name in self.maker
+        }
+        needed = constant | {i for index in constant for i in self.before(self.nodes[index].output[0])}
+        try:
+            got = self.file.session([end], [value], {*region, *needed}).run({start: probe})[end]
+        except Exception:  # not what it looked like
+            return None
+        tolerance = 1e-5 if dtype != np.float16 else 1e-2
+        for name, function in ACTIVATIONS.items():
+            want = function(torch.from_numpy(probe).double()).numpy()
+            if name != "identity" and got.shape == want.shape and np.allclose(got, want, tolerance, tolerance):
+                return name
+        return None
+
+
+def tensor_of(array: np.ndarray) -> torch.Tensor:
+    """Numbers to compute with: a contiguous copy, half precision as float32."""
+    return torch.from_numpy(np.array(array, np.float32 if array.dtype == np.float16 else array.dtype, order="C"))
