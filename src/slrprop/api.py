@@ -228,7 +228,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         forms[first], forms[second] = forms[first].permuted(columns=order), forms[second].permuted(rows=order)
         bias = biases[first]
         biases[first] = None if bias is None else bias[order]
-    return swapped(model, {name: linear_from(form, biases[name]) for name, form in forms.items()})
+    swaps = {name: linear_from(form, biases[name]).to(modules[name].weight.dtype) for name, form in forms.items()}
+    return swapped(model, swaps)
 
 
 def _build(layer: LayerPlan, module: nn.Linear) -> Factors:

@@ -4,7 +4,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,11 @@ def _quiet() -> Iterator[None]:
 def _tensors(result: Any) -> list[Tensor]:
     if isinstance(result, Tensor):
         return [result]
-    values = list(result.values()) if hasattr(result, "values") else list(result)
+    if not isinstance(result, (Mapping, tuple, list)):
+        raise SlrpropError(
+            f"the model can't be exported to ONNX: it returns {type(result).__name__}, not tensors or tuples or mappings of them"
+        )
+    values = list(result.values()) if isinstance(result, Mapping) else list(result)
     return [tensor for value in values if value is not None for tensor in _tensors(value)]
 
 
@@ -70,14 +74,20 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_
         raise SlrpropError(
             "the example input has one sample; give two or more, or dynamic_batch=False for a fixed batch of one"
         )
+    if any(tensor.dtype == torch.bfloat16 for tensor in (*inputs, *model.parameters())):
+        raise SlrpropError(
+            "the model can't be exported to ONNX in bfloat16, which ONNX Runtime does not compute on the CPU; convert it with .float()"
+        )
     with evaluating(model):
         want = [tensor.cpu().numpy() for tensor in _tensors(model(*inputs))]
         with replacing(path) as part:
-            shapes = tuple({0: torch.export.Dim("batch")} if dynamic_batch else None for _ in inputs)
+            shapes = torch.export.ShapesCollection()
+            for item in inputs:
+                shapes[item] = {0: torch.export.Dim("batch")}
             try:
                 with _quiet():
                     torch.onnx.export(
-                        model, inputs, str(part), dynamo=True, dynamic_shapes=shapes if dynamic_batch else None,
+                        model, inputs, str(part), dynamo=True, dynamic_shapes=shapes.dynamic_shapes(model, inputs) if dynamic_batch else None,
                         external_data=False, opset_version=OPSET, optimize=True, verbose=False,
                     )  # fmt: skip
                 onnx.checker.check_model(str(part), full_check=True)

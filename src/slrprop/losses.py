@@ -20,8 +20,12 @@ LARGE = 1.0  # beyond a change of this size the log-sum-exp form is the more acc
 
 
 def rows_of(output: Tensor) -> Tensor:
-    """A network's output as (p, c): all but the last axis are samples; a flat output has one column."""
-    return output.reshape(-1, output.shape[-1] if output.ndim > 1 else 1)
+    """A network's output as (p, c), at least in single precision.
+
+    All but the last axis are samples; a flat output has one column.
+    """
+    wide = output if output.dtype == torch.float64 else output.float()
+    return wide.reshape(-1, output.shape[-1] if output.ndim > 1 else 1)
 
 
 def check_labels(labels: Tensor, outputs: Tensor) -> Tensor:

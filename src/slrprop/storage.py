@@ -20,13 +20,13 @@ VERSION = "1"
 
 def _unique_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with tied tensors under their first name only."""
-    seen: dict[tuple[int, torch.Size], str] = {}
+    seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     state = {}
     for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape)
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() and key in seen:
             continue
-        seen[key] = name
+        seen.add(key)
         tensor = tensor.detach().cpu().contiguous()
         state[name] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
     return state
@@ -93,7 +93,8 @@ def _skeleton(model: nn.Module, name: str, kind: str, state: dict[str, Tensor]) 
     linear = dense_modules(model).get(name)
     if linear is None or kind not in KINDS:
         raise SlrpropError(f"the file has a {kind} layer '{name}', but this model has no dense layer of that name")
-    own = {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
+    prefix = f"{name}." if name else ""
+    own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
     try:
         factors = _factors_like(kind, own)
     except (KeyError, IndexError, SlrpropError) as error:

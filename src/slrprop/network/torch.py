@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from slrprop.factors import Dense
 from slrprop.layers import linear_from
 from slrprop.losses import rows_of
 from slrprop.network.chain import ACTIVATIONS, Affine, Chain, Element, Linear, fold
-from slrprop.network.trace import Trace, dense_modules
+from slrprop.network.trace import Path, Trace, dense_modules
 
 
 @contextmanager
@@ -74,12 +75,23 @@ def tied_names(model: nn.Module) -> dict[str, list[str]]:
     }
 
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
 def swapped(model: nn.Module, modules: dict[str, nn.Module]) -> nn.Module:
-    """A deep copy of the model with the named modules in the place of the old ones, wherever those are used."""
+    """A deep copy of the model with the named modules, with the old ones' hooks, in the place of the old ones."""
     memo: dict[int, Any] = {}
     for name, new in modules.items():
         old = model.get_submodule(name)
         new.train(old.training)
+        for hooks in _HOOKS:
+            getattr(new, hooks).update(getattr(old, hooks))
         memo[id(old)] = new.to(device_of(old))
     return copy.deepcopy(model, memo)
 
@@ -103,7 +115,7 @@ class TorchNetwork:
         self.ending: str | None = None
         self.order = tuple(self.modules)
         self.times_called = dict.fromkeys(self.modules, 1)
-        self._paths: dict[str, tuple[list[Element], bool]] = {}
+        self._paths: dict[str, Path] = {}
         self._chains: dict[str, Chain | None] = {}
         for name, module in self.modules.items():
             if not torch.isfinite(module.weight).all() or not (
@@ -118,34 +130,35 @@ class TorchNetwork:
     def _follow(self, data: Data) -> None:
         """Trace the first batch: in which order layers are called, and what follows each."""
         trace = Trace()
-        with evaluating(self.model):
-            batch = next(iter(data)).to(self.device)
-            with trace:
-                output = main_output(self.call(batch))
-        names = {id(module.weight): name for name, module in self.modules.items()}
+        handles = trace.watch(self.modules)
+        try:
+            with evaluating(self.model):
+                batch = next(iter(data)).to(self.device)
+                with trace:
+                    result = self.call(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        output, made = main_output(result), trace.made
         self.ending = trace.ending(output)
-        calls = {name: trace.linear_calls(module.weight) for name, module in self.modules.items()}
-        self.times_called = {name: len(found) for name, found in calls.items()}
-        self.order = tuple(sorted((name for name in calls if calls[name]), key=lambda name: calls[name][0]))
+        for name, module in self.modules.items():
+            # a product outside the modules' own forward reads a weight: such a layer can't be replaced
+            own = sum(len(made[other]) for other, twin in self.modules.items() if twin.weight is module.weight)
+            self.times_called[name] = len(made[name]) if trace.reads(module) <= own else 0
+        self.order = tuple(sorted((name for name in made if self.times_called[name]), key=lambda name: made[name][0]))
         for name in self.order:
-            if len(calls[name]) == 1:
-                elements, whole = self._paths[name] = trace.follow(calls[name][0], output, names)
-                self._chains[name] = (
-                    self._verified(elements, trace.calls[calls[name][0]].result, output) if whole else None
-                )
+            if len(made[name]) == 1:
+                start = made[name][0]
+                self._paths[name] = path = trace.follow(start, result, output)
+                self._chains[name] = fold(path.elements, rows_of(trace.calls[start].result)[0]) if path.whole else None
 
-    def _verified(self, elements: list[Element], y: Tensor, output: Tensor) -> Chain | None:
-        """The chain after a layer, if it reproduces the network's output on the traced batch."""
-        chain = fold(elements, y.reshape(-1, y.shape[-1])[0])
-        if chain is None:
-            return None
-        with torch.no_grad():
-            got = chain.values(y.reshape(-1, y.shape[-1]))[-1]
-        want = rows_of(output)
+    def reproduces(self, chain: Chain, y: Tensor, output: Tensor) -> bool:
+        """Whether the chain after a layer turns its output y (p x n) into the network's output, on this batch."""
+        got, want = chain.values(rows_of(y))[-1], rows_of(output)
         if self.ending:
             got, want = got.log_softmax(-1), self.scores(want).log_softmax(-1)
-        tolerance = 1e-3 if got.dtype != torch.float64 else 1e-9
-        return chain if got.shape == want.shape and torch.allclose(got, want, rtol=tolerance, atol=tolerance) else None
+        tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(y.dtype, 3e-2)
+        return got.shape == want.shape and torch.allclose(got, want, rtol=tolerance, atol=tolerance)
 
     def call(self, batch: Batch) -> Any:
         """The model's result for a batch (use inside :func:`evaluating`).
@@ -185,32 +198,27 @@ class TorchNetwork:
         return None if bias is None else bias.detach()
 
     def chain(self, name: str) -> Chain | None:
-        """What follows a layer, where that is a chain of dense layers up to the network's output."""
+        """What followed a layer on the first batch, where that is a chain of dense layers up to the network's output."""
         return self._chains.get(name)
 
     def next_layer(self, name: str) -> str | None:
         """The dense layer that takes this one's output through element-wise functions and batch norm only."""
-        elements, _ = self._paths.get(name, ([], False))
-        return next((element.name for element in elements if isinstance(element, Linear)), None)
+        return next((element.name for element in self._elements(name) if isinstance(element, Linear)), None)
 
     def feeds_directly(self, name: str) -> str | None:
-        """Like :meth:`next_layer`, but with nothing between that tells features apart (no batch norm)."""
-        elements, _ = self._paths.get(name, ([], False))
-        for element in elements:
-            if isinstance(element, Linear):
-                return element.name
-            if isinstance(element, Affine):
-                return None
-        return None
+        """Like :meth:`next_layer`, where nothing between tells features apart (no batch norm) or reads them."""
+        between = itertools.takewhile(lambda element: not isinstance(element, Linear), self._elements(name))
+        if name not in self._paths or not self._paths[name].private or any(isinstance(e, Affine) for e in between):
+            return None
+        return self.next_layer(name)
 
     def is_last(self, name: str) -> bool:
         """Whether the network's output is this layer's output, element-wise functions and a final softmax aside."""
-        elements, whole = self._paths.get(name, ([], False))
-        return whole and not any(isinstance(element, Linear) for element in elements)
+        return name in self._paths and self._paths[name].whole and self.next_layer(name) is None
 
     def activated(self, name: str, y: Tensor) -> Tensor:
         """A layer's output (p x n) after the batch norm and activation that follow it."""
-        for element in self._paths.get(name, ([], False))[0]:
+        for element in self._elements(name):
             if isinstance(element, Linear):
                 break
             if isinstance(element, Affine):
@@ -218,6 +226,9 @@ class TorchNetwork:
             else:
                 return ACTIVATIONS[element](y)
         return y
+
+    def _elements(self, name: str) -> list[Element]:
+        return self._paths[name].elements if name in self._paths else []
 
     def stream(self, names: tuple[str, ...], data: Data) -> Iterator[Flow]:
         """Run the data through the network batch by batch, with what the named layers saw."""
@@ -231,7 +242,7 @@ class TorchNetwork:
                 return hook
 
             batch = batch.to(self.device)
-            handles = [self.modules[name].register_forward_hook(note(name, calls)) for name in names]
+            handles = [self.modules[name].register_forward_hook(note(name, calls), prepend=True) for name in names]
             try:
                 with evaluating(self.model):
                     output = main_output(self.call(batch))
@@ -250,14 +261,17 @@ class TorchNetwork:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return change(inputs[0])
 
-        handle = self.modules[name].register_forward_hook(hook)
+        handle = self.modules[name].register_forward_hook(hook, prepend=True)
         try:
             with evaluating(self.model):
-                return main_output(self.call(batch))
+                return main_output(self.model(*batch.inputs, **batch.named))
         finally:
             handle.remove()
 
     def with_weights(self, weights: dict[str, Tensor], data: Data) -> "TorchNetwork":
         """A copy of the network whose named layers have these dense weights (m x n)."""
-        modules = {name: linear_from(Dense(weight), self.bias(name)) for name, weight in weights.items()}
+        modules = {
+            name: linear_from(Dense(weight), self.bias(name)).to(self.modules[name].weight.dtype)
+            for name, weight in weights.items()
+        }
         return TorchNetwork(swapped(self.model, modules), data)
