@@ -132,7 +132,9 @@ def _select(network: TorchNetwork, layers: Any, settings: Settings, method: str)
         if not eligible:
             raise SlrpropError("the model has no dense layer (nn.Linear) that is called on this data")
         return eligible, set()
-    patterns = [layers] if isinstance(layers, str) else list(layers)
+    patterns = [layers] if isinstance(layers, str) else layers
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise SlrpropError(f"layers must be a name, a pattern or a list of them, got {layers!r}")
     names: list[str] = []
     for pattern in patterns:
         matches = (
@@ -213,6 +215,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         forms.setdefault(name, Dense(modules[name].weight.detach().T))
 
     for layer in plan.layers:
+        if layer.name in forms:
+            raise SlrpropError(f"the plan treats layer '{layer.name}' twice; the file is damaged")
         take(layer.name)
         forms[layer.name] = _build(layer, modules[layer.name])
     for first, second in plan.feeds.items():
@@ -220,6 +224,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
             continue
         take(first)
         take(second)
+        if first == second:
+            raise SlrpropError(f"the plan says that layer '{first}' feeds itself; the file is damaged")
         if forms[first].shape[1] != forms[second].shape[0]:
             raise SlrpropError(
                 f"the plan says that '{first}' feeds '{second}', whose sizes differ in this model; it was made for another model"
@@ -228,6 +234,10 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         forms[first], forms[second] = forms[first].permuted(columns=order), forms[second].permuted(rows=order)
         bias = biases[first]
         biases[first] = None if bias is None else bias[order]
+    if plan.is_damaged():
+        raise SlrpropError(
+            "the plan is damaged: it differs from its checksum; plan again, or take 'sha256' out of a file that you edited"
+        )
     swaps = {name: linear_from(form, biases[name]).to(modules[name].weight.dtype) for name, form in forms.items()}
     return swapped(model, swaps)
 
@@ -251,7 +261,12 @@ def _build(layer: LayerPlan, module: nn.Linear) -> Factors:
         raise SlrpropError(
             f"the plan's settings of layer '{layer.name}' are not those of method '{layer.method}'; the file is damaged"
         )
-    return method.build(weight.T.contiguous(), layer, method.settings(**layer.settings))
+    built = method.build(weight.T.contiguous(), layer, method.settings(**layer.settings))
+    if built.numbers != layer.numbers:
+        raise SlrpropError(
+            f"the plan says that layer '{layer.name}' takes {layer.numbers} numbers, its settings give {built.numbers}; the file is damaged"
+        )
+    return built
 
 
 def _common_order(first: Factors, second: Factors) -> Tensor:

@@ -131,7 +131,8 @@ Point = SoftmaxPoint | SquaredPoint
 def loss_point(loss: LossName, outputs: Tensor, targets: Tensor | None, original: Tensor) -> Point:
     """The loss at ``outputs`` (p x c), per sample, against labels, real targets, or the ``original`` outputs (p x c)."""
     if loss == "squared":
-        goal = original if targets is None else targets.reshape(len(outputs), -1).to(outputs)
+        goal = original if targets is None else targets.to(outputs)
+        goal = goal.reshape(len(outputs), -1) if goal.numel() % len(outputs) == 0 else goal
         if goal.shape != outputs.shape:
             raise SlrpropError(
                 f"targets of shape {tuple(goal.shape)} can't be compared with outputs of shape {tuple(outputs.shape)}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slrprop.checks import suggestion
 from slrprop.data import Batch, Data
-from slrprop.errors import SlrpropError
+from slrprop.errors import SlrpropError, first_line
 from slrprop.factors import Dense
 from slrprop.layers import linear_from
 from slrprop.losses import rows_of
@@ -168,10 +168,11 @@ class TorchNetwork:
         """
         try:
             return self.model(*batch.inputs, **batch.named)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        except Exception as error:  # somebody else's forward: it may raise anything
             shapes = [tuple(x.shape) for x in (*batch.inputs, *batch.named.values()) if isinstance(x, Tensor)]
-            reason = str(error).strip().split("\n")[0]
-            raise SlrpropError(f"the model can't take data of shape {', '.join(map(str, shapes))}: {reason}") from error
+            raise SlrpropError(
+                f"the model can't take data of shape {', '.join(map(str, shapes))}: {first_line(error)}"
+            ) from error
 
     def scores(self, output: Tensor) -> Tensor:
         """The network's output as class scores (logits), also where it ends in a softmax."""
@@ -181,7 +182,7 @@ class TorchNetwork:
         """Refuse a name that is no dense layer, or one the data never reaches."""
         if name not in self.modules:
             raise SlrpropError(
-                f"no dense layer is called '{name}'{suggestion(name, self.modules)}; the model has {', '.join(self.modules) or 'none'}"
+                f"no dense layer is called '{name}'{suggestion(str(name), self.modules)}; the model has {', '.join(self.modules) or 'none'}"
             )
         if not self.times_called[name]:
             raise SlrpropError(

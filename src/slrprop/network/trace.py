@@ -9,6 +9,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from slrprop.errors import SlrpropError
 from slrprop.network.chain import Affine, Element, Linear
 
 _RELU: list[Any] = [torch.relu, torch.relu_, functional.relu, functional.relu_, Tensor.relu, Tensor.relu_]
@@ -163,11 +164,23 @@ def _element(call: _Call, tensor: Tensor, name: str | None) -> Element | None:
 
 
 def dense_modules(model: nn.Module) -> dict[str, nn.Linear]:
-    """The ``nn.Linear`` modules whose own forward computes the product, by name, each module once."""
-    return {
+    """The ``nn.Linear`` modules whose own forward computes the product, by name, each module once.
+
+    Raises:
+        SlrpropError: not a module, or a layer without values.
+    """
+    if not isinstance(model, nn.Module):
+        raise SlrpropError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    found = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and type(module).forward is nn.Linear.forward
         and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     }
+    for name, module in found.items():
+        if nn.parameter.is_lazy(module.weight) or module.weight.is_meta:
+            raise SlrpropError(
+                f"layer '{name}' is not initialised (it has no values yet); load the model's weights first"
+            )
+    return found

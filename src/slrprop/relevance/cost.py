@@ -1,5 +1,6 @@
 """Cost: how much the loss changes when one neuron is shortened, exactly and without re-running the network."""
 
+import warnings
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -118,7 +119,9 @@ def _general_changes(run: Run, svd: SVD, reduced_rank: int, point: Point) -> tup
         parts = []
         for index in torch.arange(count, device=left.device).split(CANDIDATES_AT_ONCE):
             try:
-                moved = torch.vmap(candidate)(index)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message=".*batching rule")  # slower, but right
+                    moved = torch.vmap(candidate)(index)
             except RuntimeError:
                 moved = torch.stack([candidate(i) for i in index])
             parts.append(point.change(moved - base, (None,)).double().sum(1))
