@@ -1,20 +1,22 @@
 """The few verbs a user needs: inspect, plan, apply."""
 
+from collections import Counter
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from slrprop.arrange import arranged
 from slrprop.checks import require_choice, suggestion
 from slrprop.data import open_data
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Factors, SparseLowRank
+from slrprop.factors import Dense, Factors
 from slrprop.layers import linear_from
 from slrprop.measure import stored_numbers
 from slrprop.methods import METHODS, Method, Problem, Settings, find_method
-from slrprop.network.torch import TorchNetwork, dense_modules, fingerprint, swapped, tied_names
+from slrprop.network.base import Network, fingerprint
+from slrprop.network.torch import TorchNetwork, dense_modules, swapped, tied_names
 from slrprop.plan import LayerPlan, Plan, pack
 
 
@@ -99,11 +101,10 @@ def plan_problem(
     if wanted:
         problem.collect(wanted, tuple(need for need in choices.needs() if need != "cost"))
         for decision in chosen.decide(problem, wanted, choices):
-            weight = network.modules[decision.name].weight
             planned[decision.name] = LayerPlan(
                 name=decision.name,
                 shape=decision.factors.shape,
-                fingerprint=fingerprint(weight),
+                fingerprint=network.fingerprint(decision.name),
                 method=method,
                 settings={field.name: getattr(choices, field.name) for field in fields(choices)},
                 numbers=decision.factors.numbers,
@@ -125,7 +126,7 @@ def _settings(method: Method, **given: Any) -> Settings:
     return method.settings(**{name: value for name, value in given.items() if name in known})
 
 
-def _select(network: TorchNetwork, layers: Any, settings: Settings, method: str) -> tuple[tuple[str, ...], set[str]]:
+def _select(network: Network, layers: Any, settings: Settings, method: str) -> tuple[tuple[str, ...], set[str]]:
     """The layers asked for in order of execution, and those of them that were named, not matched."""
     eligible = settings.eligible(network)
     if layers is None:
@@ -138,14 +139,12 @@ def _select(network: TorchNetwork, layers: Any, settings: Settings, method: str)
     names: list[str] = []
     for pattern in patterns:
         matches = (
-            [pattern]
-            if pattern in network.modules
-            else [name for name in network.modules if fnmatchcase(name, pattern)]
+            [pattern] if pattern in network.names else [name for name in network.names if fnmatchcase(name, pattern)]
         )
         if not matches:
             network.require(pattern)
         names += matches
-    exact = {pattern for pattern in patterns if pattern in network.modules}
+    exact = {pattern for pattern in patterns if pattern in network.names}
     for name in exact:
         network.require(name)
         if name not in eligible:
@@ -160,7 +159,7 @@ def _select(network: TorchNetwork, layers: Any, settings: Settings, method: str)
     return selected, exact
 
 
-def _why_dense(network: TorchNetwork, name: str, settings: Settings, must: bool) -> str:
+def _why_dense(network: Network, name: str, settings: Settings, must: bool) -> str:
     """Why a layer must stay as it is; empty if it need not. ``must``: the user named it, so some reasons are errors."""
     m, n = network.weight(name).shape
     if network.tied[name]:
@@ -178,7 +177,7 @@ def _why_dense(network: TorchNetwork, name: str, settings: Settings, must: bool)
     return f"rank {settings.rank} would store {numbers:,} numbers instead of {m * n:,}" if numbers >= m * n else ""
 
 
-def _feeds(network: TorchNetwork, wanted: tuple[str, ...]) -> dict[str, str]:
+def _feeds(network: Network, wanted: tuple[str, ...]) -> dict[str, str]:
     """Pairs of layers around a planned one whose neurons can be put in another order together."""
 
     def alone(name: str) -> bool:
@@ -202,53 +201,41 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         SlrpropError: the plan was made for another model (names, shapes and the weights' fingerprints are checked).
     """
     modules = dense_modules(model)
-    forms: dict[str, Factors] = {}
-    biases: dict[str, Tensor | None] = {}
 
-    def take(name: str) -> None:
+    def dense(name: str) -> Dense:
         if name not in modules:
             raise SlrpropError(
                 f"the plan treats layer '{name}', which this model does not have{suggestion(name, modules)}; it was made for another model"
             )
-        bias = modules[name].bias
-        biases.setdefault(name, None if bias is None else bias.detach())
-        forms.setdefault(name, Dense(modules[name].weight.detach().T))
+        return Dense(modules[name].weight.detach().T)
 
-    for layer in plan.layers:
-        if layer.name in forms:
-            raise SlrpropError(f"the plan treats layer '{layer.name}' twice; the file is damaged")
-        take(layer.name)
-        forms[layer.name] = _build(layer, modules[layer.name])
-    for first, second in plan.feeds.items():
-        if not any(isinstance(forms.get(name), SparseLowRank) for name in (first, second)):
-            continue
-        take(first)
-        take(second)
-        if first == second:
-            raise SlrpropError(f"the plan says that layer '{first}' feeds itself; the file is damaged")
-        if forms[first].shape[1] != forms[second].shape[0]:
-            raise SlrpropError(
-                f"the plan says that '{first}' feeds '{second}', whose sizes differ in this model; it was made for another model"
-            )
-        order = _common_order(forms[first], forms[second])
-        forms[first], forms[second] = forms[first].permuted(columns=order), forms[second].permuted(rows=order)
-        bias = biases[first]
-        biases[first] = None if bias is None else bias[order]
+    for name, times in Counter(layer.name for layer in plan.layers).items():
+        if times > 1:
+            raise SlrpropError(f"the plan treats layer '{name}' twice; the file is damaged")
+    forms, orders = arranged(
+        {layer.name: build(layer, dense(layer.name).weight) for layer in plan.layers}, plan.feeds, dense
+    )
     if plan.is_damaged():
         raise SlrpropError(
             "the plan is damaged: it differs from its checksum; plan again, or take 'sha256' out of a file that you edited"
         )
-    swaps = {name: linear_from(form, biases[name]).to(modules[name].weight.dtype) for name, form in forms.items()}
+    biases = {name: None if modules[name].bias is None else modules[name].bias.detach() for name in forms}
+    moved = {name: bias[orders[name]] if bias is not None and name in orders else bias for name, bias in biases.items()}
+    swaps = {name: linear_from(form, moved[name]).to(modules[name].weight.dtype) for name, form in forms.items()}
     return swapped(model, swaps)
 
 
-def _build(layer: LayerPlan, module: nn.Linear) -> Factors:
-    weight = module.weight.detach()
-    if layer.shape != (module.in_features, module.out_features):
+def build(layer: LayerPlan, weight: Tensor) -> Factors:
+    """The factors of a planned layer, from the model's weight (m x n) where the plan came from a file.
+
+    Raises:
+        SlrpropError: the plan was made for another weight, or is damaged.
+    """
+    if layer.shape != tuple(weight.shape):
         raise SlrpropError(
-            f"the plan's layer '{layer.name}' is {layer.shape[0]} x {layer.shape[1]}, this model's is {module.in_features} x {module.out_features}; it was made for another model"
+            f"the plan's layer '{layer.name}' is {layer.shape[0]} x {layer.shape[1]}, this model's is {weight.shape[0]} x {weight.shape[1]}; it was made for another model"
         )
-    if layer.fingerprint != fingerprint(weight):
+    if layer.fingerprint != fingerprint(weight.T):
         raise SlrpropError(
             f"the weights of layer '{layer.name}' differ from those the plan was made for; plan again for this model"
         )
@@ -261,19 +248,9 @@ def _build(layer: LayerPlan, module: nn.Linear) -> Factors:
         raise SlrpropError(
             f"the plan's settings of layer '{layer.name}' are not those of method '{layer.method}'; the file is damaged"
         )
-    built = method.build(weight.T.contiguous(), layer, method.settings(**layer.settings))
+    built = method.build(weight.contiguous(), layer, method.settings(**layer.settings))
     if built.numbers != layer.numbers:
         raise SlrpropError(
             f"the plan says that layer '{layer.name}' takes {layer.numbers} numbers, its settings give {built.numbers}; the file is damaged"
         )
     return built
-
-
-def _common_order(first: Factors, second: Factors) -> Tensor:
-    """An order of the neurons between two layers in which both layers' sets are slices (for two levels each)."""
-    count = first.shape[1]
-    made = first.column_levels.long() if isinstance(first, SparseLowRank) else torch.zeros(count, dtype=torch.long)
-    read = second.row_levels.long() if isinstance(second, SparseLowRank) else torch.zeros(count, dtype=torch.long)
-    top = made == made.max()
-    key = (made.max() - made) * 1024 + torch.where(top, read, read.max() - read)
-    return key.argsort(stable=True)

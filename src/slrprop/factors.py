@@ -6,7 +6,7 @@ All matrices are in the articles' orientation: a weight is ``m x n`` = inputs (r
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -138,6 +138,20 @@ def _permute_blocks(
     return moved, levels[order]
 
 
+def span(index: Tensor) -> slice | None:
+    """Ascending neurons as a slice, where they are neighbours."""
+    first, last = (int(index[0]), int(index[-1])) if len(index) else (0, -2)
+    return slice(first, last + 1) if last - first == len(index) - 1 else None
+
+
+class Segment(NamedTuple):
+    """Output neurons of one level: their ``columns``, and the blocks they take part in stacked (k_0 + .. x columns)."""
+
+    columns: Tensor
+    level: int
+    right: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class SparseLowRank(Factors):
     """Low rank with fewer ranks for some neurons, as dense blocks: ``W = sum_g E(R_g) left_g right_g E(C_g)``.
@@ -189,6 +203,26 @@ class SparseLowRank(Factors):
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.row_levels), len(self.column_levels)
+
+    def segments(self) -> "tuple[list[Segment], Tensor | None]":
+        """The output side as neighbouring pieces, one per column level, and the order that brings their columns back.
+
+        The order is None where the pieces, one after the other, are the columns already.
+        """
+        groups = [
+            ((self.column_levels == level).nonzero()[:, 0], level) for level in self.column_levels.unique().tolist()
+        ]
+        groups.sort(key=lambda group: int(group[0][0]))
+        found = []
+        for index, level in groups:
+            parts = [
+                block[:, torch.searchsorted(members(self.column_levels, g), index)]
+                for g, block in enumerate(self.right[:level])
+            ]
+            right = torch.cat(parts) if parts else self.right[0].new_zeros(0, len(index))
+            found.append(Segment(index, level, right))
+        order = torch.cat([segment.columns for segment in found])
+        return found, None if bool((order.diff() == 1).all()) else order.argsort()
 
     def matrices(self) -> dict[str, Tensor]:
         named = [(f"left_{level}", block) for level, block in enumerate(self.left)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Factors, LowRank, SparseLowRank, members
+from slrprop.factors import Dense, Factors, LowRank, SparseLowRank, members, span
 
 
 def _keep_factored(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -61,10 +61,6 @@ class LowRankLinear(FactoredLinear):
         return self._with_bias(x @ self.left @ self.right)
 
 
-def _consecutive(index: Tensor) -> bool:
-    return len(index) > 0 and int(index[-1] - index[0]) == len(index) - 1
-
-
 def _gathered(x: Tensor, index: Tensor) -> Tensor:
     """``x[..., index]``; in exported graphs by whole rows of the transpose, which ONNX Runtime copies far faster."""
     if torch.compiler.is_exporting():
@@ -93,25 +89,13 @@ class SparseLowRankLinear(FactoredLinear):
         for level in range(len(self.left)):
             index = members(self.row_levels, level)
             self.register_buffer(f"rows_{level}", index, persistent=False)
-            self.row_slices.append(slice(int(index[0]), int(index[-1]) + 1) if _consecutive(index) else None)
-        levels = self.column_levels.unique().tolist()
-        groups = [((self.column_levels == level).nonzero()[:, 0], level) for level in levels]
-        groups.sort(key=lambda group: int(group[0][0]))
-        self.segment_levels = [level for _, level in groups]
-        for i, (index, _) in enumerate(groups):
-            self.register_buffer(f"columns_{i}", index, persistent=False)
-        self.segments = nn.ParameterList(
-            _parameter(self._stacked(factors.right, index, level)) for index, level in groups
-        )
-        in_order = all(_consecutive(index) for index, _ in groups)
-        unsort = None if in_order else torch.cat([index for index, _ in groups]).argsort()
+            self.row_slices.append(span(index))
+        segments, unsort = factors.segments()
+        self.segment_levels = [segment.level for segment in segments]
+        for i, segment in enumerate(segments):
+            self.register_buffer(f"columns_{i}", segment.columns, persistent=False)
+        self.segments = nn.ParameterList(_parameter(segment.right) for segment in segments)
         self.register_buffer("unsort", unsort, persistent=False)
-
-    def _stacked(self, right: tuple[Tensor, ...], index: Tensor, level: int) -> Tensor:
-        parts = [
-            block[:, torch.searchsorted(members(self.column_levels, g), index)] for g, block in enumerate(right[:level])
-        ]
-        return torch.cat(parts) if parts else right[0].new_zeros(0, len(index))
 
     def factors(self) -> SparseLowRank:
         right, start = [], 0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from slrprop.data import Data
-from slrprop.network.torch import TorchNetwork
+from slrprop.network.base import Network
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class Statistics:
 QUANTITIES = ("input_abs", "output_abs")
 
 
-def collect(network: TorchNetwork, names: tuple[str, ...], data: Data, needs: Collection[str]) -> dict[str, Statistics]:
+def collect(network: Network, names: tuple[str, ...], data: Data, needs: Collection[str]) -> dict[str, Statistics]:
     """Collect the needed ``QUANTITIES`` of the named layers in one pass over the data."""
     sums: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     samples = dict.fromkeys(names, 0)

@@ -13,7 +13,7 @@ from slrprop.errors import SlrpropError
 from slrprop.factors import Factors
 from slrprop.linalg import SOLVERS, SVD, Solver, truncated_svd
 from slrprop.losses import LOSSES, LossName
-from slrprop.network.torch import TorchNetwork
+from slrprop.network.base import Network
 from slrprop.plan import LayerPlan
 from slrprop.relevance.cost import Baseline, CostScores, cost_scores
 from slrprop.relevance.simple import Scores, weight_scores
@@ -48,7 +48,7 @@ class Settings(ABC):
         """What the method must be told: any of ``statistics.QUANTITIES``, and ``cost``."""
         return ()
 
-    def eligible(self, network: TorchNetwork) -> tuple[str, ...]:
+    def eligible(self, network: Network) -> tuple[str, ...]:
         """The layers this method can treat, in order of execution."""
         return network.order
 
@@ -59,7 +59,7 @@ class Problem:
     The same problem can be put to many methods and settings; decompositions, statistics and costs are kept.
     """
 
-    def __init__(self, network: TorchNetwork, data: Data | None) -> None:
+    def __init__(self, network: Network, data: Data | None) -> None:
         self.network = network
         self._data = data
         self._svds: dict[tuple[Any, ...], SVD] = {}

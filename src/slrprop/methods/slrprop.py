@@ -11,7 +11,7 @@ from slrprop.errors import SlrpropError
 from slrprop.factors import Factors
 from slrprop.methods.base import Decision, Method, Problem
 from slrprop.methods.slr import ShortenSettings, build, cost_of, shortened
-from slrprop.network.torch import TorchNetwork
+from slrprop.network.base import Network
 from slrprop.relevance.simple import Scores, propagated
 
 
@@ -35,11 +35,11 @@ class SLRPropSettings(ShortenSettings):
         super().__post_init__()
         require_choice("propagate", self.propagate, ("original", "truncated"))
 
-    def eligible(self, network: TorchNetwork) -> tuple[str, ...]:
+    def eligible(self, network: Network) -> tuple[str, ...]:
         return response_layers(network, self.frl)
 
 
-def response_layers(network: TorchNetwork, frl: str | None) -> tuple[str, ...]:
+def response_layers(network: Network, frl: str | None) -> tuple[str, ...]:
     """The FRL and the dense layers that lead to it through element-wise functions and batch norm, in order.
 
     Raises:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +69,18 @@ class Linear:
 
 
 Element = Affine | Linear | str  # a str names an activation
+
+
+class Path(NamedTuple):
+    """What happens to a layer's output, as far as it can be followed.
+
+    ``whole``: up to the network's main output, a final softmax aside. ``private``: nobody else sees the values before
+    the next dense layer.
+    """
+
+    elements: list[Element]
+    whole: bool
+    private: bool
 
 
 def fold(elements: list[Element], like: Tensor) -> Chain | None:

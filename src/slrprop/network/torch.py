@@ -1,23 +1,22 @@
 """Torch networks: find dense layers, stream what flows through them, swap them."""
 
 import copy
-import hashlib
-import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slrprop.checks import suggestion
 from slrprop.data import Batch, Data
 from slrprop.errors import SlrpropError, first_line
 from slrprop.factors import Dense
 from slrprop.layers import linear_from
 from slrprop.losses import rows_of
-from slrprop.network.chain import ACTIVATIONS, Affine, Chain, Element, Linear, fold
-from slrprop.network.trace import Path, Trace, dense_modules
+from slrprop.network.base import Flow, Layer, Network, require_finite
+from slrprop.network.chain import fold
+from slrprop.network.trace import Trace, dense_modules
 
 
 @contextmanager
@@ -56,13 +55,6 @@ def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
-def fingerprint(weight: Tensor) -> str:
-    """SHA-256 of shape, dtype and values."""
-    array = weight.detach().cpu().contiguous()
-    head = f"{tuple(array.shape)} {array.dtype}".encode()
-    return hashlib.sha256(head + array.view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
     """For every dense layer, the other modules' parameters that are the same tensor as its weight."""
     owners: dict[int, list[tuple[str, int]]] = {}
@@ -96,27 +88,14 @@ def swapped(model: nn.Module, modules: dict[str, nn.Module]) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-class Flow(NamedTuple):
-    """One batch through the network: its main output, and per layer the inputs and outputs of each call, flattened to (p, m) and (p, n)."""
-
-    batch: Batch
-    output: Tensor
-    calls: dict[str, list[tuple[Tensor, Tensor]]]
-
-
-class TorchNetwork:
+class TorchNetwork(Network):
     """A torch model and one traced batch of data."""
 
     def __init__(self, model: nn.Module, data: Data | None) -> None:
         self.model = model
         self.modules = dense_modules(model)
-        self.tied = tied_names(model)
+        super().__init__(tuple(self.modules), tied_names(model))
         self.device = device_of(model)
-        self.ending: str | None = None
-        self.order = tuple(self.modules)
-        self.times_called = dict.fromkeys(self.modules, 1)
-        self._paths: dict[str, Path] = {}
-        self._chains: dict[str, Chain | None] = {}
         for name, module in self.modules.items():
             if not torch.isfinite(module.weight).all() or not (
                 module.bias is None or torch.isfinite(module.bias).all()
@@ -152,14 +131,6 @@ class TorchNetwork:
                 self._paths[name] = path = trace.follow(start, result, output)
                 self._chains[name] = fold(path.elements, rows_of(trace.calls[start].result)[0]) if path.whole else None
 
-    def reproduces(self, chain: Chain, y: Tensor, output: Tensor) -> bool:
-        """Whether the chain after a layer turns its output y (p x n) into the network's output, on this batch."""
-        got, want = chain.values(rows_of(y))[-1], rows_of(output)
-        if self.ending:
-            got, want = got.log_softmax(-1), self.scores(want).log_softmax(-1)
-        tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(y.dtype, 3e-2)
-        return got.shape == want.shape and torch.allclose(got, want, rtol=tolerance, atol=tolerance)
-
     def call(self, batch: Batch) -> Any:
         """The model's result for a batch (use inside :func:`evaluating`).
 
@@ -174,65 +145,14 @@ class TorchNetwork:
                 f"the model can't take data of shape {', '.join(map(str, shapes))}: {first_line(error)}"
             ) from error
 
-    def scores(self, output: Tensor) -> Tensor:
-        """The network's output as class scores (logits), also where it ends in a softmax."""
-        return output.clamp_min(torch.finfo(output.dtype).tiny).log() if self.ending == "softmax" else output
-
-    def require(self, name: str) -> None:
-        """Refuse a name that is no dense layer, or one the data never reaches."""
-        if name not in self.modules:
-            raise SlrpropError(
-                f"no dense layer is called '{name}'{suggestion(str(name), self.modules)}; the model has {', '.join(self.modules) or 'none'}"
-            )
-        if not self.times_called[name]:
-            raise SlrpropError(
-                f"layer '{name}' is not called as a module on this data (a fused path may read its weight), so it can't be replaced"
-            )
-
     def weight(self, name: str) -> Tensor:
-        """The layer's weight in the articles' orientation, m x n (inputs x outputs)."""
         return self.modules[name].weight.detach().T.contiguous()
 
     def bias(self, name: str) -> Tensor | None:
-        """The layer's bias (n,)."""
         bias = self.modules[name].bias
         return None if bias is None else bias.detach()
 
-    def chain(self, name: str) -> Chain | None:
-        """What followed a layer on the first batch, where that is a chain of dense layers up to the network's output."""
-        return self._chains.get(name)
-
-    def next_layer(self, name: str) -> str | None:
-        """The dense layer that takes this one's output through element-wise functions and batch norm only."""
-        return next((element.name for element in self._elements(name) if isinstance(element, Linear)), None)
-
-    def feeds_directly(self, name: str) -> str | None:
-        """Like :meth:`next_layer`, where nothing between tells features apart (no batch norm) or reads them."""
-        between = itertools.takewhile(lambda element: not isinstance(element, Linear), self._elements(name))
-        if name not in self._paths or not self._paths[name].private or any(isinstance(e, Affine) for e in between):
-            return None
-        return self.next_layer(name)
-
-    def is_last(self, name: str) -> bool:
-        """Whether the network's output is this layer's output, element-wise functions and a final softmax aside."""
-        return name in self._paths and self._paths[name].whole and self.next_layer(name) is None
-
-    def activated(self, name: str, y: Tensor) -> Tensor:
-        """A layer's output (p x n) after the batch norm and activation that follow it."""
-        for element in self._elements(name):
-            if isinstance(element, Linear):
-                break
-            if isinstance(element, Affine):
-                y = y * element.scale + element.shift
-            else:
-                return ACTIVATIONS[element](y)
-        return y
-
-    def _elements(self, name: str) -> list[Element]:
-        return self._paths[name].elements if name in self._paths else []
-
     def stream(self, names: tuple[str, ...], data: Data) -> Iterator[Flow]:
-        """Run the data through the network batch by batch, with what the named layers saw."""
         for batch in data:
             calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
 
@@ -250,27 +170,33 @@ class TorchNetwork:
             finally:
                 for handle in handles:
                     handle.remove()
-            if not torch.isfinite(output).all():
-                raise SlrpropError(
-                    "the network's output holds NaN or infinite values on this data; repair the model or the data first"
-                )
+            require_finite(output)
             yield Flow(batch, output, calls)
 
-    def outputs_with(self, name: str, batch: Batch, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """The network's output when the named layer gives ``change(its input)`` instead of its own output."""
+    def outputs_with(self, name: str, flow: Flow, layer: Layer, candidates: Tensor) -> Tensor:
+        """Vectorised with ``torch.vmap``; a network that ``vmap`` can't batch runs one candidate at a time."""
 
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return change(inputs[0])
+        def output(candidate: Tensor) -> Tensor:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+                return layer(inputs[0], candidate)
 
-        handle = self.modules[name].register_forward_hook(hook, prepend=True)
+            handle = self.modules[name].register_forward_hook(hook, prepend=True)
+            try:
+                with evaluating(self.model):
+                    return main_output(self.model(*flow.batch.inputs, **flow.batch.named))
+            finally:
+                handle.remove()
+
+        if len(candidates) == 1:
+            return output(candidates[0])[None]
         try:
-            with evaluating(self.model):
-                return main_output(self.model(*batch.inputs, **batch.named))
-        finally:
-            handle.remove()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*batching rule")  # slower, but right
+                return torch.vmap(output)(candidates)
+        except RuntimeError:
+            return torch.stack([output(candidate) for candidate in candidates])
 
     def with_weights(self, weights: dict[str, Tensor], data: Data) -> "TorchNetwork":
-        """A copy of the network whose named layers have these dense weights (m x n)."""
         modules = {
             name: linear_from(Dense(weight), self.bias(name)).to(self.modules[name].weight.dtype)
             for name, weight in weights.items()

@@ -1,7 +1,7 @@
 """Follow a tensor through one run of a torch network, whatever code its modules are made of."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from slrprop.errors import SlrpropError
-from slrprop.network.chain import Affine, Element, Linear
+from slrprop.network.chain import Affine, Element, Linear, Path
 
 _RELU: list[Any] = [torch.relu, torch.relu_, functional.relu, functional.relu_, Tensor.relu, Tensor.relu_]
 _TANH: list[Any] = [torch.tanh, torch.tanh_, functional.tanh, Tensor.tanh, Tensor.tanh_]
@@ -50,18 +50,6 @@ class _Call:
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
-
-
-class Path(NamedTuple):
-    """What happens to a layer's output, as far as it can be followed.
-
-    ``whole``: up to the network's main output, a final softmax aside. ``private``: nobody else sees the values before
-    the next dense layer.
-    """
-
-    elements: list[Element]
-    whole: bool
-    private: bool
 
 
 class Trace(TorchFunctionMode):

@@ -1,6 +1,5 @@
 """Cost: how much the loss changes when one neuron is shortened, exactly and without re-running the network."""
 
-import warnings
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -12,7 +11,7 @@ from slrprop.data import Data
 from slrprop.errors import SlrpropError
 from slrprop.linalg import SVD
 from slrprop.losses import LossName, Point, loss_point, pick_loss, rows_of
-from slrprop.network.torch import Flow, TorchNetwork
+from slrprop.network.base import Flow, Layer, Network
 from slrprop.relevance.changes import Walk, chain_changes
 
 Baseline = Literal["truncated", "original"]
@@ -28,7 +27,7 @@ class CostScores(NamedTuple):
 
 
 def cost_scores(
-    network: TorchNetwork,
+    network: Network,
     data: Data,
     name: str,
     svd: SVD,
@@ -63,9 +62,12 @@ def cost_scores(
             parts = chain_changes(x, svd, reduced_rank, walk)
             point = walk.point
         else:
-            run = _changed_outputs(network, flow, name, svd, chosen)
-            point = loss_point(chosen, run(None), target, output)
-            parts = _general_changes(run, svd, reduced_rank, point)
+            outputs = _changed_outputs(network, flow, name, svd, chosen)
+            base = outputs(
+                lambda x, _: torch.zeros((), dtype=x.dtype, device=x.device), torch.zeros(1, dtype=torch.long)
+            )[0]
+            point = loss_point(chosen, base, target, output)
+            parts = _general_changes(outputs, svd, reduced_rank, base, point)
         rows, columns = rows + parts[0], columns + parts[1]
         truncated += float(point.values.double().sum())
         samples += len(output)
@@ -76,54 +78,44 @@ def cost_scores(
     return CostScores(rows.abs(), columns.abs(), truncated / samples)
 
 
-Run = Callable[[Callable[[Tensor], Tensor] | None], Tensor]
+Outputs = Callable[[Layer, Tensor], Tensor]
 
 
-def _changed_outputs(network: TorchNetwork, flow: Flow, name: str, svd: SVD, loss: LossName) -> Run:
-    """The network's output (p x c) when the layer is truncated and, on top, moved by a function of its input."""
+def _changed_outputs(network: Network, flow: Flow, name: str, svd: SVD, loss: LossName) -> Outputs:
+    """The network's outputs (c, p, classes) when the layer is truncated and, on top, moved for each of c candidates."""
     bias = network.bias(name)
 
-    def run(move: Callable[[Tensor], Tensor] | None) -> Tensor:
-        def layer(x: Tensor) -> Tensor:
+    def outputs(move: Layer, candidates: Tensor) -> Tensor:
+        def layer(x: Tensor, candidate: Tensor) -> Tensor:
             wide = x.to(svd.u)
             y = (wide @ svd.left) @ svd.vt
-            y = y if bias is None else y + bias
-            return (y if move is None else y + move(wide)).to(x.dtype)
+            return ((y if bias is None else y + bias) + move(wide, candidate)).to(x.dtype)
 
-        output = network.outputs_with(name, flow.batch, layer)
-        return rows_of(output if loss == "squared" else network.scores(output))
+        found = network.outputs_with(name, flow, layer, candidates)
+        return torch.stack([rows_of(output if loss == "squared" else network.scores(output)) for output in found])
 
-    return run
+    return outputs
 
 
-def _general_changes(run: Run, svd: SVD, reduced_rank: int, point: Point) -> tuple[Tensor, Tensor]:
-    """The same sums for any network: what depends on the layer runs on batched candidates, the rest once a batch.
-
-    Vectorised with ``torch.vmap``: what comes before the layer does not depend on the candidate and is not
-    repeated. A network that ``vmap`` can't batch runs one candidate at a time.
-    """
+def _general_changes(
+    outputs: Outputs, svd: SVD, reduced_rank: int, base: Tensor, point: Point
+) -> tuple[Tensor, Tensor]:
+    """The same sums for any network: what depends on the layer runs on batched candidates, the rest once a batch."""
     left, right = svd.left[:, reduced_rank:], svd.vt[reduced_rank:]
-    base = run(None)
     m, n = left.shape[0], right.shape[1]
-    outputs = torch.arange(n, device=left.device)
+    columns = torch.arange(n, device=left.device)
 
-    def row(i: Tensor) -> Tensor:
+    def row(x: Tensor, i: Tensor) -> Tensor:
         direction = left.index_select(0, i.view(1)) @ right
-        return run(lambda x: -x.index_select(-1, i.view(1)) * direction[0])
+        return -x.index_select(-1, i.view(1)) * direction[0]
 
-    def column(j: Tensor) -> Tensor:
-        only = (outputs == j).to(left)
-        return run(lambda x: -((x @ left) @ right) * only)
+    def column(x: Tensor, j: Tensor) -> Tensor:
+        return -((x @ left) @ right) * (columns == j).to(left)
 
-    def sums(candidate: Callable[[Tensor], Tensor], count: int) -> Tensor:
+    def sums(move: Layer, count: int) -> Tensor:
         parts = []
-        for index in torch.arange(count, device=left.device).split(CANDIDATES_AT_ONCE):
-            try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message=".*batching rule")  # slower, but right
-                    moved = torch.vmap(candidate)(index)
-            except RuntimeError:
-                moved = torch.stack([candidate(i) for i in index])
+        for candidates in torch.arange(count, device=left.device).split(CANDIDATES_AT_ONCE):
+            moved = outputs(move, candidates)
             parts.append(point.change(moved - base, (None,)).double().sum(1))
         return torch.cat(parts)
 

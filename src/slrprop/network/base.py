@@ -1,0 +1,143 @@
+"""What every network offers, wherever its layers come from: names, order, what follows a layer, streams of data."""
+
+import hashlib
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from slrprop.checks import suggestion
+from slrprop.data import Batch, Data
+from slrprop.errors import SlrpropError
+from slrprop.losses import rows_of
+from slrprop.network.chain import ACTIVATIONS, Affine, Chain, Element, Linear, Path
+
+Layer = Callable[[Tensor, Tensor], Tensor]  # (input (..., m), candidate) -> output (..., n)
+
+
+def fingerprint(weight: Tensor) -> str:
+    """SHA-256 of shape, dtype and values (n x m, like ``nn.Linear.weight``)."""
+    array = weight.detach().cpu().contiguous()
+    head = f"{tuple(array.shape)} {array.dtype}".encode()
+    return hashlib.sha256(head + array.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+class Flow(NamedTuple):
+    """One batch through the network: its main output, and per layer the inputs and outputs of each call, flattened to (p, m) and (p, n)."""
+
+    batch: Batch
+    output: Tensor
+    calls: dict[str, list[tuple[Tensor, Tensor]]]
+
+
+class Network(ABC):
+    """Dense layers by name, and the graph around them.
+
+    ``names`` are all dense layers, ``order`` those the data reaches, in order of execution; ``tied`` says for each
+    layer what else uses its weight; ``ending`` is ``softmax`` or ``log_softmax`` where that makes the output.
+    """
+
+    def __init__(self, names: tuple[str, ...], tied: dict[str, list[str]]) -> None:
+        self.names = self.order = names
+        self.tied = tied
+        self.ending: str | None = None
+        self.times_called = dict.fromkeys(names, 1)
+        self._paths: dict[str, Path] = {}
+        self._chains: dict[str, Chain | None] = {}
+
+    @abstractmethod
+    def weight(self, name: str) -> Tensor:
+        """The layer's weight in the articles' orientation, m x n (inputs x outputs)."""
+
+    @abstractmethod
+    def bias(self, name: str) -> Tensor | None:
+        """The layer's bias (n,)."""
+
+    @abstractmethod
+    def stream(self, names: tuple[str, ...], data: Data) -> Iterator[Flow]:
+        """Run the data through the network batch by batch, with what the named layers saw."""
+
+    @abstractmethod
+    def outputs_with(self, name: str, flow: Flow, layer: Layer, candidates: Tensor) -> Tensor:
+        """The network's outputs (candidates, ...) on a batch when ``layer(its input, candidate)`` takes the layer's place.
+
+        What comes before the layer does not depend on the candidate and is not repeated for each.
+
+        Args:
+            candidates: whole numbers (c,), each handed to ``layer`` as a tensor without axes.
+        """
+
+    @abstractmethod
+    def with_weights(self, weights: dict[str, Tensor], data: Data) -> Self:
+        """A copy of the network whose named layers have these dense weights (m x n)."""
+
+    def fingerprint(self, name: str) -> str:
+        """SHA-256 of the layer's weight: the same for equal weights of any network."""
+        return fingerprint(self.weight(name).T)
+
+    def require(self, name: str) -> None:
+        """Refuse a name that is no dense layer, or one the data never reaches."""
+        if name not in self.names:
+            raise SlrpropError(
+                f"no dense layer is called '{name}'{suggestion(str(name), self.names)}; the model has {', '.join(self.names) or 'none'}"
+            )
+        if not self.times_called[name]:
+            raise SlrpropError(
+                f"layer '{name}' is not called as a module on this data (a fused path may read its weight), so it can't be replaced"
+            )
+
+    def scores(self, output: Tensor) -> Tensor:
+        """The network's output as class scores (logits), also where it ends in a softmax."""
+        return output.clamp_min(torch.finfo(output.dtype).tiny).log() if self.ending == "softmax" else output
+
+    def reproduces(self, chain: Chain, y: Tensor, output: Tensor) -> bool:
+        """Whether the chain after a layer turns its output y (p x n) into the network's output, on this batch."""
+        got, want = chain.values(rows_of(y))[-1], rows_of(output)
+        if self.ending:
+            got, want = got.log_softmax(-1), self.scores(want).log_softmax(-1)
+        tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(y.dtype, 3e-2)
+        return got.shape == want.shape and torch.allclose(got, want, rtol=tolerance, atol=tolerance)
+
+    def chain(self, name: str) -> Chain | None:
+        """What followed a layer on the first batch, where that is a chain of dense layers up to the network's output."""
+        return self._chains.get(name)
+
+    def next_layer(self, name: str) -> str | None:
+        """The dense layer that takes this one's output through element-wise functions and batch norm only."""
+        return next((element.name for element in self._elements(name) if isinstance(element, Linear)), None)
+
+    def feeds_directly(self, name: str) -> str | None:
+        """Like :meth:`next_layer`, where nothing between tells features apart (no batch norm) or reads them."""
+        between = itertools.takewhile(lambda element: not isinstance(element, Linear), self._elements(name))
+        if name not in self._paths or not self._paths[name].private or any(isinstance(e, Affine) for e in between):
+            return None
+        return self.next_layer(name)
+
+    def is_last(self, name: str) -> bool:
+        """Whether the network's output is this layer's output, element-wise functions and a final softmax aside."""
+        return name in self._paths and self._paths[name].whole and self.next_layer(name) is None
+
+    def activated(self, name: str, y: Tensor) -> Tensor:
+        """A layer's output (p x n) after the batch norm and activation that follow it."""
+        for element in self._elements(name):
+            if isinstance(element, Linear):
+                break
+            if isinstance(element, Affine):
+                y = y * element.scale + element.shift
+            else:
+                return ACTIVATIONS[element](y)
+        return y
+
+    def _elements(self, name: str) -> list[Element]:
+        return self._paths[name].elements if name in self._paths else []
+
+
+def require_finite(output: Tensor) -> None:
+    """Refuse to go on with a network whose output is not finite."""
+    if not torch.isfinite(output).all():
+        raise SlrpropError(
+            "the network's output holds NaN or infinite values on this data; repair the model or the data first"
+        )
