@@ -32,10 +32,10 @@ def chain(activation, dtype):
     """Four dense layers with batch norm before one activation and after another."""
     torch.manual_seed(3)
     act = ACTIVATIONS[activation]
-    layers = dict(
-        first=nn.Linear(9, 22), a=act(), second=nn.Linear(22, 18), norm=normalised(18), b=act(),
-        third=nn.Linear(18, 14), c=act(), after=normalised(14), drop=nn.Dropout(), last=nn.Linear(14, 5),
-    )  # fmt: skip
+    layers = {
+        "first": nn.Linear(9, 22), "a": act(), "second": nn.Linear(22, 18), "norm": normalised(18), "b": act(),
+        "third": nn.Linear(18, 14), "c": act(), "after": normalised(14), "drop": nn.Dropout(), "last": nn.Linear(14, 5),
+    }  # fmt: skip
     model = nn.Sequential()
     for name, layer in layers.items():
         if isinstance(layer, nn.Linear):

@@ -58,7 +58,9 @@ def test_truncation_error_is_the_rest_of_the_spectrum():
 def test_rank_deficient_weights_are_normal(solver):
     w = torch.zeros(30, 20, dtype=torch.float64)
     w[3, 4] = 2.0
-    with pytest.raises(SlrpropError, match="propack solver failed on a 30 x 20 weight at rank 3 .*; use solver='full'"):
+    with pytest.raises(
+        SlrpropError, match=r"propack solver failed on a 30 x 20 weight at rank 3 .*; use solver='full'"
+    ):
         truncated_svd(w, 3, "lanczos")
     svd = truncated_svd(w, 3, solver)
     torch.testing.assert_close(svd.left @ svd.vt, w)

@@ -33,13 +33,13 @@ def test_a_killed_run_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
     def stops_at_eleven(*args):
         if len(measured) == 11:
             raise KeyboardInterrupt
-        measured.append(args[3:])
+        measured.append(args[4:])
         return real(*args)
 
     monkeypatch.setattr(run, "measure_cell", stops_at_eleven)
     with pytest.raises(KeyboardInterrupt):
         run.run(experiment, data, tmp_path, 1, Store(tmp_path / "results.sqlite"))
-    monkeypatch.setattr(run, "measure_cell", lambda *args: measured.append(args[3:]) or real(*args))
+    monkeypatch.setattr(run, "measure_cell", lambda *args: measured.append(args[4:]) or real(*args))
     store = Store(tmp_path / "results.sqlite")
     assert len(store.results()) == 11
     assert run.run(experiment, data, tmp_path, 1, store) == 4

@@ -1,6 +1,7 @@
 """The few verbs a user needs: inspect, plan, apply."""
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -139,7 +140,9 @@ def _select(network: Network, layers: Any, settings: Settings, method: str) -> t
         if not eligible:
             raise SlrpropError("the model has no dense layer (nn.Linear) that is called on this data")
         return eligible, set()
-    patterns = [layers] if isinstance(layers, str) else list(layers)
+    patterns = [layers] if isinstance(layers, str) else layers
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise SlrpropError(f"layers must be a name, a pattern or a list of them, got {layers!r}")
     names: list[str] = []
     for pattern in patterns:
         matches = (
@@ -229,7 +232,7 @@ def apply(model: Model, plan: Plan, output: str | Path | None = None, data: Any 
             raise _foreign(name, network.names)
         return Dense(network.weight(name))
 
-    forms = {layer.name: build(layer, dense(layer.name).weight) for layer in plan.layers}
+    forms = _forms(plan, dense)
     for first, second in plan.feeds.items():
         if first not in network.names or network.feeds_directly(first) != second:
             raise SlrpropError(
@@ -253,12 +256,23 @@ def _apply_module(model: nn.Module, plan: Plan) -> nn.Module:
             raise _foreign(name, modules)
         return Dense(modules[name].weight.detach().T)
 
-    forms, orders = arranged(
-        {layer.name: build(layer, dense(layer.name).weight) for layer in plan.layers}, plan.feeds, dense
-    )
+    forms, orders = arranged(_forms(plan, dense), plan.feeds, dense)
     biases = {name: None if modules[name].bias is None else modules[name].bias.detach() for name in forms}
     moved = {name: bias[orders[name]] if bias is not None and name in orders else bias for name, bias in biases.items()}
-    return swapped(model, {name: linear_from(form, moved[name]) for name, form in forms.items()})
+    swaps = {name: linear_from(form, moved[name]).to(modules[name].weight.dtype) for name, form in forms.items()}
+    return swapped(model, swaps)
+
+
+def _forms(plan: Plan, dense: Callable[[str], Dense]) -> dict[str, Factors]:
+    for name, times in Counter(layer.name for layer in plan.layers).items():
+        if times > 1:
+            raise SlrpropError(f"the plan treats layer '{name}' twice; the file is damaged")
+    forms = {layer.name: build(layer, dense(layer.name).weight) for layer in plan.layers}
+    if plan.is_damaged():
+        raise SlrpropError(
+            "the plan is damaged: it differs from its checksum; plan again, or take 'sha256' out of a file that you edited"
+        )
+    return forms
 
 
 def build(layer: LayerPlan, weight: Tensor) -> Factors:
@@ -284,4 +298,9 @@ def build(layer: LayerPlan, weight: Tensor) -> Factors:
         raise SlrpropError(
             f"the plan's settings of layer '{layer.name}' are not those of method '{layer.method}'; the file is damaged"
         )
-    return method.build(weight.contiguous(), layer, method.settings(**layer.settings))
+    built = method.build(weight.contiguous(), layer, method.settings(**layer.settings))
+    if built.numbers != layer.numbers:
+        raise SlrpropError(
+            f"the plan says that layer '{layer.name}' takes {layer.numbers} numbers, its settings give {built.numbers}; the file is damaged"
+        )
+    return built

@@ -29,6 +29,8 @@ def arranged(
     for first, second in feeds.items():
         if not any(isinstance(forms.get(name), SparseLowRank) for name in (first, second)):
             continue
+        if first == second:
+            raise SlrpropError(f"the plan says that layer '{first}' feeds itself; the file is damaged")
         for name in (first, second):
             if name not in forms:
                 forms[name] = weight(name)

@@ -22,7 +22,7 @@ def require_rate(what: str, rate: Any) -> None:
 
 def require_choice(what: str, value: Any, choices: Collection[str]) -> None:
     """A word out of a list."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise SlrpropError(
             f"{what} must be one of {', '.join(choices)}, got {value!r}" + suggestion(str(value), choices)
         )

@@ -28,6 +28,7 @@ DataFolder = Annotated[
 ]
 RunFolder = Annotated[Path, typer.Option("--run-dir", help="Folder for trained networks and results.")]
 Output = Annotated[Path, typer.Option("--output", help="Folder to write to.")]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="How many training seeds.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -145,7 +146,7 @@ def demo(output: Output = Path("build/demo"), as_json: Json = False) -> None:
 
 
 @paper.command("run")
-def paper_run(name: Name, seeds: int = 10, data: DataFolder = None, run_dir: RunFolder = Path("runs/paper")) -> None:
+def paper_run(name: Name, seeds: Seeds = 10, data: DataFolder = None, run_dir: RunFolder = Path("runs/paper")) -> None:
     """Train and sweep all methods and ranks; a second call goes on where the first one stopped.
 
     Example: slrprop paper run lenet5-mnist --seeds 10
@@ -180,7 +181,11 @@ def paper_table(
     """
     experiment, found, results = _results(name, run_dir)
     lines = results.table(experiment, found)
-    _print(lines[0], lines[1:], f"{name}: test set, %; [published]; rate: compression rate of {experiment.layers[0]}")
+    _print(
+        lines[0],
+        lines[1:],
+        f"{name}: test set, % (published in brackets); rate: compression rate of {experiment.layers[0]}",
+    )
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         results.write_csv(found, output / f"{name}.csv")
@@ -215,6 +220,6 @@ def main() -> None:
     """Run the command line; a user's mistake ends in one sentence and exit code 1."""
     try:
         app()
-    except SlrpropError as error:
+    except (SlrpropError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)

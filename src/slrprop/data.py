@@ -3,6 +3,7 @@
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,10 +34,17 @@ class Batch(NamedTuple):
         return Batch(tuple(map(move, self.inputs)), {k: move(v) for k, v in self.named.items()}, move(self.targets))
 
 
-def _tensor(value: Any, what: str) -> Tensor:
-    if isinstance(value, np.ndarray) and value.dtype.kind not in "fiub":
-        raise SlrpropError(f"{what} must hold numbers, got dtype {value.dtype}")
-    tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.ascontiguousarray(value))
+def as_tensor(value: Any, what: str) -> Tensor:
+    """A tensor or array of finite numbers as a tensor; ``what`` names it in errors."""
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "fiub" or value.dtype.itemsize > 8:
+            raise SlrpropError(
+                f"{what} must hold numbers, got dtype {value.dtype}; give real numbers of at most 64 bits"
+            )
+        value = torch.as_tensor(np.ascontiguousarray(value, value.dtype.newbyteorder("=")))
+    if not isinstance(value, Tensor) or value.is_complex():
+        raise SlrpropError(f"{what} must hold numbers, got {getattr(value, 'dtype', type(value).__name__)}")
+    tensor = value
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise SlrpropError(f"{what} holds NaN or infinite values; clean the data first")
     return tensor
@@ -66,17 +74,17 @@ class Data:
         if isinstance(source, (str, Path)):
             self._read(Path(source))
         elif _is_array(source):
-            self._arrays[0] = _tensor(source, "the input array")
+            self._arrays[0] = as_tensor(source, "the input array")
         elif (
             isinstance(source, (tuple, list))
             and len(source) == 2
             and _is_array(source[0])
             and (_is_array(source[1]) or source[1] is None)
         ):
-            self._arrays[0] = _tensor(source[0], "the input array")
-            self._targets = None if source[1] is None else _tensor(source[1], "the target array")
+            self._arrays[0] = as_tensor(source[0], "the input array")
+            self._targets = None if source[1] is None else as_tensor(source[1], "the target array")
         elif isinstance(source, Mapping) and source and all(map(_is_array, source.values())):
-            self._take({str(key): _tensor(array, f"array '{key}'") for key, array in source.items()}, "the data")
+            self._take({str(key): as_tensor(array, f"array '{key}'") for key, array in source.items()}, "the data")
         elif isinstance(source, Iterable) and not isinstance(source, (Iterator, Mapping)):
             self._loader = source
             if isinstance(source, Sized) and len(source) == 0:
@@ -93,9 +101,18 @@ class Data:
             arrays = read_arrays(path)
         except SlrpropError:
             raise
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, MemoryError, NotImplementedError) as error:
+        except (
+            OSError,
+            ValueError,
+            EOFError,
+            KeyError,
+            RuntimeError,
+            MemoryError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
             raise SlrpropError(f"'{path}' can't be read as an .npz of plain arrays: {error}") from error
-        self._take({key: _tensor(array, f"array '{key}' of '{path}'") for key, array in arrays.items()}, str(path))
+        self._take({key: as_tensor(array, f"array '{key}' of '{path}'") for key, array in arrays.items()}, str(path))
 
     def _take(self, arrays: dict[str, Tensor], what: str) -> None:
         for key in TARGET_KEYS:
@@ -143,10 +160,13 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             raise SlrpropError(f"'{path}' has {path.stat().st_size:,} bytes, more than this machine's memory; split it")
         return {"input": np.load(path, allow_pickle=False)}
     with zipfile.ZipFile(path) as archive:
-        size = sum(member.file_size for member in archive.infolist())
+        members = archive.infolist()
+        if len(members) != _directory_entries(path):
+            raise SlrpropError(f"the directory of '{path}' is damaged: it does not list all its arrays")
+        size = sum(member.file_size for member in members)
         if size > memory:
             raise SlrpropError(f"'{path}' unpacks to {size:,} bytes, more than this machine's memory; split it")
-        for member in archive.infolist():
+        for member in members:
             if member.filename.endswith(".npy"):
                 with archive.open(member) as part:
                     _check_header(part, member.file_size, path)
@@ -165,15 +185,30 @@ def _check_header(file: Any, size: int, path: Path) -> None:
         )
 
 
+def _directory_entries(path: Path) -> int:
+    """How many members a zip archive says it has, in the record at its end."""
+    raw = path.read_bytes()[-(1 << 16) - 22 :]
+    record = raw.rfind(b"PK\x05\x06")
+    return int.from_bytes(raw[record + 10 : record + 12], "little")
+
+
 def _batch(item: Any) -> Batch:
+    batch = _parsed(item)
+    arrays = (*batch.inputs, *batch.named.values(), batch.targets)
+    if any(isinstance(array, Tensor) and array.ndim and not len(array) for array in arrays):
+        raise SlrpropError("a batch of the data is empty; give at least one sample in each")
+    return batch
+
+
+def _parsed(item: Any) -> Batch:
     if isinstance(item, Mapping):
-        named = {key: _tensor(value, f"input '{key}'") if _is_array(value) else value for key, value in item.items()}
+        named = {key: as_tensor(value, f"input '{key}'") if _is_array(value) else value for key, value in item.items()}
         targets = next((named.pop(key) for key in TARGET_KEYS if key in named), None)
         return Batch((), named, targets)
     if _is_array(item):
-        return Batch((_tensor(item, "the input batch"),), {}, None)
+        return Batch((as_tensor(item, "the input batch"),), {}, None)
     if isinstance(item, (tuple, list)) and item and all(_is_array(part) for part in item):
-        tensors = [_tensor(part, "the batch") for part in item]
+        tensors = [as_tensor(part, "the batch") for part in item]
         return Batch(tuple(tensors[:-1]), {}, tensors[-1]) if len(tensors) > 1 else Batch((tensors[0],), {}, None)
     raise SlrpropError(
         f"a batch must be a tensor, (inputs, targets) or a mapping of tensors, got {type(item).__name__}"

@@ -118,6 +118,9 @@ def _figure(rows: list[Row], best: Row) -> Any:
         label=f"chosen: {best.name}",
     )
     axes.set_xscale("log")
+    ticks = (300, 400, 600, 1000, 2000, 5000)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
     axes.set_xlabel("ONNX file, kB")
     axes.set_ylabel("test accuracy, %")
     axes.set_title("Handwritten digits, 64-768-768-768-10")

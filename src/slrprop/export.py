@@ -4,7 +4,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from slrprop.errors import SlrpropError
+from slrprop.data import as_tensor
+from slrprop.errors import SlrpropError, first_line
 from slrprop.files import replacing
 from slrprop.network.torch import evaluating
 
@@ -46,7 +47,11 @@ def _quiet() -> Iterator[None]:
 def _tensors(result: Any) -> list[Tensor]:
     if isinstance(result, Tensor):
         return [result]
-    values = list(result.values()) if hasattr(result, "values") else list(result)
+    if not isinstance(result, (Mapping, tuple, list)):
+        raise SlrpropError(
+            f"the model can't be exported to ONNX: it returns {type(result).__name__}, not tensors or tuples or mappings of them"
+        )
+    values = list(result.values()) if isinstance(result, Mapping) else list(result)
     return [tensor for value in values if value is not None for tensor in _tensors(value)]
 
 
@@ -65,19 +70,33 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_
         SlrpropError: the model can't be exported, or the file's outputs differ; no file is left then.
     """
     items = example_input if isinstance(example_input, (tuple, list)) else (example_input,)
-    inputs = tuple(item if isinstance(item, Tensor) else torch.as_tensor(item) for item in items)
+    inputs = tuple(as_tensor(item, "the example input") for item in items)
+    if not inputs or any(item.ndim == 0 for item in inputs):
+        raise SlrpropError(f"the example input must be tensors with the batch in the first axis, got {example_input!r}")
     if dynamic_batch and any(len(item) < 2 for item in inputs):
         raise SlrpropError(
             "the example input has one sample; give two or more, or dynamic_batch=False for a fixed batch of one"
         )
+    if any(tensor.dtype == torch.bfloat16 for tensor in (*inputs, *model.parameters())):
+        raise SlrpropError(
+            "the model can't be exported to ONNX in bfloat16, which ONNX Runtime does not compute on the CPU; convert it with .float()"
+        )
     with evaluating(model):
-        want = [tensor.cpu().numpy() for tensor in _tensors(model(*inputs))]
+        try:
+            want = [tensor.cpu().numpy() for tensor in _tensors(model(*inputs))]
+        except SlrpropError:
+            raise
+        except Exception as error:  # somebody else's forward
+            shapes = ", ".join(str(tuple(item.shape)) for item in inputs)
+            raise SlrpropError(f"the model can't take data of shape {shapes}: {first_line(error)}") from error
         with replacing(path) as part:
-            shapes = tuple({0: torch.export.Dim("batch")} if dynamic_batch else None for _ in inputs)
+            dynamic = torch.export.ShapesCollection()
+            for item in inputs:
+                dynamic[item] = {0: torch.export.Dim("batch")}
             try:
                 with _quiet():
                     torch.onnx.export(
-                        model, inputs, str(part), dynamo=True, dynamic_shapes=shapes if dynamic_batch else None,
+                        model, inputs, str(part), dynamo=True, dynamic_shapes=dynamic.dynamic_shapes(model, inputs) if dynamic_batch else None,
                         external_data=False, opset_version=OPSET, optimize=True, verbose=False,
                     )  # fmt: skip
                 onnx.checker.check_model(str(part), full_check=True)
@@ -87,8 +106,7 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_
                 root: BaseException = error
                 while root.__cause__ is not None:
                     root = root.__cause__
-                reason = str(root).strip().split("\n")[0]
-                raise SlrpropError(f"the model can't be exported to ONNX: {reason}") from error
+                raise SlrpropError(f"the model can't be exported to ONNX: {first_line(root)}") from error
             runtime = session(part)
             feed = {slot.name: item.cpu().numpy() for slot, item in zip(runtime.get_inputs(), inputs, strict=True)}
             got = runtime.run(None, feed)

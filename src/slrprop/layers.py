@@ -10,6 +10,10 @@ from slrprop.errors import SlrpropError
 from slrprop.factors import Dense, Factors, LowRank, SparseLowRank, members, span
 
 
+def _keep_factored(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Do nothing: torch's fused paths read ``weight``, unless a hook hangs on one of their modules."""
+
+
 class FactoredLinear(nn.Module):
     """A linear layer held as factors."""
 
@@ -19,6 +23,7 @@ class FactoredLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = factors.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.register_forward_pre_hook(_keep_factored)
 
     def factors(self) -> Factors:
         """The factors as they are now."""

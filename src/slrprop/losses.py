@@ -20,8 +20,12 @@ LARGE = 1.0  # beyond a change of this size the log-sum-exp form is the more acc
 
 
 def rows_of(output: Tensor) -> Tensor:
-    """A network's output as (p, c): all but the last axis are samples; a flat output has one column."""
-    return output.reshape(-1, output.shape[-1] if output.ndim > 1 else 1)
+    """A network's output as (p, c), at least in single precision.
+
+    All but the last axis are samples; a flat output has one column.
+    """
+    wide = output if output.dtype == torch.float64 else output.float()
+    return wide.reshape(-1, output.shape[-1] if output.ndim > 1 else 1)
 
 
 def check_labels(labels: Tensor, outputs: Tensor) -> Tensor:
@@ -127,7 +131,8 @@ Point = SoftmaxPoint | SquaredPoint
 def loss_point(loss: LossName, outputs: Tensor, targets: Tensor | None, original: Tensor) -> Point:
     """The loss at ``outputs`` (p x c), per sample, against labels, real targets, or the ``original`` outputs (p x c)."""
     if loss == "squared":
-        goal = original if targets is None else targets.reshape(len(outputs), -1).to(outputs)
+        goal = original if targets is None else targets.to(outputs)
+        goal = goal.reshape(len(outputs), -1) if goal.numel() % len(outputs) == 0 else goal
         if goal.shape != outputs.shape:
             raise SlrpropError(
                 f"targets of shape {tuple(goal.shape)} can't be compared with outputs of shape {tuple(outputs.shape)}"

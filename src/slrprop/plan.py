@@ -1,6 +1,8 @@
 """The plan: per layer a method and its settings; frozen, saved as versioned JSON."""
 
+import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,10 @@ VERSION = 1
 MAX_PLAN_BYTES = 256 << 20
 
 
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def pack(kept: Tensor) -> str:
     """A bool mask as hexadecimal bits, first neuron first."""
     bits = "".join("1" if bit else "0" for bit in kept.tolist())
@@ -26,10 +32,7 @@ def pack(kept: Tensor) -> str:
 
 def unpack(text: str, count: int) -> Tensor:
     """The mask of ``count`` neurons that :func:`pack` wrote."""
-    try:
-        value = int(text, 16)
-    except ValueError:
-        value = -1
+    value = int(text, 16) if re.fullmatch("[0-9a-f]+", text) else -1
     if value < 0 or value >> count or len(text) != -(-count // 4):
         raise SlrpropError(f"the plan's neuron set '{text[:20]}' is not {count} hexadecimal bits; the file is damaged")
     return torch.tensor([bit == "1" for bit in f"{value:0{count}b}"])
@@ -59,7 +62,8 @@ class Plan:
     """What to do with a model.
 
     ``left_dense`` says for each layer that was asked for and stays as it is, why. ``feeds`` names pairs of layers
-    whose neurons may be reordered together, because only element-wise functions stand between them.
+    whose neurons may be reordered together, because only element-wise functions stand between them. ``sha256`` is the
+    checksum that a loaded file carried; take it out of the file to use a plan edited by hand.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -67,6 +71,7 @@ class Plan:
     feeds: dict[str, str] = field(default_factory=dict)
     format: str = FORMAT
     version: int = VERSION
+    sha256: str = field(default="", compare=False)
 
     @property
     def numbers(self) -> int:
@@ -94,7 +99,15 @@ class Plan:
                 raise SlrpropError(
                     f"the solver of layer '{layer.name}' is a function, which JSON can't hold; plan with a named solver"
                 )
-        content = msgspec.to_builtins(
+        content = self._content()
+        return json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n"
+
+    def is_damaged(self) -> bool:
+        """Whether a loaded plan differs from the one that was saved."""
+        return bool(self.sha256) and self.sha256 != _digest(self._content())
+
+    def _content(self) -> dict[str, Any]:
+        content: dict[str, Any] = msgspec.to_builtins(
             {
                 "format": self.format,
                 "version": self.version,
@@ -105,7 +118,7 @@ class Plan:
                 "feeds": self.feeds,
             }
         )
-        return json.dumps(content, indent=1) + "\n"
+        return content
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""

@@ -1,5 +1,6 @@
 """Models as safetensors files: tensors, and in the header which layers are factored. No pickle."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -20,13 +21,13 @@ VERSION = "1"
 
 def _unique_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with tied tensors under their first name only."""
-    seen: dict[tuple[int, torch.Size], str] = {}
+    seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     state = {}
     for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape)
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() and key in seen:
             continue
-        seen[key] = name
+        seen.add(key)
         tensor = tensor.detach().cpu().contiguous()
         state[name] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
     return state
@@ -35,9 +36,17 @@ def _unique_state(model: nn.Module) -> dict[str, Tensor]:
 def to_bytes(model: nn.Module) -> bytes:
     """The content of the file that :func:`save` writes."""
     kinds = {name: module.kind for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
-    return safetensors.torch.save(
-        _unique_state(model), {"format": FORMAT, "version": VERSION, "layers": json.dumps(kinds)}
-    )
+    state = _unique_state(model)
+    head = {"format": FORMAT, "version": VERSION, "layers": json.dumps(kinds)}
+    return safetensors.torch.save(state, head | {"sha256": _digest(state, head["layers"])})
+
+
+def _digest(state: dict[str, Tensor], layers: str) -> str:
+    digest = hashlib.sha256(layers.encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -75,6 +84,8 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         raise SlrpropError(f"'{path}' can't be read as a safetensors file: {error}") from error
     if not isinstance(kinds, dict) or not all(isinstance(kind, str) for kind in kinds.values()):
         raise SlrpropError(f"the header of '{path}' names no layers; the file is damaged")
+    if header.get("sha256") != _digest(state, header["layers"]):
+        raise SlrpropError(f"'{path}' is damaged: its tensors differ from their checksum; save it again")
     loaded = swapped(model, {name: _skeleton(model, name, kind, state) for name, kind in kinds.items()})
     aliases = set(loaded.state_dict()) - set(_unique_state(loaded))
     try:
@@ -93,7 +104,8 @@ def _skeleton(model: nn.Module, name: str, kind: str, state: dict[str, Tensor]) 
     linear = dense_modules(model).get(name)
     if linear is None or kind not in KINDS:
         raise SlrpropError(f"the file has a {kind} layer '{name}', but this model has no dense layer of that name")
-    own = {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
+    prefix = f"{name}." if name else ""
+    own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
     try:
         factors = _factors_like(kind, own)
     except (KeyError, IndexError, SlrpropError) as error:

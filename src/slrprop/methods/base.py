@@ -36,6 +36,7 @@ class Settings(ABC):
 
     def __post_init__(self) -> None:
         require_rank(self.rank)
+        object.__setattr__(self, "rank", int(self.rank))  # numpy's numbers are no JSON
         if not callable(self.solver):
             require_choice("solver", self.solver, ("auto", *SOLVERS))
 

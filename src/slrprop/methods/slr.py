@@ -41,8 +41,9 @@ class ShortenSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_rate("sparsity_rate", self.sparsity_rate)
-        require_rate("reduction_rate", self.reduction_rate)
+        for name in ("sparsity_rate", "reduction_rate"):
+            require_rate(name, getattr(self, name))
+            object.__setattr__(self, name, float(getattr(self, name)))
         require_choice("baseline", self.baseline, ("truncated", "original"))
         require_choice("order", self.order, ORDERS)
         require_loss(self.loss)

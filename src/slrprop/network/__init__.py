@@ -20,4 +20,4 @@ def open_network(model: nn.Module | str | Path, data: Data | None) -> Network:
         return TorchNetwork(model, data)
     if isinstance(model, (str, Path)):
         return OnnxNetwork(model, data)
-    raise SlrpropError(f"a model is a torch module or the path of an .onnx file, got {type(model).__name__}")
+    raise SlrpropError(f"model must be a torch.nn.Module or the path of an .onnx file, got {type(model).__name__}")

@@ -1,6 +1,7 @@
 """What every network offers, wherever its layers come from: names, order, what follows a layer, streams of data."""
 
 import hashlib
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Self
@@ -12,7 +13,7 @@ from slrprop.checks import suggestion
 from slrprop.data import Batch, Data
 from slrprop.errors import SlrpropError
 from slrprop.losses import rows_of
-from slrprop.network.chain import ACTIVATIONS, Affine, Chain, Element, Linear, fold
+from slrprop.network.chain import ACTIVATIONS, Affine, Chain, Element, Linear, Path
 
 Layer = Callable[[Tensor, Tensor], Tensor]  # (input (..., m), candidate) -> output (..., n)
 
@@ -44,7 +45,7 @@ class Network(ABC):
         self.tied = tied
         self.ending: str | None = None
         self.times_called = dict.fromkeys(names, 1)
-        self._paths: dict[str, tuple[list[Element], bool]] = {}
+        self._paths: dict[str, Path] = {}
         self._chains: dict[str, Chain | None] = {}
 
     @property
@@ -91,7 +92,7 @@ class Network(ABC):
         """Refuse a name that is no dense layer, or one the data never reaches."""
         if name not in self.names:
             raise SlrpropError(
-                f"no dense layer is called '{name}'{suggestion(name, self.names)}; the model has {', '.join(self.names) or 'none'}"
+                f"no dense layer is called '{name}'{suggestion(str(name), self.names)}; the model has {', '.join(self.names) or 'none'}"
             )
         if not self.times_called[name]:
             raise SlrpropError(
@@ -102,46 +103,36 @@ class Network(ABC):
         """The network's output as class scores (logits), also where it ends in a softmax."""
         return output.clamp_min(torch.finfo(output.dtype).tiny).log() if self.ending == "softmax" else output
 
-    def _verified(self, elements: list[Element], y: Tensor, output: Tensor) -> Chain | None:
-        """The chain after a layer, if it takes the layer's output on a batch to the network's."""
-        chain = fold(elements, y.reshape(-1, y.shape[-1])[0])
-        if chain is None:
-            return None
-        with torch.no_grad():
-            got = chain.values(y.reshape(-1, y.shape[-1]))[-1]
-        want = rows_of(output)
+    def reproduces(self, chain: Chain, y: Tensor, output: Tensor) -> bool:
+        """Whether the chain after a layer turns its output y (p x n) into the network's output, on this batch."""
+        got, want = chain.values(rows_of(y))[-1], rows_of(output)
         if self.ending:
             got, want = got.log_softmax(-1), self.scores(want).log_softmax(-1)
-        tolerance = 1e-3 if got.dtype != torch.float64 else 1e-9
-        return chain if got.shape == want.shape and torch.allclose(got, want, rtol=tolerance, atol=tolerance) else None
+        tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(y.dtype, 3e-2)
+        return got.shape == want.shape and torch.allclose(got, want, rtol=tolerance, atol=tolerance)
 
     def chain(self, name: str) -> Chain | None:
-        """What follows a layer, where that is a chain of dense layers up to the network's output."""
+        """What followed a layer on the first batch, where that is a chain of dense layers up to the network's output."""
         return self._chains.get(name)
 
     def next_layer(self, name: str) -> str | None:
         """The dense layer that takes this one's output through element-wise functions and batch norm only."""
-        elements, _ = self._paths.get(name, ([], False))
-        return next((element.name for element in elements if isinstance(element, Linear)), None)
+        return next((element.name for element in self._elements(name) if isinstance(element, Linear)), None)
 
     def feeds_directly(self, name: str) -> str | None:
-        """Like :meth:`next_layer`, but with nothing between that tells features apart (no batch norm)."""
-        elements, _ = self._paths.get(name, ([], False))
-        for element in elements:
-            if isinstance(element, Linear):
-                return element.name
-            if isinstance(element, Affine):
-                return None
-        return None
+        """Like :meth:`next_layer`, where nothing between tells features apart (no batch norm) or reads them."""
+        between = itertools.takewhile(lambda element: not isinstance(element, Linear), self._elements(name))
+        if name not in self._paths or not self._paths[name].private or any(isinstance(e, Affine) for e in between):
+            return None
+        return self.next_layer(name)
 
     def is_last(self, name: str) -> bool:
         """Whether the network's output is this layer's output, element-wise functions and a final softmax aside."""
-        elements, whole = self._paths.get(name, ([], False))
-        return whole and not any(isinstance(element, Linear) for element in elements)
+        return name in self._paths and self._paths[name].whole and self.next_layer(name) is None
 
     def activated(self, name: str, y: Tensor) -> Tensor:
         """A layer's output (p x n) after the batch norm and activation that follow it."""
-        for element in self._paths.get(name, ([], False))[0]:
+        for element in self._elements(name):
             if isinstance(element, Linear):
                 break
             if isinstance(element, Affine):
@@ -149,6 +140,9 @@ class Network(ABC):
             else:
                 return ACTIVATIONS[element](y)
         return y
+
+    def _elements(self, name: str) -> list[Element]:
+        return self._paths[name].elements if name in self._paths else []
 
 
 def require_finite(output: Tensor) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,11 +71,23 @@ class Linear:
 Element = Affine | Linear | str  # a str names an activation
 
 
+class Path(NamedTuple):
+    """What happens to a layer's output, as far as it can be followed.
+
+    ``whole``: up to the network's main output, a final softmax aside. ``private``: nobody else sees the values before
+    the next dense layer.
+    """
+
+    elements: list[Element]
+    whole: bool
+    private: bool
+
+
 def fold(elements: list[Element], like: Tensor) -> Chain | None:
     """The elements as a chain; None where two activations stand in a row or one stands at the end.
 
     Args:
-        like: any tensor of the layer's output width n, dtype and device.
+        like: any tensor of the layer's output width n, on its device, in the dtype to compute with.
     """
     scale, shift = torch.ones_like(like), torch.zeros_like(like)
     steps: list[Step] = []
@@ -82,6 +95,7 @@ def fold(elements: list[Element], like: Tensor) -> Chain | None:
     pending = [scale, shift]  # the affine map waiting for the next dense layer: after an activation
     for element in elements:
         if isinstance(element, Affine):
+            element = Affine(element.scale.to(like), element.shift.to(like))
             if activation is not None:
                 pending = [pending[0] * element.scale, pending[1] * element.scale + element.shift]
             elif steps:
@@ -92,7 +106,7 @@ def fold(elements: list[Element], like: Tensor) -> Chain | None:
             else:
                 scale, shift = scale * element.scale, shift * element.scale + element.shift
         elif isinstance(element, Linear):
-            weight, bias = element.weight, element.bias
+            weight, bias = element.weight.to(like), element.bias.to(like)
             if activation is not None:
                 weight, bias = pending[0][:, None] * weight, bias + pending[1] @ weight
             steps.append(Step(activation or "identity", weight.contiguous(), bias, element.name))

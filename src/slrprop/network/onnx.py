@@ -14,6 +14,7 @@ from slrprop.data import Batch, Data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense as DenseFactors
 from slrprop.network.base import Flow, Layer, Network, require_finite
+from slrprop.network.chain import fold
 from slrprop.network.onnx_file import OnnxFile, Session, reading
 from slrprop.network.onnx_graph import Dense, Graph, tensor_of
 
@@ -65,11 +66,17 @@ class OnnxNetwork(Network):
             self._paths = {name: self.graph.follow(layer) for name, layer in self.graph.layers.items()}
         self._cuts: dict[str, Cut] = {}
         self.batch = self._fixed_batch()
+        for name, path in self._paths.items():
+            if path.whole:
+                like = torch.ones(self.shape(name)[1], dtype=self._dtype(name))
+                self._chains[name] = fold(path.elements, like)
         if data is not None:
-            ends = tuple(name for name, (_, whole) in self._paths.items() if whole)
-            flow = next(self.stream(ends, data))
-            for name in ends:
-                self._chains[name] = self._verified(self._paths[name][0], flow.calls[name][0][1], flow.output)
+            self.feed(next(iter(data)))
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """What the layer is computed with."""
+        stored = self.graph.constants[self.layer(name).weight].dtype
+        return torch.float64 if stored == np.float64 else torch.float32
 
     def layer(self, name: str) -> Dense:
         """Where a layer is in the graph."""

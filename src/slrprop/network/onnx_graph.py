@@ -12,7 +12,7 @@ import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from slrprop.errors import SlrpropError
-from slrprop.network.chain import ACTIVATIONS, Affine, Element, Linear
+from slrprop.network.chain import ACTIVATIONS, Affine, Element, Linear, Path
 from slrprop.network.onnx_file import FLOATS, OnnxFile, node_reads
 
 STANDARD = ("", "ai.onnx")
@@ -278,31 +278,25 @@ class Graph:
         axis = attribute(node, "axis", -1 if self.file.opset >= 13 else 1)
         return kind if axis == -1 or axis + 1 == self.rank(self.main) else None
 
-    def follow(self, layer: Dense) -> tuple[list[Element], bool]:
-        """What happens to a layer's output, as long as it is element-wise or dense and its only use.
-
-        Returns:
-            The elements, and whether they end at the network's main output (a final softmax is left out).
-        """
+    def follow(self, layer: Dense) -> Path:
+        """What happens to a layer's output, as long as it is element-wise or dense and its only use."""
         elements: list[Element] = []
+        private = True
         tensor, width, flat = layer.y, layer.shape[1], self.standard(self.nodes[layer.index]) == "Gemm"
         for _ in self.nodes:  # a path is not longer, unless a broken graph goes in circles
             if tensor == self.main:
-                return elements, True
+                return Path(elements, True, private)
+            private = private and (tensor not in self.outputs or any(isinstance(e, Linear) for e in elements))
             readers = self.readers[tensor]
-            if tensor in self.outputs or not readers:
-                return elements, False
             if len(readers) == 1:
-                node = self.nodes[readers[0]]
+                node, name = self.nodes[readers[0]], self.by_index.get(readers[0])
                 if self.ending and self.maker[self.main] == readers[0]:
-                    return elements, True
-                if readers[0] in self.by_index and self.layers[self.by_index[readers[0]]].x == tensor:
-                    name = self.by_index[readers[0]]
-                    following = self.layers[name]
-                    if following.trans_a or following.shape[0] != width:
-                        return elements, False
+                    return Path(elements, True, private)
+                if name is not None and self.layers[name].x == tensor and self.layers[name].shape[0] == width:
+                    if self.layers[name].trans_a:
+                        break
                     elements.append(self._linear(name))
-                    tensor, width = following.y, following.shape[1]
+                    tensor, width = self.layers[name].y, self.layers[name].shape[1]
                     continue
                 found = self._element(node, tensor, width, flat)
                 if found is not None:
@@ -311,10 +305,10 @@ class Graph:
                     continue
             region = self._activation(tensor)
             if region is None:
-                return elements, False
+                break
             elements.append(region[0])
             tensor = region[1]
-        return elements, tensor == self.main
+        return Path(elements, False, private)
 
     def _linear(self, name: str) -> Linear:
         layer = self.layers[name]

@@ -1,6 +1,7 @@
 """Torch networks: find dense layers, stream what flows through them, swap them."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from slrprop.data import Batch, Data
-from slrprop.errors import SlrpropError
+from slrprop.errors import SlrpropError, first_line
 from slrprop.factors import Dense
 from slrprop.layers import linear_from
+from slrprop.losses import rows_of
 from slrprop.network.base import Flow, Layer, Network, require_finite
+from slrprop.network.chain import fold
 from slrprop.network.trace import Trace, dense_modules
 
 
@@ -70,12 +73,23 @@ def tied_names(model: nn.Module) -> dict[str, list[str]]:
     }
 
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
 def swapped(model: nn.Module, modules: dict[str, nn.Module]) -> nn.Module:
-    """A deep copy of the model with the named modules in the place of the old ones, wherever those are used."""
+    """A deep copy of the model with the named modules, with the old ones' hooks, in the place of the old ones."""
     memo: dict[int, Any] = {}
     for name, new in modules.items():
         old = model.get_submodule(name)
         new.train(old.training)
+        for hooks in _HOOKS:
+            getattr(new, hooks).update(getattr(old, hooks))
         memo[id(old)] = new.to(device_of(old))
     return copy.deepcopy(model, memo)
 
@@ -101,21 +115,27 @@ class TorchNetwork(Network):
     def _follow(self, data: Data) -> None:
         """Trace the first batch: in which order layers are called, and what follows each."""
         trace = Trace()
-        with evaluating(self.model):
-            batch = next(iter(data)).to(self.device)
-            with trace:
-                output = main_output(self.call(batch))
-        names = {id(module.weight): name for name, module in self.modules.items()}
+        handles = trace.watch(self.modules)
+        try:
+            with evaluating(self.model):
+                batch = next(iter(data)).to(self.device)
+                with trace:
+                    result = self.call(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        output, made = main_output(result), trace.made
         self.ending = trace.ending(output)
-        calls = {name: trace.linear_calls(module.weight) for name, module in self.modules.items()}
-        self.times_called = {name: len(found) for name, found in calls.items()}
-        self.order = tuple(sorted((name for name in calls if calls[name]), key=lambda name: calls[name][0]))
+        for name, module in self.modules.items():
+            # a product outside the modules' own forward reads a weight: such a layer can't be replaced
+            own = sum(len(made[other]) for other, twin in self.modules.items() if twin.weight is module.weight)
+            self.times_called[name] = len(made[name]) if trace.reads(module) <= own else 0
+        self.order = tuple(sorted((name for name in made if self.times_called[name]), key=lambda name: made[name][0]))
         for name in self.order:
-            if len(calls[name]) == 1:
-                elements, whole = self._paths[name] = trace.follow(calls[name][0], output, names)
-                self._chains[name] = (
-                    self._verified(elements, trace.calls[calls[name][0]].result, output) if whole else None
-                )
+            if len(made[name]) == 1:
+                start = made[name][0]
+                self._paths[name] = path = trace.follow(start, result, output)
+                self._chains[name] = fold(path.elements, rows_of(trace.calls[start].result)[0]) if path.whole else None
 
     def call(self, batch: Batch) -> Any:
         """The model's result for a batch (use inside :func:`evaluating`).
@@ -125,10 +145,11 @@ class TorchNetwork(Network):
         """
         try:
             return self.model(*batch.inputs, **batch.named)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        except Exception as error:  # somebody else's forward: it may raise anything
             shapes = [tuple(x.shape) for x in (*batch.inputs, *batch.named.values()) if isinstance(x, Tensor)]
-            reason = str(error).strip().split("\n")[0]
-            raise SlrpropError(f"the model can't take data of shape {', '.join(map(str, shapes))}: {reason}") from error
+            raise SlrpropError(
+                f"the model can't take data of shape {', '.join(map(str, shapes))}: {first_line(error)}"
+            ) from error
 
     @property
     def numbers(self) -> int:
@@ -152,7 +173,7 @@ class TorchNetwork(Network):
                 return hook
 
             batch = batch.to(self.device)
-            handles = [self.modules[name].register_forward_hook(note(name, calls)) for name in names]
+            handles = [self.modules[name].register_forward_hook(note(name, calls), prepend=True) for name in names]
             try:
                 with evaluating(self.model):
                     output = main_output(self.call(batch))
@@ -169,20 +190,25 @@ class TorchNetwork(Network):
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 return layer(inputs[0], candidate)
 
-            handle = self.modules[name].register_forward_hook(hook)
+            handle = self.modules[name].register_forward_hook(hook, prepend=True)
             try:
                 with evaluating(self.model):
-                    return main_output(self.call(flow.batch))
+                    return main_output(self.model(*flow.batch.inputs, **flow.batch.named))
             finally:
                 handle.remove()
 
         if len(candidates) == 1:
             return output(candidates[0])[None]
         try:
-            return torch.vmap(output)(candidates)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*batching rule")  # slower, but right
+                return torch.vmap(output)(candidates)
         except RuntimeError:
             return torch.stack([output(candidate) for candidate in candidates])
 
     def with_weights(self, weights: dict[str, Tensor], data: Data) -> "TorchNetwork":
-        modules = {name: linear_from(Dense(weight), self.bias(name)) for name, weight in weights.items()}
+        modules = {
+            name: linear_from(Dense(weight), self.bias(name)).to(self.modules[name].weight.dtype)
+            for name, weight in weights.items()
+        }
         return TorchNetwork(swapped(self.model, modules), data)

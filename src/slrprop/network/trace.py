@@ -1,13 +1,16 @@
 """Follow a tensor through one run of a torch network, whatever code its modules are made of."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
-from slrprop.network.chain import Affine, Element, Linear
+from slrprop.errors import SlrpropError
+from slrprop.network.chain import Affine, Element, Linear, Path
 
 _RELU: list[Any] = [torch.relu, torch.relu_, functional.relu, functional.relu_, Tensor.relu, Tensor.relu_]
 _TANH: list[Any] = [torch.tanh, torch.tanh_, functional.tanh, Tensor.tanh, Tensor.tanh_]
@@ -64,13 +67,23 @@ class Trace(TorchFunctionMode):
             self.calls.append(_Call(func, args, kwargs or {}, result))
         return result
 
-    def linear_calls(self, weight: Tensor) -> list[int]:
-        """Positions of the dense products with this weight."""
-        return [
-            i
-            for i, call in enumerate(self.calls)
-            if call.function is functional.linear and call.argument(1, "weight") is weight
-        ]
+    def watch(self, modules: dict[str, nn.Linear]) -> list[RemovableHandle]:
+        """Note which products these modules make; the handles undo it."""
+        self.made: dict[str, list[int]] = {name: [] for name in modules}
+
+        def hook(name: str) -> Callable[..., None]:
+            def note(module: nn.Module, inputs: Any, output: Any) -> None:
+                self.made[name].append(len(self.calls) - 1)  # the product is the last call of the module's own forward
+
+            return note
+
+        return [module.register_forward_hook(hook(name), prepend=True) for name, module in modules.items()]
+
+    def reads(self, module: nn.Linear) -> int:
+        """How many products read the module's weight (0 for one that is computed at each call)."""
+        weight = module.weight
+        products = (call for call in self.calls if call.function is functional.linear)
+        return sum(call.argument(1, "weight") is weight for call in products)
 
     def ending(self, output: Tensor) -> str | None:
         """``softmax`` or ``log_softmax`` where that is what made the network's output."""
@@ -79,22 +92,24 @@ class Trace(TorchFunctionMode):
             return None
         return "softmax" if last.function in _SOFTMAX else "log_softmax" if last.function in _LOG_SOFTMAX else None
 
-    def follow(self, start: int, output: Tensor, names: dict[int, str]) -> tuple[list[Element], bool]:
+    def follow(self, start: int, result: Any, output: Tensor) -> Path:
         """What happens to the result of call ``start``, as long as it is element-wise or dense and its only use.
 
         Args:
-            output: the network's output.
-            names: dense layers by ``id`` of their weight.
-
-        Returns:
-            The elements, and whether they end at the network's output (a final softmax is left out).
+            result: everything the network returned; a tensor in there is used by the caller.
+            output: the main output among it.
         """
         elements: list[Element] = []
+        private = True
+        names = {position: name for name, positions in self.made.items() for position in positions}
+        attributes = vars(result) if hasattr(result, "__dict__") else {}
+        returned = {id(tensor) for tensor in [*_tensors(result), *_tensors(attributes)]}
         here, tensor = start, self.calls[start].result
         while True:
             users = [i for i in range(here + 1, len(self.calls)) if id(tensor) in self.calls[i].reads]
             if not users:
-                return elements, tensor is output
+                return Path(elements, tensor is output, private)
+            private = private and (id(tensor) not in returned or any(isinstance(e, Linear) for e in elements))
             call = self.calls[users[0]]
             in_place = call.result is tensor
             if (
@@ -102,20 +117,18 @@ class Trace(TorchFunctionMode):
                 or not isinstance(call.result, Tensor)
                 or call.argument(0, "input") is not tensor
             ):
-                return elements, False
-            if tensor is output and not in_place:
-                return elements, False
+                return Path(elements, False, private)
             if (call.function in _SOFTMAX or call.function in _LOG_SOFTMAX) and call.result is output:
                 last_axis = call.argument(1, "dim") in (-1, tensor.ndim - 1)
-                return elements, last_axis
-            element = _element(call, tensor, names)
+                return Path(elements, last_axis, private)
+            element = _element(call, tensor, names.get(users[0]))
             if element is None:
-                return elements, False
+                return Path(elements, False, private)
             elements += [element] if element != "same" else []
             here, tensor = users[0], call.result
 
 
-def _element(call: _Call, tensor: Tensor, names: dict[int, str]) -> Element | None:
+def _element(call: _Call, tensor: Tensor, name: str | None) -> Element | None:
     """The call as an element, ``"same"`` where it changes nothing, None where it is neither."""
     function = call.function
     if function in _ACTIVATIONS:
@@ -129,7 +142,7 @@ def _element(call: _Call, tensor: Tensor, names: dict[int, str]) -> Element | No
     if function is functional.linear:
         weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
         zero = weight.new_zeros(weight.shape[0])
-        return Linear(weight.detach().T, zero if bias is None else bias.detach(), names.get(id(weight)))
+        return Linear(weight.detach().T, zero if bias is None else bias.detach(), name)
     if function is functional.batch_norm and tensor.ndim == 2 and not call.argument(5, "training", False):
         mean, var = call.argument(1, "running_mean"), call.argument(2, "running_var")
         weight, bias = call.argument(3, "weight"), call.argument(4, "bias")
@@ -139,11 +152,23 @@ def _element(call: _Call, tensor: Tensor, names: dict[int, str]) -> Element | No
 
 
 def dense_modules(model: nn.Module) -> dict[str, nn.Linear]:
-    """The ``nn.Linear`` modules whose own forward computes the product, by name, each module once."""
-    return {
+    """The ``nn.Linear`` modules whose own forward computes the product, by name, each module once.
+
+    Raises:
+        SlrpropError: not a module, or a layer without values.
+    """
+    if not isinstance(model, nn.Module):
+        raise SlrpropError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    found = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and type(module).forward is nn.Linear.forward
         and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     }
+    for name, module in found.items():
+        if nn.parameter.is_lazy(module.weight) or module.weight.is_meta:
+            raise SlrpropError(
+                f"layer '{name}' is not initialised (it has no values yet); load the model's weights first"
+            )
+    return found

@@ -11,6 +11,7 @@ import io
 import lzma
 import os
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from slrprop.errors import SlrpropError
+from slrprop.errors import SlrpropError, first_line
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 MNIST_FILES = {
@@ -72,8 +73,11 @@ def mnist(folder: str | Path | None = None) -> Dataset:
     """MNIST padded by 2 to 1 x 32 x 32, scaled to [0, 1] (LeCun et al. 1998)."""
     raw = _local(folder, "mnist.npz")
     if raw is not None:
-        with np.load(io.BytesIO(raw), allow_pickle=False) as file:
-            arrays = {key: file[key] for key in MNIST_FILES}
+        try:
+            with np.load(io.BytesIO(raw), allow_pickle=False) as file:
+                arrays = {key: file[key] for key in MNIST_FILES}
+        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise SlrpropError(f"mnist.npz can't be read: {first_line(error)}; fetch the file again") from error
     else:
         arrays = {
             key: _idx(gzip.decompress(_download(MNIST_URL + name, digest).read_bytes()), header)
@@ -103,9 +107,12 @@ def room(folder: str | Path | None = None) -> Dataset:
     if raw is None:
         with zipfile.ZipFile(_download(ROOM_URL, None)) as archive:
             raw = archive.read("Occupancy_Estimation.csv")
-    rows = list(csv.reader(io.StringIO(raw.decode())))[1:]
-    x = np.array([[float(value) for value in row[2:18]] for row in rows])
-    y = np.array([int(row[18]) for row in rows])
+    try:
+        rows = list(csv.reader(io.StringIO(raw.decode())))[1:]
+        x = np.array([[float(value) for value in row[2:18]] for row in rows])
+        y = np.array([int(row[18]) for row in rows])
+    except (ValueError, IndexError) as error:
+        raise SlrpropError(f"room_occupancy.csv can't be read: {first_line(error)}; fetch the file again") from error
     if x.shape != (10129, 16) or np.bincount(y).tolist() != ROOM_COUNTS:
         raise SlrpropError(
             f"the room-occupancy file has {x.shape} values, not the published (10129, 16) with class counts {ROOM_COUNTS}"

@@ -95,11 +95,12 @@ def figure(experiment: Experiment, results: list[Result], title: str) -> Any:
     canvas = Figure(figsize=(7.5, 5), layout="constrained")
     axes = canvas.add_subplot()
     rates: dict[int, float] = {}
-    for colour, method in zip(COLOURS, METHODS, strict=True):
+    for index, (colour, method) in enumerate(zip(COLOURS, METHODS, strict=True)):
         points = []
+        apart = 1 + 0.012 * (index - 3)  # so that error bars at one rate stay readable
         for rank in experiment.ranks:
             if found := grouped.get((method, rank)):
-                points.append((found[0].compression_rate, *spread([result.accuracy for result in found])))
+                points.append((apart * found[0].compression_rate, *spread([result.accuracy for result in found])))
                 if method.startswith("slr"):
                     rates[rank] = found[0].compression_rate
         if points:
@@ -129,6 +130,8 @@ def figure(experiment: Experiment, results: list[Result], title: str) -> Any:
         mean, _ = spread([result.accuracy for result in originals])
         axes.axhline(mean, color="black", linewidth=0.8, linestyle=":", label=f"original, {mean:.2f} %")
     axes.set_xscale("log")
+    axes.set_xticks(list(rates.values()), [f"{rate:.4g}\nk = {rank}" for rank, rate in rates.items()])
+    axes.minorticks_off()
     axes.set_xlabel(f"compression rate of {experiment.layers[0]}: stored numbers / original numbers")
     axes.set_ylabel("test accuracy, %")
     axes.set_title(title)

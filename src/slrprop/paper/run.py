@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from slrprop.api import apply, plan_problem
@@ -40,14 +41,15 @@ def _cells(experiment: Experiment) -> Iterator[tuple[str, int]]:
             yield method, rank
 
 
-def measure_cell(experiment: Experiment, problem: Problem, data: Dataset, seed: int, method: str, rank: int) -> Result:
+def measure_cell(
+    experiment: Experiment, model: nn.Module, problem: Problem, data: Dataset, seed: int, method: str, rank: int
+) -> Result:
     """Compress by one method at one rank and measure on the whole test set."""
     start, rate = time.perf_counter(), 1.0
-    assert isinstance(problem.network, TorchNetwork)
-    small = problem.network.model
+    small = model
     if method != ORIGINAL:
         made = plan_problem(problem, layers=experiment.layers, rank=rank, **METHODS[method])
-        small = apply(small, made)
+        small = apply(model, made)
         before_frl = next((layer for layer in made.layers if layer.name == experiment.layers[0]), None)
         if before_frl is not None:
             rate = before_frl.numbers / (before_frl.shape[0] * before_frl.shape[1])
@@ -65,10 +67,11 @@ def run(experiment: Experiment, data: Dataset, folder: Path, seeds: int, store: 
         for method, rank in _cells(experiment)
         if (experiment.name, seed, method, rank) not in done
     ]
-    problem, of_seed = None, None
+    model, problem, of_seed = experiment.network(), None, None
     for seed, method, rank in tqdm(missing, desc=experiment.name, unit="row"):
         if problem is None or seed != of_seed:
             samples = calibration(experiment, data, seed)
-            problem, of_seed = Problem(TorchNetwork(trained(experiment, seed, data, folder), samples), samples), seed
-        store.add(measure_cell(experiment, problem, data, seed, method, rank))
+            model, of_seed = trained(experiment, seed, data, folder), seed
+            problem = Problem(TorchNetwork(model, samples), samples)
+        store.add(measure_cell(experiment, model, problem, data, seed, method, rank))
     return len(missing)

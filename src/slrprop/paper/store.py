@@ -69,4 +69,4 @@ class Store:
         with self._engine.connect() as connection:
             rows = [dict(row._mapping) for row in connection.execute(query)]
         # SQLite keeps NaN as NULL
-        return [Result(**{name: math.nan if value is None else value for name, value in row.items()}) for row in rows]
+        return [Result(**{name: math.nan if value is None else value for name, value in row.items()}) for row in rows]  # type: ignore[arg-type]

@@ -52,8 +52,9 @@ def cost_scores(
         output = rows_of(flow.output if chosen == "squared" else network.scores(flow.output))
         original += float(loss_point(chosen, output, target, output).values.double().sum())
         chain = network.chain(name)
-        if chain is not None and not (network.ending and chosen == "squared"):
-            (x, _), *_ = flow.calls[name]
+        seen_through = chain is not None and not (network.ending and chosen == "squared")
+        if chain is not None and seen_through and network.reproduces(chain, flow.calls[name][0][1], flow.output):
+            x = flow.calls[name][0][0].to(svd.u)
             bias = network.bias(name)
             y = (x @ svd.left) @ svd.vt
             z = chain.values(y if bias is None else y + bias)
@@ -86,8 +87,9 @@ def _changed_outputs(network: Network, flow: Flow, name: str, svd: SVD, loss: Lo
 
     def outputs(move: Layer, candidates: Tensor) -> Tensor:
         def layer(x: Tensor, candidate: Tensor) -> Tensor:
-            y = (x @ svd.left) @ svd.vt
-            return (y if bias is None else y + bias) + move(x, candidate)
+            wide = x.to(svd.u)
+            y = (wide @ svd.left) @ svd.vt
+            return ((y if bias is None else y + bias) + move(wide, candidate)).to(x.dtype)
 
         found = network.outputs_with(name, flow, layer, candidates)
         return torch.stack([rows_of(output if loss == "squared" else network.scores(output)) for output in found])
