@@ -78,7 +78,7 @@ def main() -> None:
                     x = torch.randn(batch, m)
                     measured = {
                         "torch": torch_times(layers, x, args.repetitions),
-                        "onnxruntime": latencies(files, x.numpy(), args.repetitions),
+                        "onnxruntime": latencies(files, [x.numpy()], args.repetitions),
                     }
                     for runtime, times in measured.items():
                         faster = " | ".join(f"{times['dense'] / times[name]:.1f}x" for name in names)

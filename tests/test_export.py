@@ -79,5 +79,5 @@ def test_latencies_are_measured_together(small, trained, digits, tmp_path):
     files = {"original": tmp_path / "a.onnx", "small": tmp_path / "b.onnx"}
     for path, model in zip(files.values(), (trained, small), strict=True):
         slrprop.export_onnx(model, path, digits[0][:3])
-    times = latencies(files, digits[0][:1].numpy(), repetitions=3)
+    times = latencies(files, [digits[0][:1].numpy()], repetitions=3)
     assert times.keys() == files.keys() and all(0 < seconds < 1 for seconds in times.values())

@@ -19,7 +19,8 @@ from slrprop.methods import METHODS, Method, Problem, Settings, find_method
 from slrprop.network import open_network
 from slrprop.network.base import Network, fingerprint
 from slrprop.network.onnx import OnnxNetwork
-from slrprop.network.onnx_rewrite import Parity, write
+from slrprop.network.onnx_file import OnnxFile
+from slrprop.network.onnx_rewrite import Parity, rewritten, write
 from slrprop.network.torch import dense_modules, swapped
 from slrprop.plan import LayerPlan, Plan, pack
 
@@ -119,7 +120,7 @@ def plan_problem(
                 kept_columns="" if decision.kept_columns is None else pack(decision.kept_columns),
                 factors=decision.factors,
             )
-    return Plan(tuple(planned[name] for name in wanted), left_dense, _feeds(network, wanted))
+    return Plan(tuple(planned[name] for name in wanted), left_dense, feeds_between(network, wanted))
 
 
 def _settings(method: Method, **given: Any) -> Settings:
@@ -184,7 +185,7 @@ def _why_dense(network: Network, name: str, settings: Settings, must: bool) -> s
     return f"rank {settings.rank} would store {numbers:,} numbers instead of {m * n:,}" if numbers >= m * n else ""
 
 
-def _feeds(network: Network, wanted: tuple[str, ...]) -> dict[str, str]:
+def feeds_between(network: Network, wanted: tuple[str, ...]) -> dict[str, str]:
     """Pairs of layers around a planned one whose neurons can be put in another order together."""
 
     def alone(name: str) -> bool:
@@ -226,6 +227,21 @@ def apply(model: Model, plan: Plan, output: str | Path | None = None, data: Any 
     if output is None:
         raise SlrpropError("an ONNX file was given, so apply needs the path of the file to write")
     network = OnnxNetwork(model, None)
+    forms, moved, orders = _file_forms(network, plan)
+    return write(network, forms, moved, orders, output, None if data is None else open_data(data))
+
+
+def realised(model: Model, plan: Plan) -> nn.Module | OnnxFile:
+    """The plan's network in memory: a module, or for an ONNX file the new file's content, not compared or written."""
+    if isinstance(model, nn.Module):
+        return _apply_module(model, plan)
+    network = OnnxNetwork(model, None)
+    _, moved, orders = _file_forms(network, plan)
+    return rewritten(network, moved, orders)
+
+
+def _file_forms(network: OnnxNetwork, plan: Plan) -> tuple[dict[str, Factors], dict[str, Factors], dict[str, Tensor]]:
+    """The planned layers' factors; those of all layers that change once neurons are arranged, and the new orders."""
 
     def dense(name: str) -> Dense:
         if name not in network.names:
@@ -238,8 +254,7 @@ def apply(model: Model, plan: Plan, output: str | Path | None = None, data: Any 
             raise SlrpropError(
                 f"the plan says that '{first}' feeds '{second}', which it does not in this model; it was made for another model"
             )
-    moved, orders = arranged(forms, plan.feeds, dense)
-    return write(network, forms, moved, orders, output, None if data is None else open_data(data))
+    return forms, *arranged(forms, plan.feeds, dense)
 
 
 def _foreign(name: str, names: Collection[str]) -> SlrpropError:

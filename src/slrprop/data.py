@@ -1,5 +1,7 @@
 """What a user may hand over as data, as one stream of batches."""
 
+import copy
+import itertools
 import math
 import os
 import zipfile
@@ -133,6 +135,29 @@ class Data:
         if lengths == {0}:
             raise SlrpropError("the data is empty; give at least one sample")
 
+    def split(self, seed: int) -> "tuple[Data, Data]":
+        """Two halves: of the samples in an order drawn from ``seed``, or of a loader's batches in turn.
+
+        Raises:
+            SlrpropError: one sample or batch alone, or a loader that shuffles (its halves would mix).
+        """
+        if self._loader is not None:
+            if isinstance(getattr(self._loader, "sampler", None), torch.utils.data.RandomSampler):
+                raise SlrpropError(
+                    "the DataLoader shuffles, so its samples can't be kept apart; give one with shuffle=False"
+                )
+            return Data(_EveryOther(self._loader, 0)), Data(_EveryOther(self._loader, 1))
+        count = len(next(iter(self._arrays.values())))
+        if count < 2:
+            raise SlrpropError("the data has one sample; a search needs one part to choose by and another to check on")
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        halves = (order[: count // 2].sort().values, order[count // 2 :].sort().values)
+        first, second = copy.copy(self), copy.copy(self)
+        for half, rows in zip((first, second), halves, strict=True):
+            half._arrays = {key: array[rows] for key, array in self._arrays.items()}
+            half._targets = None if self._targets is None else self._targets[rows]
+        return first, second
+
     def __iter__(self) -> Iterator[Batch]:
         if self._loader is not None:
             seen = False
@@ -148,6 +173,16 @@ class Data:
             named = {key: array[part] for key, array in self._arrays.items() if isinstance(key, str)}
             inputs = tuple(array[part] for key, array in self._arrays.items() if isinstance(key, int))
             yield Batch(inputs, named, None if self._targets is None else self._targets[part])
+
+
+class _EveryOther:
+    """Every second batch of a loader."""
+
+    def __init__(self, loader: Iterable[Any], first: int) -> None:
+        self._loader, self._first = loader, first
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self._loader, self._first, None, 2)
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -78,7 +78,7 @@ def run(output: Path) -> tuple[list[Row], Row]:
         files = {name: Path(folder) / f"{index}.onnx" for index, name in enumerate(networks)}
         for name, path in tqdm(files.items(), desc="exporting and checking", unit="file", disable=None):
             export_onnx(networks[name], path, x[:4])
-        times = latencies(files, x[:1].numpy(), repetitions=200)
+        times = latencies(files, [x[:1].numpy()], repetitions=200)
         rows = []
         for name, small in networks.items():
             choosing, testing = (

@@ -73,10 +73,10 @@ def measure(model: nn.Module | str | Path, data: Any) -> Measurement:
         labels.append(check_labels(flow.batch.targets, output))
         probabilities.append(output.double().softmax(-1))
     found = quality(torch.cat(probabilities).cpu().numpy(), torch.cat(labels).cpu().numpy())
-    return Measurement(**found, bytes=_bytes(network), numbers=network.numbers)
+    return Measurement(**found, bytes=file_bytes(network), numbers=network.numbers)
 
 
-def _bytes(network: Network) -> int:
+def file_bytes(network: Network) -> int:
     """Size of the model's file: as :func:`slrprop.save` writes it, or of the ONNX file and its external data."""
     if isinstance(network, OnnxNetwork):
         return network.file.bytes
