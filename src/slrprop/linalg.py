@@ -49,7 +49,7 @@ def _iterative(package: str) -> Callable[[Tensor, int], tuple[Tensor, Tensor, Te
             raise SlrpropError(
                 f"the {package} solver failed on a {len(matrix)} x {matrix.shape[1]} weight at rank {k} ({error}); use solver='full'"
             ) from error
-        u, s, vt = (torch.from_numpy(np.ascontiguousarray(part)).to(w) for part in parts)
+        u, s, vt = (torch.from_numpy(part.copy("C")).to(w) for part in parts)
         order = s.argsort(descending=True)
         return u[:, order], s[order], vt[order]
 
