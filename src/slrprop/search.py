@@ -33,10 +33,10 @@ from slrprop.export import export_onnx
 from slrprop.latency import latencies
 from slrprop.layers import linear_from
 from slrprop.losses import LossName, check_labels, loss_point, rows_of
-from slrprop.measure import file_bytes
 from slrprop.methods import Problem
 from slrprop.network import OnnxNetwork, open_network
 from slrprop.plan import LayerPlan, Plan
+from slrprop.storage import to_bytes
 
 DEFAULT_METHODS: dict[str, dict[str, Any]] = {"svd": {}, "slr": {"criterion": "weight"}}
 CALIBRATION_ROWS = 512  # inputs of each layer that predictions are made from
@@ -93,7 +93,7 @@ def layer_inputs(problem: Problem, names: tuple[str, ...]) -> dict[str, Tensor]:
 
 def candidates_of(problem: Problem, name: str, x: Tensor, methods: Mapping[str, dict[str, Any]]) -> list[Candidate]:
     """All candidates of a layer, the dense one first."""
-    weight = problem.weight(name)
+    weight = problem.weight(name).detach()
     m, n = weight.shape
     x = x.to(torch.promote_types(weight.dtype, torch.float32))
     y = x @ weight.to(x)
@@ -107,7 +107,8 @@ def candidates_of(problem: Problem, name: str, x: Tensor, methods: Mapping[str, 
             for layer in made.layers:
                 assert layer.factors is not None
                 error = float(
-                    (y - linear_from(layer.factors, None)(x)).square().sum() / y.square().sum().clamp_min(1e-30)
+                    (y - linear_from(layer.factors, None)(x).detach()).square().sum()
+                    / y.square().sum().clamp_min(1e-30)
                 )
                 found.append(Candidate(layer.factors.bytes, error, layer))
     return found
@@ -322,15 +323,18 @@ class _Door:
 
     def __init__(self, model: Any, data: Data) -> None:
         self.model, self.first = model, next(iter(data))
-        self.is_file = not isinstance(model, nn.Module)
 
     def realise(self, plan: Plan) -> Any:
         """The network of a plan, for :func:`slrprop.network.open_network`."""
         return realised(self.model, plan)
 
-    def bytes(self, plan: Plan) -> int:
-        """Size of the plan's file."""
-        return file_bytes(open_network(self.realise(plan), None))
+    def size(self, made: Any) -> int:
+        """Bytes of the file of a network that :meth:`realise` gave."""
+        if isinstance(made, nn.Module):
+            return len(to_bytes(made))
+        with tempfile.TemporaryDirectory() as folder:
+            made.save(Path(folder) / "model.onnx", lambda _: None)
+            return sum(path.stat().st_size for path in Path(folder).iterdir())
 
     def latencies(self, plans: Mapping[str, Plan], repetitions: int = 50) -> dict[str, float]:
         """Seconds for one sample in ONNX Runtime on one thread, all plans interleaved."""
@@ -390,7 +394,7 @@ def compress(
     empty = Plan(())
     log = _Log(None if run_dir is None else Path(run_dir))
     run = _Search(door, judge, problem, log, dict(methods or DEFAULT_METHODS), seed)
-    original_bytes = door.bytes(empty)
+    original_bytes = door.size(door.realise(empty))
     budget = Budget(
         max_drop,
         None if max_bytes is None else parse_size(max_bytes, original_bytes, "max_bytes"),
@@ -417,9 +421,10 @@ def compress(
         feasible = run.fits(at, budget)
     before, after = (float(check.qualities(found).mean()) for found in (check.original, outputs))
     latency = (math.nan, math.nan) if budget.max_latency is None else (run.latency(empty), run.latency(plan_now))
+    made = door.realise(plan_now)
     result = Compression(
-        model=door.realise(plan_now), plan=plan_now, budget=budget, met=feasible and within, metric=judge.metric,
-        quality=(before, after), drop=drop, interval=interval, bytes=(original_bytes, door.bytes(plan_now)), latency=latency,
+        model=made, plan=plan_now, budget=budget, met=feasible and within, metric=judge.metric,
+        quality=(before, after), drop=drop, interval=interval, bytes=(original_bytes, door.size(made)), latency=latency,
         evaluations=run.evaluations + evaluations + 1, points=tuple(run.points), chosen=at, curves=run.curves, seed=seed,
         data_fingerprint=judge.fingerprint, seconds=time.perf_counter() - start,
     )  # fmt: skip
@@ -467,14 +472,16 @@ class _Search:
     def evaluate(self, plan: Plan) -> Evaluation:
         """Run a plan's network over the search part."""
         if not plan.layers:
-            return Evaluation(float(self.judge.qualities(self.judge.original).mean()), 0.0, self.door.bytes(plan))
+            return Evaluation(
+                float(self.judge.qualities(self.judge.original).mean()), 0.0, self.door.size(self.door.realise(plan))
+            )
         self.evaluations += 1
 
         def measure() -> dict[str, float]:
             made = self.door.realise(plan)
             outputs = self.judge.outputs(made)
             quality, divergence = float(self.judge.qualities(outputs).mean()), self.judge.divergence(outputs)
-            return asdict(Evaluation(quality, divergence, file_bytes(open_network(made, None))))
+            return asdict(Evaluation(quality, divergence, self.door.size(made)))
 
         return Evaluation(**self.log.get(self._key("quality", plan), measure))  # type: ignore[arg-type]
 
@@ -510,7 +517,7 @@ class _Search:
                 sensitivity[name] = max(self.evaluate(alone).divergence, 1e-12) / middle.error
         weights = sum(network.weight(name).nbytes for name in names)
         feeds = feeds_between(network, names)
-        rest = self.door.bytes(Plan(())) - weights
+        rest = self.door.size(self.door.realise(Plan(()))) - weights
         self.points = path_of(hulls, sensitivity, feeds, rest)
 
     def measured(self, at: int) -> Evaluation:
