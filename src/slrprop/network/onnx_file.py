@@ -21,7 +21,7 @@ import onnxruntime
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from slrprop.errors import SlrpropError
+from slrprop.errors import SlrpropError, first_line
 from slrprop.files import replacing
 from slrprop.network.wire import around, fields, head
 
@@ -52,8 +52,7 @@ def reading(path: str | Path) -> Iterator[None]:
     except OSError as error:
         raise SlrpropError(f"'{path}' can't be read: {error.strerror or error}") from error
     except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise SlrpropError(f"'{path}' is not an ONNX model that slrprop can use: {reason}") from error
+        raise SlrpropError(f"'{path}' is not an ONNX model that slrprop can use: {first_line(error)}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +128,10 @@ class OnnxFile:
             for tensor in proto.graph.initializer:
                 if tensor.data_location == TensorProto.EXTERNAL and tensor.name not in stored:
                     stored[tensor.name] = _external(tensor, path)
+            words = {word for node in proto.graph.node for word in (node.name, node.op_type, node.domain, *node.output)}
+            words |= {value.name for value in (*proto.graph.input, *proto.graph.output)} | _read_names(proto.graph)
+            if not all(isinstance(word, str) for word in words):
+                raise SlrpropError(f"'{path}' holds names that are no text; the file is damaged")
             names = [tensor.name for tensor in proto.graph.initializer]
             if len(set(names)) != len(names):
                 raise SlrpropError(f"'{path}' holds two initializers of the same name; the file is damaged")
@@ -233,8 +236,8 @@ class OnnxFile:
         graph.initializer.extend(tensors)
         return Session(self, proto, wanted)
 
-    def checked(self) -> None:
-        """Let ``onnx.checker`` look at the graph; large tensors stand as inputs, so that none is read."""
+    def flaw(self) -> str:
+        """What ``onnx.checker`` finds wrong, if anything; large tensors stand as inputs, so that none is read."""
         proto = ModelProto()
         proto.CopyFrom(self.proto)
         declared = {value.name for value in proto.graph.input}
@@ -244,8 +247,11 @@ class OnnxFile:
                 proto.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         del proto.graph.initializer[:]
         proto.graph.initializer.extend(small)
-        with reading(self.path):
+        try:
             onnx.checker.check_model(proto, full_check=True)
+        except Exception as error:
+            return first_line(error)
+        return ""
 
     def write(self, path: Path, data: Path, location: str) -> None:
         """Write the model to ``path``, and what is external to ``data``, which the model calls ``location``."""
