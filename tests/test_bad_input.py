@@ -255,7 +255,7 @@ WRONG_DATA = {
     "an iterator": (iter([samples()]), "one-time iterator can't be read twice"),
     "a generator": ((part for part in [samples()]), "got generator; a one-time iterator can't be read twice"),
     "a number": (5, "data must be a DataLoader, a pair of arrays, or the path of an .npz, got int"),
-    "a mapping": ({"x": torch.zeros(3)}, "data must be a DataLoader, .*got dict"),
+    "a mapping": ({"x": {1: 2}}, "data must be a DataLoader, .*got dict"),
     "batches of words": (["some", "words"], "a batch must be a tensor, .*got str"),
     "batches of nothing": ([None], "a batch must be a tensor, .*got NoneType"),
     "batches of lists": ([[[1.0] * IN, 2]], "a batch must be a tensor, .*got list"),

@@ -139,7 +139,9 @@ def _select(network: Network, layers: Any, settings: Settings, method: str) -> t
     eligible = settings.eligible(network)
     if layers is None:
         if not eligible:
-            raise SlrpropError("the model has no dense layer (nn.Linear) that is called on this data")
+            raise SlrpropError(
+                "the model has no dense layer (nn.Linear; in ONNX a Gemm or MatMul with a constant matrix) that is called on this data"
+            )
         return eligible, set()
     patterns = [layers] if isinstance(layers, str) else layers
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
@@ -248,13 +250,13 @@ def _file_forms(network: OnnxNetwork, plan: Plan) -> tuple[dict[str, Factors], d
             raise _foreign(name, network.names)
         return Dense(network.weight(name))
 
-    forms = _forms(plan, dense)
+    forms, moved, orders = _carried_out(plan, dense)
     for first, second in plan.feeds.items():
         if first not in network.names or network.feeds_directly(first) != second:
             raise SlrpropError(
                 f"the plan says that '{first}' feeds '{second}', which it does not in this model; it was made for another model"
             )
-    return forms, *arranged(forms, plan.feeds, dense)
+    return forms, moved, orders
 
 
 def _foreign(name: str, names: Collection[str]) -> SlrpropError:
@@ -271,23 +273,27 @@ def _apply_module(model: nn.Module, plan: Plan) -> nn.Module:
             raise _foreign(name, modules)
         return Dense(modules[name].weight.detach().T)
 
-    forms, orders = arranged(_forms(plan, dense), plan.feeds, dense)
+    _, forms, orders = _carried_out(plan, dense)
     biases = {name: None if modules[name].bias is None else modules[name].bias.detach() for name in forms}
     moved = {name: bias[orders[name]] if bias is not None and name in orders else bias for name, bias in biases.items()}
     swaps = {name: linear_from(form, moved[name]).to(modules[name].weight.dtype) for name, form in forms.items()}
     return swapped(model, swaps)
 
 
-def _forms(plan: Plan, dense: Callable[[str], Dense]) -> dict[str, Factors]:
+def _carried_out(
+    plan: Plan, dense: Callable[[str], Dense]
+) -> tuple[dict[str, Factors], dict[str, Factors], dict[str, Tensor]]:
+    """The planned layers' factors; those of all layers that change once neurons are arranged, and the new orders."""
     for name, times in Counter(layer.name for layer in plan.layers).items():
         if times > 1:
             raise SlrpropError(f"the plan treats layer '{name}' twice; the file is damaged")
     forms = {layer.name: build(layer, dense(layer.name).weight) for layer in plan.layers}
+    moved, orders = arranged(forms, plan.feeds, dense)
     if plan.is_damaged():
         raise SlrpropError(
             "the plan is damaged: it differs from its checksum; plan again, or take 'sha256' out of a file that you edited"
         )
-    return forms
+    return forms, moved, orders
 
 
 def build(layer: LayerPlan, weight: Tensor) -> Factors:

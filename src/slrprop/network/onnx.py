@@ -171,7 +171,7 @@ class OnnxNetwork(Network):
         try:
             return session.run(feed)
         except Exception as error:
-            reason = str(error).strip().split("\n")[0]
+            reason = " ".join(str(error).split())[:300]
             raise SlrpropError(f"the model can't take data of shape {shapes}: {reason}") from error
 
     def stream(self, names: tuple[str, ...], data: Data) -> Iterator[Flow]:

@@ -6,7 +6,9 @@ file to the new one as they are.
 """
 
 import contextlib
+import math
 import mmap
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +19,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from slrprop.errors import SlrpropError
+from slrprop.errors import SlrpropError, first_line
 from slrprop.files import replacing
 from slrprop.network.wire import around, fields, head
 
@@ -50,8 +52,7 @@ def reading(path: str | Path) -> Iterator[None]:
     except OSError as error:
         raise SlrpropError(f"'{path}' can't be read: {error.strerror or error}") from error
     except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise SlrpropError(f"'{path}' is not an ONNX model that slrprop can use: {reason}") from error
+        raise SlrpropError(f"'{path}' is not an ONNX model that slrprop can use: {first_line(error)}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +128,10 @@ class OnnxFile:
             for tensor in proto.graph.initializer:
                 if tensor.data_location == TensorProto.EXTERNAL and tensor.name not in stored:
                     stored[tensor.name] = _external(tensor, path)
+            words = {word for node in proto.graph.node for word in (node.name, node.op_type, node.domain, *node.output)}
+            words |= {value.name for value in (*proto.graph.input, *proto.graph.output)} | _read_names(proto.graph)
+            if not all(isinstance(word, str) for word in words):
+                raise SlrpropError(f"'{path}' holds names that are no text; the file is damaged")
             names = [tensor.name for tensor in proto.graph.initializer]
             if len(set(names)) != len(names):
                 raise SlrpropError(f"'{path}' holds two initializers of the same name; the file is damaged")
@@ -142,9 +147,12 @@ class OnnxFile:
 
     @property
     def numbers(self) -> int:
-        """Floating-point numbers in initializers."""
-        wanted = (*FLOATS, TensorProto.BFLOAT16)
-        return sum(int(np.prod(t.dims, dtype=object)) for t in self.proto.graph.initializer if t.data_type in wanted)
+        """Floating-point numbers in initializers and constants."""
+        constants = (a.t for node in self.proto.graph.node if node.op_type == "Constant" for a in node.attribute)
+        tensors = (
+            t for t in (*self.proto.graph.initializer, *constants) if t.data_type in (*FLOATS, TensorProto.BFLOAT16)
+        )
+        return sum(math.prod(tensor.dims) for tensor in tensors)
 
     @property
     def bytes(self) -> int:
@@ -171,14 +179,14 @@ class OnnxFile:
     def edited(self, edit: Callable[[GraphProto], dict[str, np.ndarray]]) -> "OnnxFile":
         """A copy whose graph was changed; ``edit`` returns new initializers by name.
 
-        Initializers that nothing reads any more are left out.
+        Initializers and nodes that nothing reads any more are left out.
         """
         proto = ModelProto()
         proto.CopyFrom(self.proto)
         before = _read_names(proto.graph)
         new = edit(proto.graph)
-        after = _read_names(proto.graph)
-        gone = {tensor.name for tensor in proto.graph.initializer} & (before - after)
+        _drop_unread(proto.graph, before)
+        gone = {tensor.name for tensor in proto.graph.initializer} & (before - _read_names(proto.graph))
         kept = [tensor for tensor in proto.graph.initializer if tensor.name not in gone]
         del proto.graph.initializer[:]
         proto.graph.initializer.extend(kept)
@@ -228,8 +236,8 @@ class OnnxFile:
         graph.initializer.extend(tensors)
         return Session(self, proto, wanted)
 
-    def checked(self) -> None:
-        """Let ``onnx.checker`` look at the graph; large tensors stand as inputs, so that none is read."""
+    def flaw(self) -> str:
+        """What ``onnx.checker`` finds wrong, if anything; large tensors stand as inputs, so that none is read."""
         proto = ModelProto()
         proto.CopyFrom(self.proto)
         declared = {value.name for value in proto.graph.input}
@@ -239,8 +247,11 @@ class OnnxFile:
                 proto.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         del proto.graph.initializer[:]
         proto.graph.initializer.extend(small)
-        with reading(self.path):
+        try:
             onnx.checker.check_model(proto, full_check=True)
+        except Exception as error:
+            return first_line(error)
+        return ""
 
     def write(self, path: Path, data: Path, location: str) -> None:
         """Write the model to ``path``, and what is external to ``data``, which the model calls ``location``."""
@@ -409,6 +420,21 @@ def node_reads(node: onnx.NodeProto) -> list[str]:
 def _read_names(graph: GraphProto) -> set[str]:
     """All tensors that nodes or outputs of the graph read."""
     return {name for node in graph.node for name in node_reads(node)} | {value.name for value in graph.output}
+
+
+def _drop_unread(graph: GraphProto, before: set[str]) -> None:
+    """Take out nodes whose outputs were read ``before`` and are no longer: constants that a weight was made of."""
+    reads = Counter(name for node in graph.node for name in set(node_reads(node)))
+    reads.update(value.name for value in graph.output)
+    kept = []
+    for node in reversed(graph.node):
+        if before.isdisjoint(node.output) or any(reads[name] > 0 for name in node.output if name):
+            kept.append(NodeProto.FromString(node.SerializeToString()))
+        else:
+            reads.subtract(set(node_reads(node)))
+    if len(kept) < len(graph.node):
+        del graph.node[:]
+        graph.node.extend(reversed(kept))
 
 
 def _copy(item: Stored, out: BinaryIO) -> None:

@@ -148,8 +148,8 @@ class Graph:
         outputs.sort(key=lambda value: value.name != "logits")
         for value in outputs:
             maker = self.nodes[self.maker[value.name]] if value.name in self.maker else None
-            if maker is not None and maker.op_type == "ZipMap" and maker.input:
-                return maker.input[0]
+            if maker is not None and maker.op_type in ("ZipMap", "Identity") and maker.input:
+                return maker.input[0]  # class names or another name for the same numbers
             kind = value.type.WhichOneof("value")
             if kind in (None, "tensor_type") and value.type.tensor_type.elem_type in (0, *FLOATS):
                 return value.name
@@ -192,7 +192,7 @@ class Graph:
         readers = self.readers[y]
         if len(readers) == 1 and y not in self.outputs and self.standard(after := self.nodes[readers[0]]) == "Add":
             others = [name for name in after.input if name != y]
-            if len(others) == 1 and self._is_row(others[0], n) and len(self.constants[others[0]].shape) == 1:
+            if len(others) == 1 and self._is_row(others[0], n):
                 y, bias, adder = after.output[0], others[0], readers[0]
         return Dense(index, node.input[0], y, node.input[1], (m, n), bias, adder)
 
