@@ -6,7 +6,21 @@ from slrprop.errors import SlrpropError
 from slrprop.export import export_onnx
 from slrprop.measure import measure
 from slrprop.plan import Plan
+from slrprop.search import BudgetError, compress
 from slrprop.storage import load, save
 
-__all__ = ["Plan", "SlrpropError", "apply", "export_onnx", "inspect", "load", "measure", "plan", "relevance", "save"]
+__all__ = [
+    "BudgetError",
+    "Plan",
+    "SlrpropError",
+    "apply",
+    "compress",
+    "export_onnx",
+    "inspect",
+    "load",
+    "measure",
+    "plan",
+    "relevance",
+    "save",
+]
 __version__ = "0.1.0"

@@ -191,6 +191,54 @@ def measure(
 
 
 @app.command()
+def compress(
+    model: OnnxFile,
+    calibration: Annotated[Path, typer.Option("--calibration", help=".npz or .npy; half of it searches, half checks.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .onnx file to write.")],
+    max_drop: Annotated[float | None, typer.Option(help="Points of the metric that may be lost.")] = None,
+    max_bytes: Annotated[str | None, typer.Option(help="Size of the file: 300KB, or 25% of the original.")] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(help="Milliseconds for one sample on one thread.")] = None,
+    max_latency: Annotated[str | None, typer.Option(help="The same as a share of the original's: 50%.")] = None,
+    metric: Annotated[str | None, typer.Option(help="accuracy, agreement or squared_error; found by default.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Method to search over; may be repeated.")] = None,
+    layers: Annotated[list[str] | None, typer.Option(help="Name or pattern; may be repeated.")] = None,
+    confident: Annotated[bool, typer.Option(help="The upper end of the drop's interval must hold too.")] = False,
+    seed: Annotated[int, typer.Option(help="Which half of the data searches.")] = 0,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Keep measurements here; a killed run goes on from them.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the smallest ONNX file within a budget, and prove it on data the search did not see.
+
+    Exit codes: 0 written, 1 a mistake, 2 a misspelt command, 3 the budget can't be met (nothing is written).
+
+    Example: slrprop compress model.onnx --calibration data.npz --max-drop 0.5 -o small.onnx
+    """
+    search = importlib.import_module("slrprop.search")
+    try:
+        found = search.compress(
+            model, calibration, max_drop=max_drop, max_bytes=max_bytes, max_latency_ms=max_latency_ms, max_latency=max_latency,
+            metric=metric, methods={name: search.DEFAULT_METHODS.get(name, {}) for name in method} if method else None,
+            layers=layers or None, confident=confident, seed=seed, run_dir=run_dir,
+        )  # fmt: skip
+    except search.BudgetError as error:
+        if as_json:
+            typer.echo(json.dumps(error.best.summary()))
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(3)
+    parity = importlib.import_module("slrprop.api").apply(model, found.plan, output, calibration)
+    if as_json:
+        typer.echo(json.dumps(found.summary() | {"file": str(output), "parity": asdict(parity)}))
+        return
+    typer.echo(str(found.plan) or "every layer stays as it is")
+    typer.echo(str(found))
+    typer.echo(
+        f"Written: {output}; its outputs are at most {max(parity.outputs.values()):.1e} from the factors' values"
+    )
+
+
+@app.command()
 def demo(output: Output = Path("build/demo"), as_json: Json = False) -> None:
     """Train a small network on scikit-learn's digits, compress it, measure it.
 

@@ -218,6 +218,44 @@ class Compression:
     data_fingerprint: str
     seconds: float
 
+    def __str__(self) -> str:
+        before, after = self.bytes
+        lines = [
+            f"bytes: {before:,} -> {after:,} ({before / after:.1f}x smaller)",
+            f"{self.metric}: {self.quality[0]:.2f} -> {self.quality[1]:.2f}, a drop of {self.drop:.2f} (95 % interval "
+            f"{self.interval[0]:.2f} to {self.interval[1]:.2f}) on data the search did not see",
+        ]
+        if not math.isnan(self.latency[1]):
+            lines.append(
+                f"latency: {1e3 * self.latency[0]:.3f} -> {1e3 * self.latency[1]:.3f} ms (ONNX Runtime, one sample, one thread)"
+            )
+        lines.append(f"evaluations: {self.evaluations}, {self.seconds:.1f} s")
+        return "\n".join(lines)
+
+    def summary(self) -> dict[str, Any]:
+        """The facts as JSON; what is not known is null."""
+
+        def known(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return [known(part) for part in value]
+            return None if isinstance(value, float) and math.isnan(value) else value
+
+        names = (
+            "met",
+            "metric",
+            "quality",
+            "drop",
+            "interval",
+            "bytes",
+            "latency",
+            "evaluations",
+            "seed",
+            "data_fingerprint",
+            "seconds",
+        )
+        facts = {name: known(getattr(self, name)) for name in names}
+        return facts | {"budget": asdict(self.budget), "plan": json.loads(self.plan.to_json())}
+
 
 def interval_of(differences: Tensor, binary: bool) -> tuple[float, float]:
     """95 % interval of the mean paired difference (p,), in the metric's unit.
@@ -239,7 +277,9 @@ def interval_of(differences: Tensor, binary: bool) -> tuple[float, float]:
 class _Judge:
     """Measures networks on one part of the data against the original's outputs there."""
 
-    def __init__(self, model: Any, part: Data, metric: str | None) -> None:
+    def __init__(self, model: Any, part: Data, metric: str | None, own: "Callable[[Any], float] | None" = None) -> None:
+        self.own = own
+        self.lower_is_better = False
         self.part = part
         self.network = open_network(model, part)
         digest, outputs, targets = hashlib.sha256(), [], []
@@ -284,6 +324,17 @@ class _Judge:
         """Mean KL divergence from the original's outputs; mean squared distance where there are no classes."""
         loss: LossName = "squared" if self.metric == "squared_error" else "kl"
         return float(loss_point(loss, outputs, None, self.original).values.double().mean())
+
+    def quality(self, model: Any, outputs: Tensor) -> float:
+        """The metric of a network with these outputs."""
+        if self.own is None:
+            return float(self.qualities(outputs).mean())
+        if isinstance(model, nn.Module):
+            return float(self.own(model))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            model.save(path, lambda _: None)
+            return float(self.own(path))
 
     def outputs(self, model: Any) -> Tensor:
         """The outputs (p x c) of another network on this part."""
@@ -359,8 +410,11 @@ def compress(
     *,
     max_drop: float | None = None,
     max_bytes: int | str | None = None,
-    max_latency: float | str | None = None,
+    max_latency_ms: float | None = None,
+    max_latency: str | None = None,
     metric: str | None = None,
+    evaluate: Callable[[Any], float] | None = None,
+    lower_is_better: bool = False,
     methods: Mapping[str, dict[str, Any]] | None = None,
     layers: str | list[str] | None = None,
     confident: bool = False,
@@ -374,8 +428,12 @@ def compress(
         data: labelled or not; half of it is for the search, half for the check.
         max_drop: points of the metric (percent for ``accuracy`` and ``agreement``) that may be lost.
         max_bytes: size of the file, a number, ``"300KB"`` or ``"25%"`` of the original.
-        max_latency: milliseconds for one sample in ONNX Runtime on one thread, or ``"50%"`` of the original.
+        max_latency_ms: milliseconds for one sample in ONNX Runtime on one thread.
+        max_latency: the same as a share of the original's, ``"50%"``.
         metric: ``accuracy`` (labels), ``agreement`` with the original's answers, or ``squared_error``; found by default.
+        evaluate: your own measure instead: takes a torch module or the path of an ONNX file, gives a number. It sees to
+            its own data, so nothing is set apart for the check and no interval is known.
+        lower_is_better: for ``evaluate``.
         methods: methods and their settings, ``{"svd": {}, "slr": {"criterion": "weight"}}`` by default.
         layers: names or patterns; None for all.
         confident: the upper end of the drop's interval must be within ``max_drop`` too.
@@ -389,7 +447,8 @@ def compress(
     opened = open_data(data)
     search_part, check_part = opened.split(seed)
     door = _Door(model, search_part)
-    judge = _Judge(model, search_part, metric)
+    judge = _Judge(model, search_part, metric, evaluate)
+    judge.lower_is_better = lower_is_better if evaluate else judge.metric == "squared_error"
     problem = Problem(judge.network, search_part)
     empty = Plan(())
     log = _Log(None if run_dir is None else Path(run_dir))
@@ -398,32 +457,34 @@ def compress(
     budget = Budget(
         max_drop,
         None if max_bytes is None else parse_size(max_bytes, original_bytes, "max_bytes"),
-        None if max_latency is None else run.parse_latency(max_latency),
+        run.latency_limit(max_latency_ms, max_latency),
     )
     if not str(budget):
         raise SlrpropError("no budget was given; state max_drop, max_bytes or max_latency")
     run.explore(layers)
     at, feasible = run.choose(budget)
-    check = _Judge(model, check_part, judge.metric)
+    check = _Judge(model, check_part, judge.metric, evaluate)
+    before = check.quality(door.realise(empty), check.original)
     evaluations, tried = 0, set()
     while True:
         plan_now = run.points[at].plan
-        outputs = check.outputs(door.realise(plan_now)) if plan_now.layers else check.original
+        made = door.realise(plan_now)
+        outputs = check.outputs(made) if plan_now.layers else check.original
         evaluations += 1
-        drops = check.drops(outputs)
-        interval = interval_of(drops, judge.metric != "squared_error")
-        drop = float(drops.mean())
+        after = check.quality(made, outputs)
+        drop = after - before if judge.lower_is_better else before - after
+        interval = (
+            (math.nan, math.nan) if evaluate else interval_of(check.drops(outputs), judge.metric != "squared_error")
+        )
         within = budget.max_drop is None or (interval[1] if confident else drop) <= budget.max_drop
         tried.add(at)
         if within or not feasible or len(tried) > BACK_OFFS or at == 0:
             break
         at = run.step_back(at)  # the promise did not hold on fresh data: half the damage
         feasible = run.fits(at, budget)
-    before, after = (float(check.qualities(found).mean()) for found in (check.original, outputs))
     latency = (math.nan, math.nan) if budget.max_latency is None else (run.latency(empty), run.latency(plan_now))
-    made = door.realise(plan_now)
     result = Compression(
-        model=made, plan=plan_now, budget=budget, met=feasible and within, metric=judge.metric,
+        model=made, plan=plan_now, budget=budget, met=feasible and within, metric="evaluate" if evaluate else judge.metric,
         quality=(before, after), drop=drop, interval=interval, bytes=(original_bytes, door.size(made)), latency=latency,
         evaluations=run.evaluations + evaluations + 1, points=tuple(run.points), chosen=at, curves=run.curves, seed=seed,
         data_fingerprint=judge.fingerprint, seconds=time.perf_counter() - start,
@@ -472,15 +533,14 @@ class _Search:
     def evaluate(self, plan: Plan) -> Evaluation:
         """Run a plan's network over the search part."""
         if not plan.layers:
-            return Evaluation(
-                float(self.judge.qualities(self.judge.original).mean()), 0.0, self.door.size(self.door.realise(plan))
-            )
+            made = self.door.realise(plan)
+            return Evaluation(self.judge.quality(made, self.judge.original), 0.0, self.door.size(made))
         self.evaluations += 1
 
         def measure() -> dict[str, float]:
             made = self.door.realise(plan)
             outputs = self.judge.outputs(made)
-            quality, divergence = float(self.judge.qualities(outputs).mean()), self.judge.divergence(outputs)
+            quality, divergence = self.judge.quality(made, outputs), self.judge.divergence(outputs)
             return asdict(Evaluation(quality, divergence, self.door.size(made)))
 
         return Evaluation(**self.log.get(self._key("quality", plan), measure))  # type: ignore[arg-type]
@@ -490,11 +550,18 @@ class _Search:
         pair = {"original": Plan(()), "plan": plan}
         return self.log.get(self._key("latency", plan), lambda: self.door.latencies(pair))["plan"]
 
-    def parse_latency(self, given: float | str) -> float:
-        """Milliseconds, or a share of the original's latency, in seconds."""
-        if isinstance(given, str) and given.strip().endswith("%"):
-            return parse_size(given, 1e9 * self.latency(Plan(())), "max_latency") / 1e9
-        return parse_size(float(given) * 1e6, 0, "max_latency") / 1e9
+    def latency_limit(self, milliseconds: float | None, share: str | None) -> float | None:
+        """The stricter of both, in seconds."""
+        limits = []
+        if milliseconds is not None:
+            limits.append(parse_size(f"{float(milliseconds) * 1e6:.0f}", 0, "max_latency_ms") / 1e9)
+        if share is not None:
+            if not str(share).strip().endswith("%"):
+                raise SlrpropError(
+                    f"max_latency is a share of the original's, like '50%', got {share!r}; use max_latency_ms for milliseconds"
+                )
+            limits.append(parse_size(share, 1e9 * self.latency(Plan(())), "max_latency") / 1e9)
+        return min(limits, default=None)
 
     def explore(self, layers: str | list[str] | None) -> None:
         """Candidates of every layer, their sensitivities, and the path they make."""
@@ -529,7 +596,7 @@ class _Search:
     def drop(self, at: int) -> float:
         """How much worse than the original a point is on the search part."""
         change = self.measured(0).quality - self.measured(at).quality
-        return -change if self.judge.metric == "squared_error" else change
+        return -change if self.judge.lower_is_better else change
 
     def fits(self, at: int, budget: Budget) -> bool:
         """Whether a point is small and fast enough."""
