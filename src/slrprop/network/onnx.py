@@ -14,7 +14,7 @@ from slrprop.data import Batch, Data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense as DenseFactors
 from slrprop.network.base import Flow, Layer, Network, require_finite
-from slrprop.network.chain import fold
+from slrprop.network.chain import Chain, Linear, fold
 from slrprop.network.onnx_file import OnnxFile, Session, reading
 from slrprop.network.onnx_graph import Dense, Graph, tensor_of
 
@@ -66,10 +66,6 @@ class OnnxNetwork(Network):
             self._paths = {name: self.graph.follow(layer) for name, layer in self.graph.layers.items()}
         self._cuts: dict[str, Cut] = {}
         self.batch = self._fixed_batch()
-        for name, path in self._paths.items():
-            if path.whole:
-                like = torch.ones(self.shape(name)[1], dtype=self._dtype(name))
-                self._chains[name] = fold(path.elements, like)
         if data is not None:
             self.feed(next(iter(data)))
 
@@ -77,6 +73,16 @@ class OnnxNetwork(Network):
         """What the layer is computed with."""
         stored = self.graph.constants[self.layer(name).weight].dtype
         return torch.float64 if stored == np.float64 else torch.float32
+
+    def chain(self, name: str) -> Chain | None:
+        """See :meth:`Network.chain`; the numbers of one chain at a time are kept."""
+        if name not in self._chains:
+            elements, whole, _ = self._paths[name]
+            with reading(self.file.path):
+                real = [self.graph.linear(e.name) if isinstance(e, Linear) and e.name else e for e in elements]
+                like = torch.ones(self.shape(name)[1], dtype=self._dtype(name))
+                self._chains = {name: fold(real, like) if whole else None}
+        return self._chains[name]
 
     def layer(self, name: str) -> Dense:
         """Where a layer is in the graph."""

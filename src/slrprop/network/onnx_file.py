@@ -1,7 +1,7 @@
 """ONNX files as a light graph beside large tensors that stay on disk, and back to a file byte for byte.
 
 The protobuf library would hold a model several times over. Here the file is mapped; every large initializer's bytes
-are cut out before parsing, read only when asked for, lent to ONNX Runtime without a copy, and copied from the old
+are cut out before parsing, read only when asked for, mapped by ONNX Runtime without a copy, and copied from the old
 file to the new one as they are.
 """
 
@@ -98,7 +98,7 @@ def _bytes_of(tensor: TensorProto) -> int | None:
 class OnnxFile:
     """A model: ``proto`` without its large tensors, which ``stored`` finds by the initializer's name.
 
-    What is read from disk lives as long as someone uses it, a session for example.
+    What is read from disk lives as long as someone uses it.
     """
 
     path: Path
@@ -316,7 +316,7 @@ class OnnxFile:
 
 
 class Session:
-    """An ONNX Runtime session on the CPU that borrows large tensors from an :class:`OnnxFile`."""
+    """An ONNX Runtime session on the CPU; large tensors stay where the :class:`OnnxFile` has them."""
 
     def __init__(self, file: OnnxFile, proto: ModelProto, outputs: list[str]) -> None:
         self.outputs = outputs
@@ -324,12 +324,20 @@ class Session:
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 4
         options.add_session_config_entry("session.disable_prepacking", "1")  # it would copy every weight
-        self._lent = {t.name: file.array(t.name) for t in proto.graph.initializer if t.name in file.stored}
+        folder = file.path.resolve().parent
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        self._lent: dict[str, np.ndarray] = {}
+        for tensor in proto.graph.initializer:
+            item = file.stored.get(tensor.name)
+            if item is not None and item.array is None and item.path.is_relative_to(folder):
+                _mark(tensor, item, str(item.path.relative_to(folder)), item.offset)  # the runtime maps the file
+            elif item is not None:
+                self._lent[tensor.name] = file.array(tensor.name)
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self._lent.values()]
         with reading(file.path):
             options.add_external_initializers(list(self._lent), values)
             self._session = onnxruntime.InferenceSession(
-                proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+                proto.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
 
     def element_type(self, name: str) -> int:
@@ -366,7 +374,7 @@ def _split(path: Path, buffer: Any, size: int) -> tuple[bytes, dict[str, Stored]
         if _bytes_of(tensor) != length:
             raise ValueError(f"tensor '{tensor.name}' of shape {tuple(tensor.dims)} holds {length} bytes")
         dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
-        item = stored[tensor.name] = Stored(length, tuple(tensor.dims), dtype, path, offset, (payload, stop))
+        item = stored[tensor.name] = Stored(length, tuple(tensor.dims), dtype, path.resolve(), offset, (payload, stop))
         _mark(tensor, item)
         content = tensor.SerializeToString()
         pieces += [buffer[done:begin], head(INITIALIZER, len(content)), content]

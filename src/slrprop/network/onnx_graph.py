@@ -279,7 +279,10 @@ class Graph:
         return kind if axis == -1 or axis + 1 == self.rank(self.main) else None
 
     def follow(self, layer: Dense) -> Path:
-        """What happens to a layer's output, as long as it is element-wise or dense and its only use."""
+        """What happens to a layer's output, as long as it is element-wise or dense and its only use.
+
+        The dense layers on the path are named; their numbers are not read (see :meth:`linear`).
+        """
         elements: list[Element] = []
         private = True
         tensor, width, flat = layer.y, layer.shape[1], self.standard(self.nodes[layer.index]) == "Gemm"
@@ -295,7 +298,8 @@ class Graph:
                 if name is not None and self.layers[name].x == tensor and self.layers[name].shape[0] == width:
                     if self.layers[name].trans_a:
                         break
-                    elements.append(self._linear(name))
+                    m, n = self.layers[name].shape
+                    elements.append(Linear(torch.empty(m, n, device="meta"), torch.empty(n, device="meta"), name))
                     tensor, width = self.layers[name].y, self.layers[name].shape[1]
                     continue
                 found = self._element(node, tensor, width, flat)
@@ -310,10 +314,10 @@ class Graph:
             tensor = region[1]
         return Path(elements, False, private)
 
-    def _linear(self, name: str) -> Linear:
+    def linear(self, name: str) -> Linear:
+        """A layer as an element of a path, its numbers read."""
         layer = self.layers[name]
-        weight = tensor_of(self.weight(layer))
-        bias = self.bias(layer)
+        weight, bias = tensor_of(self.weight(layer)), self.bias(layer)
         return Linear(weight, weight.new_zeros(layer.shape[1]) if bias is None else tensor_of(bias), name)
 
     def _element(self, node: NodeProto, tensor: str, width: int, flat: bool) -> Element | None:

@@ -60,7 +60,7 @@ class _Writer:
         """A new initializer; real numbers take the layer's type."""
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
         name = self.fresh(what)
-        self._new[name] = array.astype(self.dtype) if array.dtype.kind == "f" else array
+        self._new[name] = array.astype(self.dtype, copy=False) if array.dtype.kind == "f" else array
         return name
 
     def add(self, op: str, inputs: list[str], output: str | None = None, **attributes: Any) -> str:
