@@ -15,8 +15,10 @@ from slrprop.errors import SlrpropError
 from slrprop.factors import Dense as DenseFactors
 from slrprop.network.base import Flow, Layer, Network, require_finite
 from slrprop.network.chain import Chain, Linear, fold
-from slrprop.network.onnx_file import OnnxFile, Session, reading
-from slrprop.network.onnx_graph import Dense, Graph, tensor_of
+from slrprop.network.onnx_constants import tensor_of
+from slrprop.network.onnx_file import OnnxFile, Session
+from slrprop.network.onnx_graph import Dense, Graph
+from slrprop.network.onnx_tensors import reading
 
 STACKED = 1 << 22  # numbers of a layer's changed outputs that are run at once
 Feed = dict[str, np.ndarray]
