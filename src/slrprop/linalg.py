@@ -44,12 +44,16 @@ def _iterative(package: str) -> Callable[[Tensor, int], tuple[Tensor, Tensor, Te
         length = len(matrix) if package == "propack" else min(matrix.shape)
         start = np.random.default_rng(0).standard_normal(length).astype(matrix.dtype)
         try:
-            parts = scipy.sparse.linalg.svds(matrix, k, v0=start, solver=package, rng=np.random.default_rng(0))
+            # PROPACK counts basis vectors, and its own default of 10 k is too few for k = 1
+            vectors = min(*matrix.shape, 10 * k + 50) if package == "propack" else None
+            parts = scipy.sparse.linalg.svds(
+                matrix, k, v0=start, solver=package, maxiter=vectors, rng=np.random.default_rng(0)
+            )
         except (np.linalg.LinAlgError, scipy.sparse.linalg.ArpackError) as error:  # a rank below k, or no convergence
             raise SlrpropError(
                 f"the {package} solver failed on a {len(matrix)} x {matrix.shape[1]} weight at rank {k} ({error}); use solver='full'"
             ) from error
-        u, s, vt = (torch.from_numpy(np.ascontiguousarray(part)).to(w) for part in parts)
+        u, s, vt = (torch.from_numpy(part.copy("C")).to(w) for part in parts)
         order = s.argsort(descending=True)
         return u[:, order], s[order], vt[order]
 

@@ -78,11 +78,12 @@ class Problem:
         return self.network.weight(name)
 
     def svd(self, name: str, rank: int, solver: Solver) -> SVD:
-        """The truncated SVD of a layer's weight."""
-        key = (name, rank, solver)
-        if key not in self._svds:
+        """The truncated SVD of a layer's weight: part of a larger one where that is known."""
+        key = (name, solver)
+        if key not in self._svds or len(self._svds[key].s) < rank:
             self._svds[key] = truncated_svd(self.weight(name), rank, solver)
-        return self._svds[key]
+        u, s, vt = self._svds[key]
+        return SVD(u[:, :rank].contiguous(), s[:rank], vt[:rank].contiguous())
 
     def collect(self, layers: tuple[str, ...], quantities: tuple[str, ...]) -> None:
         """Measure what is missing of these quantities, for all these layers in one pass."""
