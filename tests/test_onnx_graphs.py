@@ -127,6 +127,31 @@ def test_bodies_of_if_are_left_alone_and_their_reads_are_seen(tmp_path):
     slrprop.apply(path, plan, tmp_path / "s.onnx", data)
 
 
+def test_a_layer_that_makes_another_output(tmp_path):
+    """It costs nothing of the main output; its values are compared all the same, and its order stays."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["y"], "one"),
+        helper.make_node("MatMul", ["x", "b"], ["z"], "two"),
+        helper.make_node("MatMul", ["z", "c"], ["w"], "three"),
+    ]
+    tensors = {"a": numbers(20, 30), "b": numbers(20, 31), "c": numbers(31, 19)}
+    path = graph_file(tmp_path / "m.onnx", nodes, tensors, ["b", 20], outputs=("y", "z", "w"))
+    data = numbers(5, 20)
+    scores = slrprop.relevance.cost(path, "two", data, rank=3)
+    assert scores.rows.shape == (20,) and not scores.rows.any() and not scores.columns.any()
+    plan, parity = compress(path, tmp_path / "s.onnx", data)
+    assert not plan.feeds and parity.outputs.keys() == {"y", "z", "w"}
+
+
+def test_a_model_behind_a_link(tmp_path):
+    """As caches of downloaded models keep them."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "named").mkdir()
+    graph_file(tmp_path / "blobs" / "f00", [helper.make_node("MatMul", ["x", "a"], ["y"])], {"a": numbers(40, 30)}, ["b", 40])  # fmt: skip
+    (tmp_path / "named" / "m.onnx").symlink_to(tmp_path / "blobs" / "f00")
+    compress(tmp_path / "named" / "m.onnx", tmp_path / "s.onnx")
+
+
 def test_half_precision_stays_half(tmp_path):
     nodes = [
         helper.make_node("Gemm", ["x", "a", "p"], ["h"], "one"),

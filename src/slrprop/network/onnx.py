@@ -114,12 +114,9 @@ class OnnxNetwork(Network):
 
     def _fixed_batch(self) -> int | None:
         """The batch size that the model insists on; None where it is open."""
-        sizes = set()
-        for value in self.graph.inputs:
-            shape = value.type.tensor_type.shape.dim
-            if shape and shape[0].dim_value > 0:
-                sizes.add(shape[0].dim_value)
-        return sizes.pop() if len(sizes) == 1 else None
+        shapes = [value.type.tensor_type.shape.dim for value in self.graph.inputs]
+        sizes = {shape[0].dim_value for shape in shapes if shape}
+        return sizes.pop() if len(sizes) == 1 and min(sizes) > 0 else None
 
     def feed(self, batch: Batch) -> Feed:
         """A batch as the model's inputs, in the types it declares.
@@ -156,7 +153,10 @@ class OnnxNetwork(Network):
         """A batch in parts of the size the model wants, the last one filled up with its last sample."""
         feed = self.feed(batch)
         count = min((len(array) for array in feed.values() if array.ndim), default=1)
-        size = self.batch or count
+        size = self.batch
+        if size is None:
+            yield Part(batch, feed, count, count)
+            return
         for start in range(0, count, size):
             stop = min(start + size, count)
 
@@ -199,7 +199,10 @@ class OnnxNetwork(Network):
 
     def outputs_with(self, name: str, flow: Flow, layer: Layer, candidates: Tensor) -> Tensor:
         """Candidates stand one after the other on the batch axis; one at a time where the graph can't be stretched so."""
-        cut, dense = self._cut(name, flow), self.layer(name)
+        dense = self.layer(name)
+        if dense.y != self.graph.main and not self._behind_nodes(dense):
+            return flow.output.expand(len(candidates), *flow.output.shape)  # the layer makes another output
+        cut = self._cut(name, flow)
         assert cut.tensors is not None and cut.part is not None
         x = layer_input(dense, cut.tensors)
         whole = x.shape[:-1].numel() * dense.shape[1]
@@ -228,7 +231,7 @@ class OnnxNetwork(Network):
     def _cut(self, name: str, flow: Flow) -> Cut:
         """The graph cut behind a layer, with the tensors of this batch."""
         if name not in self._cuts:
-            self._cuts[name] = self._make_cut(self.layer(name))
+            self._cuts = {name: self._make_cut(self.layer(name))}  # the last one only: it holds a batch
         cut, dense = self._cuts[name], self.layer(name)
         if cut.flow is not flow:
             (part,) = self._parts(flow.batch)
@@ -239,9 +242,12 @@ class OnnxNetwork(Network):
             cut.stretch = self._stretch(cut, dense)
         return cut
 
+    def _behind_nodes(self, dense: Dense) -> set[int]:
+        return self.graph.after({dense.y}) & self.graph.before(self.graph.main)
+
     def _make_cut(self, dense: Dense) -> Cut:
         graph = self.graph
-        behind = graph.after({dense.y}) & graph.before(graph.main)
+        behind = self._behind_nodes(dense)
         fed = {value.name for value in graph.inputs}
         varying = graph.after(fed)
         made = {name for index in behind for name in graph.nodes[index].output}
@@ -267,7 +273,10 @@ class OnnxNetwork(Network):
             samples = min(2, cut.part.size)
             one = {name: value[:samples] if value.ndim else value for name, value in cut.part.feed.items()}
             two = {name: np.concatenate([value] * 2) if value.ndim else value for name, value in one.items()}
-            one, two = ({**feed, **self.run(cut.before, feed)} for feed in (one, two))
+            try:
+                one, two = ({**feed, **self.run(cut.before, feed)} for feed in (one, two))
+            except SlrpropError:  # the inputs do not all have the samples on their first axis
+                return None
             for name in cut.crossing:
                 a, b = one[name], two[name]
                 if a.shape == b.shape:
