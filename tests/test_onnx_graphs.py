@@ -3,7 +3,9 @@
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 import slrprop
 from slrprop import SlrpropError
@@ -141,6 +143,33 @@ def test_a_layer_that_makes_another_output(tmp_path):
     assert scores.rows.shape == (20,) and not scores.rows.any() and not scores.columns.any()
     plan, parity = compress(path, tmp_path / "s.onnx", data)
     assert not plan.feeds and parity.outputs.keys() == {"y", "z", "w"}
+
+
+def test_inputs_without_axes_and_with_samples_elsewhere(tmp_path):
+    """A loader of batches by name; candidates then run one at a time."""
+    value = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"], "one"),
+        helper.make_node("Mul", ["h", "gain"], ["i"]),
+        helper.make_node("Add", ["i", "state"], ["j"]),
+        helper.make_node("Tanh", ["j"], ["t"]),
+        helper.make_node("MatMul", ["t", "b"], ["y"], "two"),
+    ]
+    inputs = [value("x", 1, ["b", 20]), value("gain", 1, []), value("state", 1, [1, 30])]
+    tensors = [numpy_helper.from_array(numbers(20, 30), "a"), numpy_helper.from_array(numbers(30, 9), "b")]
+    graph = helper.make_graph(nodes, "g", inputs, [value("y", 1, ["b", 9])], tensors)
+    path = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    x, gain, state = numbers(7, 20), np.float32(0.5), numbers(1, 30)
+    batches = [{"x": x, "gain": np.array(gain), "state": state}]
+    first, last = nn.Linear(20, 30), nn.Linear(30, 9, bias=False)
+    first.weight.data, first.bias.data = torch.from_numpy(gain * numbers(20, 30).T), torch.from_numpy(state[0])
+    last.weight.data = torch.from_numpy(numbers(30, 9).T.copy())
+    got = slrprop.relevance.cost(path, "one", batches, rank=3, loss="squared")
+    want = slrprop.relevance.cost(nn.Sequential(first, nn.Tanh(), last).eval(), "0", x, rank=3, loss="squared")
+    torch.testing.assert_close(got.columns, want.columns, rtol=1e-5, atol=1e-5)
+    plan = slrprop.plan(path, batches, method="slr", rank=3)
+    slrprop.apply(path, plan, tmp_path / "s.onnx", batches)
 
 
 def test_a_model_behind_a_link(tmp_path):

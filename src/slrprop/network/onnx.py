@@ -140,13 +140,10 @@ class OnnxNetwork(Network):
         for value in self.graph.inputs:
             raw = given[value.name]
             array = raw.detach().cpu().numpy() if isinstance(raw, Tensor) else np.asarray(raw)
-            code = value.type.tensor_type.elem_type
-            want = (
-                np.dtype(helper.tensor_dtype_to_np_dtype(code)) if code not in (0, TensorProto.STRING) else array.dtype
-            )
+            want = input_dtype(value) or array.dtype
             if array.dtype.kind == "f" and want.kind in "iub":
                 raise SlrpropError(f"input '{value.name}' takes {want} values, and the data has {array.dtype}")
-            feed[value.name] = np.ascontiguousarray(array, want)
+            feed[value.name] = np.asarray(array, want, order="C")
         return feed
 
     def _parts(self, batch: Batch) -> Iterator[Part]:
@@ -299,6 +296,16 @@ class OnnxNetwork(Network):
         tolerance = 1e-5 if cut.tensors[dense.y].dtype != np.float16 else 1e-2
         room = tolerance * max(1.0, float(want.abs().max()))
         return found if got.shape == want.shape and bool(((got - want).abs() <= room).all()) else None
+
+
+def input_dtype(value: ValueInfoProto) -> np.dtype[Any] | None:
+    """The type of an input's numbers; None where it declares none, or text."""
+    code = value.type.tensor_type.elem_type
+    if code in (TensorProto.UNDEFINED, TensorProto.STRING):
+        return None
+    if code not in TensorProto.DataType.values():
+        raise SlrpropError(f"input '{value.name}' has element type {code}, which ONNX does not know")
+    return np.dtype(helper.tensor_dtype_to_np_dtype(code))
 
 
 def layer_input(layer: Dense, found: Feed) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense, Factors, LowRank, SparseLowRank, members, span
-from slrprop.network.onnx import Feed, OnnxNetwork
+from slrprop.network.onnx import Feed, OnnxNetwork, input_dtype
 from slrprop.network.onnx_file import OnnxFile, Session
 
 TOLERANCE = {np.dtype(np.float16): 2e-2}  # of the largest output; sums in another order
@@ -288,7 +288,7 @@ def made_up(network: OnnxNetwork) -> Iterable[Feed]:
         random, feed = np.random.default_rng(0), {}
         for value in network.graph.inputs:
             kind = value.type.tensor_type
-            dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type or 1))
+            dtype = input_dtype(value) or np.dtype(np.float32)
             shape = [
                 item.dim_value if item.dim_value > 0 else side if axis else 2
                 for axis, item in enumerate(kind.shape.dim)
