@@ -106,9 +106,9 @@ def external(tensor: TensorProto, path: Path) -> Stored:
     folder, location = path.parent.resolve(), entries.get("location", "")
     target = (folder / location).resolve()
     if not location or Path(location).is_absolute() or not target.is_relative_to(folder) or target == folder:
-        raise SlrpropError(f"'{path}' keeps tensor '{tensor.name}' at '{location}', which is outside its folder")
+        raise SlrpropError(f"'{path}' keeps tensor '{tensor.name}' at {location!r}, which is outside its folder")
     if not target.is_file():
-        raise SlrpropError(f"'{path}' keeps tensor '{tensor.name}' in '{location}', which is not there")
+        raise SlrpropError(f"'{path}' keeps tensor '{tensor.name}' in {location!r}, which is not there")
     want = bytes_of(tensor)
     if want is None:
         raise SlrpropError(
