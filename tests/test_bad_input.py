@@ -182,8 +182,8 @@ WRONG_WORDS = {
     "layers of numbers": ({"layers": [0, 2]}, "layers must be|no dense layer is called"),
     "not for the method": ({"method": "slrprop", "layers": "4"}, "'slrprop' can't treat layer '4'; .* it treats 0, 2"),
     "no data": ({"data": None}, "needs? calibration data.* none was given"),
-    "a state dict": ({"model": network().state_dict()}, "model must be a torch.nn.Module, got OrderedDict"),
-    "no model": ({"model": None}, "model must be a torch.nn.Module, got NoneType"),
+    "a state dict": ({"model": network().state_dict()}, "model must be a torch.nn.Module or the path of an .onnx file, got OrderedDict"),
+    "no model": ({"model": None}, "model must be a torch.nn.Module or the path of an .onnx file, got NoneType"),
     "no dense layer": ({"model": nn.Sequential(nn.ReLU())}, "the model has no dense layer"),
 }  # fmt: skip
 
@@ -255,7 +255,7 @@ WRONG_DATA = {
     "an iterator": (iter([samples()]), "one-time iterator can't be read twice"),
     "a generator": ((part for part in [samples()]), "got generator; a one-time iterator can't be read twice"),
     "a number": (5, "data must be a DataLoader, a pair of arrays, or the path of an .npz, got int"),
-    "a mapping": ({"x": torch.zeros(3)}, "data must be a DataLoader, .*got dict"),
+    "a mapping": ({"x": {1: 2}}, "data must be a DataLoader, .*got dict"),
     "batches of words": (["some", "words"], "a batch must be a tensor, .*got str"),
     "batches of nothing": ([None], "a batch must be a tensor, .*got NoneType"),
     "batches of lists": ([[[1.0] * IN, 2]], "a batch must be a tensor, .*got list"),

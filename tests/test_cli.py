@@ -21,7 +21,19 @@ def test_methods_are_listed_with_needs_and_source():
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["methods"], ["demo"], ["paper", "run"], ["paper", "table"], ["paper", "figures"]]
+    "command",
+    [
+        [],
+        ["methods"],
+        ["inspect"],
+        ["plan"],
+        ["apply"],
+        ["measure"],
+        ["demo"],
+        ["paper", "run"],
+        ["paper", "table"],
+        ["paper", "figures"],
+    ],
 )
 def test_every_command_has_help_with_an_example(command):
     result = runner.invoke(cli.app, [*command, "--help"])

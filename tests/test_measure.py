@@ -7,7 +7,8 @@ from sklearn import metrics
 from torch import nn
 
 import slrprop
-from slrprop.measure import quality, stored_numbers
+from slrprop.measure import quality
+from slrprop.network.torch import stored_numbers
 
 
 def test_metrics_are_scikit_learns():

@@ -5,8 +5,21 @@ from slrprop.api import apply, inspect, plan
 from slrprop.errors import SlrpropError
 from slrprop.export import export_onnx
 from slrprop.measure import measure
+from slrprop.network.onnx_rewrite import Parity
 from slrprop.plan import Plan
 from slrprop.storage import load, save
 
-__all__ = ["Plan", "SlrpropError", "apply", "export_onnx", "inspect", "load", "measure", "plan", "relevance", "save"]
+__all__ = [
+    "Parity",
+    "Plan",
+    "SlrpropError",
+    "apply",
+    "export_onnx",
+    "inspect",
+    "load",
+    "measure",
+    "plan",
+    "relevance",
+    "save",
+]
 __version__ = "0.1.0"

@@ -1,9 +1,11 @@
 """The few verbs a user needs: inspect, plan, apply."""
 
 from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
 from torch import Tensor, nn
 
@@ -13,11 +15,15 @@ from slrprop.data import open_data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense, Factors
 from slrprop.layers import linear_from
-from slrprop.measure import stored_numbers
 from slrprop.methods import METHODS, Method, Problem, Settings, find_method
+from slrprop.network import open_network
 from slrprop.network.base import Network, fingerprint
-from slrprop.network.torch import TorchNetwork, dense_modules, swapped, tied_names
+from slrprop.network.onnx import OnnxNetwork
+from slrprop.network.onnx_rewrite import Parity, write
+from slrprop.network.torch import dense_modules, swapped
 from slrprop.plan import LayerPlan, Plan, pack
+
+Model = nn.Module | str | Path
 
 
 @dataclass(frozen=True)
@@ -36,18 +42,19 @@ class LayerInfo:
     tied_to: tuple[str, ...] = ()
 
 
-def inspect(model: nn.Module) -> list[LayerInfo]:
-    """The dense layers of a model, in the order of its modules."""
-    total, tied = max(1, stored_numbers(model)), tied_names(model)
-    found = []
-    for name, module in dense_modules(model).items():
-        m, n = module.in_features, module.out_features
-        found.append(LayerInfo(name, (m, n), m * n, m * n / total, (m * n - 1) // (m + n), tuple(tied[name])))
+def inspect(model: Model) -> list[LayerInfo]:
+    """The dense layers of a torch module or an ONNX file, in the order of its modules or nodes."""
+    network = open_network(model, None)
+    total, found = max(1, network.numbers), []
+    for name in network.names:
+        m, n = network.shape(name)
+        tied = tuple(network.tied[name])
+        found.append(LayerInfo(name, (m, n), m * n, m * n / total, (m * n - 1) // (m + n), tied))
     return found
 
 
 def plan(
-    model: nn.Module,
+    model: Model,
     data: Any,
     method: str = "slrprop",
     layers: str | list[str] | tuple[str, ...] | None = None,
@@ -59,7 +66,7 @@ def plan(
     """Decide for each layer what to do with it.
 
     Args:
-        model: evaluated as it is; neither its weights nor its mode change.
+        model: a torch module, evaluated as it is (neither its weights nor its mode change), or the path of an ONNX file.
         data: calibration samples, anything :class:`slrprop.data.Data` takes; None for methods that need none.
         method: see ``slrprop methods``.
         layers: names or glob patterns; None for all dense layers that the method can treat.
@@ -74,7 +81,7 @@ def plan(
         SlrpropError: bad settings, unknown layers, unusable data, a model with weights that are not finite.
     """
     opened = None if data is None else open_data(data)
-    problem = Problem(TorchNetwork(model, opened), opened)
+    problem = Problem(open_network(model, opened), opened)
     return plan_problem(
         problem, method, layers, rank=rank, sparsity_rate=sparsity_rate, reduction_rate=reduction_rate, **settings
     )
@@ -93,7 +100,7 @@ def plan_problem(
         if reason:
             left_dense[name] = reason
     wanted = tuple(name for name in network.order if name in names and name not in left_dense)
-    if not wanted and choices.rank > max(min(network.weight(name).shape) for name in names):
+    if not wanted and choices.rank > max(min(network.shape(name)) for name in names):
         raise SlrpropError(
             f"rank {choices.rank} is above the smaller side of every layer asked for ({', '.join(names)}); choose a lower rank"
         )
@@ -131,7 +138,9 @@ def _select(network: Network, layers: Any, settings: Settings, method: str) -> t
     eligible = settings.eligible(network)
     if layers is None:
         if not eligible:
-            raise SlrpropError("the model has no dense layer (nn.Linear) that is called on this data")
+            raise SlrpropError(
+                "the model has no dense layer (nn.Linear; in ONNX a Gemm or MatMul with a constant matrix) that is called on this data"
+            )
         return eligible, set()
     patterns = [layers] if isinstance(layers, str) else layers
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
@@ -161,7 +170,7 @@ def _select(network: Network, layers: Any, settings: Settings, method: str) -> t
 
 def _why_dense(network: Network, name: str, settings: Settings, must: bool) -> str:
     """Why a layer must stay as it is; empty if it need not. ``must``: the user named it, so some reasons are errors."""
-    m, n = network.weight(name).shape
+    m, n = network.shape(name)
     if network.tied[name]:
         reason = f"its weight is also {', '.join(network.tied[name])}"
         if must:
@@ -191,38 +200,84 @@ def _feeds(network: Network, wanted: tuple[str, ...]) -> dict[str, str]:
     }
 
 
-def apply(model: nn.Module, plan: Plan) -> nn.Module:
+@overload
+def apply(model: nn.Module, plan: Plan) -> nn.Module: ...
+@overload
+def apply(model: str | Path, plan: Plan, output: str | Path, data: Any = None) -> Parity: ...
+def apply(model: Model, plan: Plan, output: str | Path | None = None, data: Any = None) -> nn.Module | Parity:
     """A new model with the plan carried out; the original is untouched.
 
     Neurons between layers that ``plan.feeds`` names are put in an order that makes every block of a sparse low-rank
     layer a slice.
 
+    Args:
+        model: a torch module, or the path of an ONNX file.
+        output: for an ONNX file, where the new one is written.
+        data: for an ONNX file, samples on which the new one's outputs are compared with those of the factors
+            multiplied out; made-up inputs by default.
+
+    Returns:
+        The new module; or, for a file, how far its outputs are from the factors' mathematics.
+
     Raises:
-        SlrpropError: the plan was made for another model (names, shapes and the weights' fingerprints are checked).
+        SlrpropError: the plan was made for another model (names, shapes and the weights' fingerprints are checked), or
+            the outputs differ; no file is left then.
     """
+    if isinstance(model, nn.Module):
+        return _apply_module(model, plan)
+    if output is None:
+        raise SlrpropError("an ONNX file was given, so apply needs the path of the file to write")
+    network = OnnxNetwork(model, None)
+
+    def dense(name: str) -> Dense:
+        if name not in network.names:
+            raise _foreign(name, network.names)
+        return Dense(network.weight(name))
+
+    forms, moved, orders = _carried_out(plan, dense)
+    for first, second in plan.feeds.items():
+        if first not in network.names or network.feeds_directly(first) != second:
+            raise SlrpropError(
+                f"the plan says that '{first}' feeds '{second}', which it does not in this model; it was made for another model"
+            )
+    return write(network, forms, moved, orders, output, None if data is None else open_data(data))
+
+
+def _foreign(name: str, names: Collection[str]) -> SlrpropError:
+    return SlrpropError(
+        f"the plan treats layer '{name}', which this model does not have{suggestion(name, names)}; it was made for another model"
+    )
+
+
+def _apply_module(model: nn.Module, plan: Plan) -> nn.Module:
     modules = dense_modules(model)
 
     def dense(name: str) -> Dense:
         if name not in modules:
-            raise SlrpropError(
-                f"the plan treats layer '{name}', which this model does not have{suggestion(name, modules)}; it was made for another model"
-            )
+            raise _foreign(name, modules)
         return Dense(modules[name].weight.detach().T)
 
-    for name, times in Counter(layer.name for layer in plan.layers).items():
-        if times > 1:
-            raise SlrpropError(f"the plan treats layer '{name}' twice; the file is damaged")
-    forms, orders = arranged(
-        {layer.name: build(layer, dense(layer.name).weight) for layer in plan.layers}, plan.feeds, dense
-    )
-    if plan.is_damaged():
-        raise SlrpropError(
-            "the plan is damaged: it differs from its checksum; plan again, or take 'sha256' out of a file that you edited"
-        )
+    _, forms, orders = _carried_out(plan, dense)
     biases = {name: None if modules[name].bias is None else modules[name].bias.detach() for name in forms}
     moved = {name: bias[orders[name]] if bias is not None and name in orders else bias for name, bias in biases.items()}
     swaps = {name: linear_from(form, moved[name]).to(modules[name].weight.dtype) for name, form in forms.items()}
     return swapped(model, swaps)
+
+
+def _carried_out(
+    plan: Plan, dense: Callable[[str], Dense]
+) -> tuple[dict[str, Factors], dict[str, Factors], dict[str, Tensor]]:
+    """The planned layers' factors; those of all layers that change once neurons are arranged, and the new orders."""
+    for name, times in Counter(layer.name for layer in plan.layers).items():
+        if times > 1:
+            raise SlrpropError(f"the plan treats layer '{name}' twice; the file is damaged")
+    forms = {layer.name: build(layer, dense(layer.name).weight) for layer in plan.layers}
+    moved, orders = arranged(forms, plan.feeds, dense)
+    if plan.is_damaged():
+        raise SlrpropError(
+            "the plan is damaged: it differs from its checksum; plan again, or take 'sha256' out of a file that you edited"
+        )
+    return forms, moved, orders
 
 
 def build(layer: LayerPlan, weight: Tensor) -> Factors:

@@ -29,6 +29,11 @@ DataFolder = Annotated[
 RunFolder = Annotated[Path, typer.Option("--run-dir", help="Folder for trained networks and results.")]
 Output = Annotated[Path, typer.Option("--output", help="Folder to write to.")]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, help="How many training seeds.")]
+OnnxFile = Annotated[Path, typer.Argument(help="An .onnx file.", show_default=False)]
+Calibration = Annotated[
+    Path | None,
+    typer.Option("--calibration", help=".npz with one array per input of the model and optional 'targets', or .npy."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -94,6 +99,99 @@ def methods(as_json: Json = False) -> None:
         rows,
         wrap=("summary", "settings (default)", "source"),
     )
+
+
+@app.command()
+def inspect(model: OnnxFile, as_json: Json = False) -> None:
+    """List the dense layers of an ONNX file.
+
+    Example: slrprop inspect model.onnx
+    """
+    found = importlib.import_module("slrprop.api").inspect(model)
+    if as_json:
+        typer.echo(json.dumps([asdict(layer) for layer in found], indent=1))
+        return
+    rows = [
+        [layer.name, "{} x {}".format(*layer.shape), f"{layer.numbers:,}", f"{100 * layer.share:.1f}", str(layer.break_even_rank),
+         ", ".join(layer.tied_to)]
+        for layer in found
+    ]  # fmt: skip
+    _print(["layer", "shape", "numbers", "share, %", "highest rank that pays", "weight also used by"], rows)
+
+
+@app.command()
+def plan(
+    model: OnnxFile,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan (JSON).")],
+    calibration: Calibration = None,
+    method: Annotated[str, typer.Option(help="See: slrprop methods")] = "slr",
+    rank: Annotated[int, typer.Option(help="Singular triplets kept.")] = 16,
+    layers: Annotated[list[str] | None, typer.Option(help="Name or pattern; may be repeated.")] = None,
+    sparsity_rate: Annotated[float, typer.Option(help="Share of the neurons that are shortened.")] = 0.5,
+    reduction_rate: Annotated[float, typer.Option(help="Share of the rank that a shortened neuron keeps.")] = 0.5,
+    as_json: Json = False,
+) -> None:
+    """Decide for each dense layer of an ONNX file what to do with it.
+
+    Example: slrprop plan model.onnx --calibration data.npz --method slr --rank 16 -o plan.json
+    """
+    made = importlib.import_module("slrprop.api").plan(
+        model, calibration, method, layers or None, rank, sparsity_rate, reduction_rate
+    )
+    made.save(output)
+    typer.echo(made.to_json() if as_json else f"{made}\nWritten: {output}")
+
+
+@app.command("apply")
+def apply_plan(
+    model: OnnxFile,
+    plan: Annotated[Path, typer.Argument(help="A plan that slrprop plan wrote.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .onnx file to write.")],
+    calibration: Calibration = None,
+    as_json: Json = False,
+) -> None:
+    """Carry a plan out; the new file's outputs are compared (on the data, or on made-up inputs) before it is kept.
+
+    Example: slrprop apply model.onnx plan.json -o small.onnx
+    """
+    loaded = importlib.import_module("slrprop.plan").Plan.load(plan)
+    parity = importlib.import_module("slrprop.api").apply(model, loaded, output, calibration)
+    files = importlib.import_module("slrprop.network.onnx_file").OnnxFile
+    before, after = files.open(model).bytes, files.open(output).bytes
+    if as_json:
+        typer.echo(json.dumps(asdict(parity) | {"bytes": after, "bytes_before": before, "file": str(output)}))
+        return
+    for name, apart in parity.outputs.items():
+        typer.echo(f"output '{name}': at most {apart:.1e} from the factors' values (allowed: {parity.tolerance:.0e})")
+    typer.echo(f"Written: {output}, {after:,} bytes instead of {before:,}")
+
+
+@app.command()
+def measure(
+    model: OnnxFile,
+    data: Annotated[Path, typer.Option("--data", help=".npz with one array per input of the model and 'targets'.")],
+    against: Annotated[Path | None, typer.Option("--against", help="Another .onnx file to compare with.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure an ONNX classifier on labelled data, alone or against another file.
+
+    Example: slrprop measure small.onnx --data test.npz --against model.onnx
+    """
+    samples = importlib.import_module("slrprop.data").Data(data)
+    run = importlib.import_module("slrprop.measure").measure
+    found = {str(file): asdict(run(file, samples)) for file in (model, against) if file is not None}
+    if as_json:
+        known = {
+            file: {key: value if value == value else None for key, value in item.items()}
+            for file, item in found.items()
+        }
+        typer.echo(json.dumps(known, indent=1))
+        return
+    rows = [
+        [file, *(f"{value:,}" if isinstance(value, int) else f"{value:.2f}" for value in item.values())]
+        for file, item in found.items()
+    ]
+    _print(["file", *next(iter(found.values()))], rows)
 
 
 @app.command()

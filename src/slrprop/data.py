@@ -1,5 +1,6 @@
 """What a user may hand over as data, as one stream of batches."""
 
+import math
 import os
 import zipfile
 import zlib
@@ -57,9 +58,9 @@ class Data:
     """A re-iterable stream of batches over a ``DataLoader``, arrays, or an ``.npz`` file.
 
     Accepted: a pair (inputs, targets) or inputs alone, as tensors or arrays; any re-iterable of batches, each
-    ``inputs``, ``(inputs, ..., targets)`` or a mapping (key ``targets`` or ``labels``, the rest by name); the path of an
-    ``.npz`` whose key ``targets`` holds targets and whose other arrays are inputs (one: any name; several: the
-    names of the model's arguments).
+    ``inputs``, ``(inputs, ..., targets)`` or a mapping (key ``targets`` or ``labels``, the rest by name); a mapping of
+    arrays or the path of an ``.npz``, whose key ``targets`` holds targets and whose other arrays are inputs (one: any name;
+    several: the names of the model's arguments or inputs); the path of an ``.npy`` with the only input.
 
     Raises:
         SlrpropError: empty, of unequal lengths, not finite, not numbers, or of an unknown type.
@@ -71,7 +72,7 @@ class Data:
         self._arrays: dict[str | int, Tensor] = {}
         self._targets: Tensor | None = None
         if isinstance(source, (str, Path)):
-            self._read_npz(Path(source))
+            self._read(Path(source))
         elif _is_array(source):
             self._arrays[0] = as_tensor(source, "the input array")
         elif (
@@ -82,6 +83,8 @@ class Data:
         ):
             self._arrays[0] = as_tensor(source[0], "the input array")
             self._targets = None if source[1] is None else as_tensor(source[1], "the target array")
+        elif isinstance(source, Mapping) and source and all(map(_is_array, source.values())):
+            self._take({str(key): as_tensor(array, f"array '{key}'") for key, array in source.items()}, "the data")
         elif isinstance(source, Iterable) and not isinstance(source, (Iterator, Mapping)):
             self._loader = source
             if isinstance(source, Sized) and len(source) == 0:
@@ -93,18 +96,9 @@ class Data:
             )
         self._check_lengths()
 
-    def _read_npz(self, path: Path) -> None:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    def _read(self, path: Path) -> None:
         try:
-            with zipfile.ZipFile(path) as archive:
-                members = archive.infolist()
-            if len(members) != _directory_entries(path):
-                raise SlrpropError(f"the directory of '{path}' is damaged: it does not list all its arrays")
-            size = sum(member.file_size for member in members)
-            if size > memory:
-                raise SlrpropError(f"'{path}' unpacks to {size:,} bytes, more than this machine's memory; split it")
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {key: as_tensor(file[key], f"array '{key}' of '{path}'") for key in file.files}
+            arrays = read_arrays(path)
         except SlrpropError:
             raise
         except (
@@ -118,12 +112,15 @@ class Data:
             zlib.error,
         ) as error:
             raise SlrpropError(f"'{path}' can't be read as an .npz of plain arrays: {error}") from error
+        self._take({key: as_tensor(array, f"array '{key}' of '{path}'") for key, array in arrays.items()}, str(path))
+
+    def _take(self, arrays: dict[str, Tensor], what: str) -> None:
         for key in TARGET_KEYS:
             if key in arrays and self._targets is None:
                 self._targets = arrays.pop(key)
         if not arrays:
-            raise SlrpropError(f"'{path}' holds no input array beside the targets")
-        self._arrays = dict(arrays) if len(arrays) > 1 else {0: next(iter(arrays.values()))}
+            raise SlrpropError(f"'{what}' holds no input array beside the targets")
+        self._arrays = dict(arrays.items()) if len(arrays) > 1 else {0: next(iter(arrays.values()))}
 
     def _check_lengths(self) -> None:
         if self._loader is not None:
@@ -151,6 +148,41 @@ class Data:
             named = {key: array[part] for key, array in self._arrays.items() if isinstance(key, str)}
             inputs = tuple(array[part] for key, array in self._arrays.items() if isinstance(key, int))
             yield Batch(inputs, named, None if self._targets is None else self._targets[part])
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an ``.npz``, or of an ``.npy`` as the only one; none is larger than the file says it is."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if path.suffix == ".npy":
+        with open(path, "rb") as file:
+            _check_header(file, path.stat().st_size, path)
+        if path.stat().st_size > memory:
+            raise SlrpropError(f"'{path}' has {path.stat().st_size:,} bytes, more than this machine's memory; split it")
+        return {"input": np.load(path, allow_pickle=False)}
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if len(members) != _directory_entries(path):
+            raise SlrpropError(f"the directory of '{path}' is damaged: it does not list all its arrays")
+        size = sum(member.file_size for member in members)
+        if size > memory:
+            raise SlrpropError(f"'{path}' unpacks to {size:,} bytes, more than this machine's memory; split it")
+        for member in members:
+            if member.filename.endswith(".npy"):
+                with archive.open(member) as part:
+                    _check_header(part, member.file_size, path)
+    with np.load(path, allow_pickle=False) as arrays:
+        return {key: arrays[key] for key in arrays.files}
+
+
+def _check_header(file: Any, size: int, path: Path) -> None:
+    """Refuse an array that claims more numbers than its file has, before memory is taken for it."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize > size:
+        raise SlrpropError(
+            f"'{path}' holds an array of shape {shape} and type {dtype}, for which the file is too small or wrong"
+        )
 
 
 def _directory_entries(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 from slrprop.data import open_data
 from slrprop.errors import SlrpropError
 from slrprop.losses import check_labels, rows_of
-from slrprop.network.torch import TorchNetwork
+from slrprop.network import Network, OnnxNetwork, TorchNetwork, open_network
 from slrprop.storage import to_bytes
 
 
@@ -35,12 +36,6 @@ class Measurement:
     numbers: int
 
 
-def stored_numbers(model: nn.Module) -> int:
-    """Floating-point numbers in parameters and buffers, shared ones once."""
-    tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values() if tensor.is_floating_point()}
-    return sum(tensor.numel() for tensor in tensors.values())
-
-
 def quality(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """The metrics of :class:`Measurement` from class probabilities (p x c) and labels (p,), in percent."""
     truth = np.eye(probabilities.shape[1], dtype=bool)[labels]
@@ -56,17 +51,18 @@ def quality(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
-def measure(model: nn.Module, data: Any) -> Measurement:
+def measure(model: nn.Module | str | Path, data: Any) -> Measurement:
     """Measure a classifier on labelled data.
 
     Args:
+        model: a module, or the path of an ONNX file, which runs on ONNX Runtime.
         data: anything :class:`slrprop.data.Data` takes, with integer labels.
 
     Raises:
         SlrpropError: no labels, labels out of range, or outputs that are no class scores.
     """
     opened = open_data(data)
-    network = TorchNetwork(model, opened)
+    network = open_network(model, opened)
     probabilities, labels = [], []
     for flow in network.stream((), opened):
         if flow.batch.targets is None:
@@ -77,4 +73,12 @@ def measure(model: nn.Module, data: Any) -> Measurement:
         labels.append(check_labels(flow.batch.targets, output))
         probabilities.append(output.double().softmax(-1))
     found = quality(torch.cat(probabilities).cpu().numpy(), torch.cat(labels).cpu().numpy())
-    return Measurement(**found, bytes=len(to_bytes(model)), numbers=stored_numbers(model))
+    return Measurement(**found, bytes=_bytes(network), numbers=network.numbers)
+
+
+def _bytes(network: Network) -> int:
+    """Size of the model's file: as :func:`slrprop.save` writes it, or of the ONNX file and its external data."""
+    if isinstance(network, OnnxNetwork):
+        return network.file.bytes
+    assert isinstance(network, TorchNetwork)
+    return len(to_bytes(network.model))

@@ -22,7 +22,9 @@ def fingerprint(weight: Tensor) -> str:
     """SHA-256 of shape, dtype and values (n x m, like ``nn.Linear.weight``)."""
     array = weight.detach().cpu().contiguous()
     head = f"{tuple(array.shape)} {array.dtype}".encode()
-    return hashlib.sha256(head + array.view(torch.uint8).numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(head)
+    digest.update(array.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class Flow(NamedTuple):
@@ -47,6 +49,11 @@ class Network(ABC):
         self.times_called = dict.fromkeys(names, 1)
         self._paths: dict[str, Path] = {}
         self._chains: dict[str, Chain | None] = {}
+
+    @property
+    @abstractmethod
+    def numbers(self) -> int:
+        """Floating-point numbers the model stores, shared ones once."""
 
     @abstractmethod
     def weight(self, name: str) -> Tensor:
@@ -73,6 +80,11 @@ class Network(ABC):
     @abstractmethod
     def with_weights(self, weights: dict[str, Tensor], data: Data) -> Self:
         """A copy of the network whose named layers have these dense weights (m x n)."""
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(m, n) of a layer's weight."""
+        m, n = self.weight(name).shape
+        return m, n
 
     def fingerprint(self, name: str) -> str:
         """SHA-256 of the layer's weight: the same for equal weights of any network."""
@@ -136,7 +148,9 @@ class Network(ABC):
 
 
 def require_finite(output: Tensor) -> None:
-    """Refuse to go on with a network whose output is not finite."""
+    """Refuse to go on with a network whose output is empty or not finite."""
+    if not output.numel():
+        raise SlrpropError(f"the network's output has shape {tuple(output.shape)} on this data: nothing to judge it by")
     if not torch.isfinite(output).all():
         raise SlrpropError(
             "the network's output holds NaN or infinite values on this data; repair the model or the data first"

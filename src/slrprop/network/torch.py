@@ -55,6 +55,12 @@ def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
+def stored_numbers(model: nn.Module) -> int:
+    """Floating-point numbers in parameters and buffers, shared ones once."""
+    tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values() if tensor.is_floating_point()}
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
     """For every dense layer, the other modules' parameters that are the same tensor as its weight."""
     owners: dict[int, list[tuple[str, int]]] = {}
@@ -144,6 +150,13 @@ class TorchNetwork(Network):
             raise SlrpropError(
                 f"the model can't take data of shape {', '.join(map(str, shapes))}: {first_line(error)}"
             ) from error
+
+    @property
+    def numbers(self) -> int:
+        return stored_numbers(self.model)
+
+    def shape(self, name: str) -> tuple[int, int]:
+        return self.modules[name].in_features, self.modules[name].out_features
 
     def weight(self, name: str) -> Tensor:
         return self.modules[name].weight.detach().T.contiguous()

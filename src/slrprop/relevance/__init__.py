@@ -1,5 +1,6 @@
-"""Relevance: a score for every neuron of a dense layer. These functions take a model; larger is more relevant."""
+"""Relevance: a score for every neuron of a dense layer. These functions take a module or an ONNX file; larger is more relevant."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -8,7 +9,7 @@ from slrprop.checks import require_choice, require_rank, require_rate, share
 from slrprop.data import open_data
 from slrprop.linalg import Solver, truncated_svd
 from slrprop.losses import LossName
-from slrprop.network.torch import TorchNetwork
+from slrprop.network import open_network
 from slrprop.relevance.cost import Baseline, CostScores, cost_scores
 from slrprop.relevance.simple import Scores, combined, propagated, weight_scores
 from slrprop.statistics import QUANTITIES, collect
@@ -16,24 +17,24 @@ from slrprop.statistics import QUANTITIES, collect
 __all__ = ["CostScores", "Scores", "activation", "combined", "cost", "propagated", "weight"]
 
 
-def weight(model: nn.Module, layer: str) -> Scores:
+def weight(model: nn.Module | str | Path, layer: str) -> Scores:
     """Sums of ``|W|`` per input and output of the layer."""
-    network = TorchNetwork(model, None)
+    network = open_network(model, None)
     network.require(layer)
     return weight_scores(network.weight(layer))
 
 
-def activation(model: nn.Module, layer: str, data: Any) -> Scores:
+def activation(model: nn.Module | str | Path, layer: str, data: Any) -> Scores:
     """Sums over the data of ``|x|`` per input and ``|y|`` per output, y after the layer's nonlinearity."""
     opened = open_data(data)
-    network = TorchNetwork(model, opened)
+    network = open_network(model, opened)
     network.require(layer)
     statistics = collect(network, (layer,), opened, QUANTITIES)[layer]
     return Scores(statistics["input_abs"], statistics["output_abs"])
 
 
 def cost(
-    model: nn.Module,
+    model: nn.Module | str | Path,
     layer: str,
     data: Any,
     rank: int = 16,
@@ -61,7 +62,7 @@ def cost(
     require_rate("reduction_rate", reduction_rate)
     require_choice("baseline", baseline, ("truncated", "original"))
     opened = open_data(data)
-    network = TorchNetwork(model, opened)
+    network = open_network(model, opened)
     network.require(layer)
     svd = truncated_svd(network.weight(layer), rank, solver)
     return cost_scores(network, opened, layer, svd, share(rank, reduction_rate), baseline, loss)

@@ -1,0 +1,321 @@
+"""ONNX models: stream what flows through them on ONNX Runtime, run what follows a layer on changed outputs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from onnx import TensorProto, ValueInfoProto, helper
+from torch import Tensor
+
+from slrprop.data import Batch, Data
+from slrprop.errors import SlrpropError
+from slrprop.factors import Dense as DenseFactors
+from slrprop.network.base import Flow, Layer, Network, require_finite
+from slrprop.network.chain import Chain, Linear, fold
+from slrprop.network.onnx_constants import tensor_of
+from slrprop.network.onnx_file import OnnxFile, Session
+from slrprop.network.onnx_graph import Dense, Graph
+from slrprop.network.onnx_tensors import reading
+
+STACKED = 1 << 22  # numbers of a layer's changed outputs that are run at once
+Feed = dict[str, np.ndarray]
+
+
+class Part(NamedTuple):
+    """Samples as the session takes them: ``feed`` may be padded beyond the ``samples`` of the batch."""
+
+    batch: Batch
+    feed: Feed
+    samples: int
+    size: int
+
+
+@dataclass(eq=False)
+class Cut:
+    """The graph behind a layer's output, and what it must be fed beside it.
+
+    ``crossing`` are the tensors made before the layer that are read behind it; ``stretch`` says how each grows with
+    the batch: along axis 0 (True), in the marked entries of its value (a mask), or not at all (False); None where candidates
+    can't be stacked.
+    """
+
+    before: Session
+    behind: Session
+    crossing: tuple[str, ...]
+    stretch: dict[str, bool | np.ndarray] | None = None
+    tried: bool = False
+    flow: Flow | None = None
+    part: Part | None = None
+    tensors: dict[str, np.ndarray] | None = None
+
+
+class OnnxNetwork(Network):
+    """An ONNX model and what one batch of data shows of it.
+
+    Dense layers are the Gemm and MatMul nodes whose right factor is a constant matrix; they are called by their
+    node's name. Layers inside the bodies of If, Loop and Scan are left alone.
+    """
+
+    def __init__(self, model: str | Path | OnnxFile, data: Data | None) -> None:
+        self.file = model if isinstance(model, OnnxFile) else OnnxFile.open(model)
+        with reading(self.file.path):
+            self.graph = Graph(self.file)
+            super().__init__(tuple(self.graph.layers), self.graph.tied())
+            self.ending = self.graph.ending
+            self._paths = {name: self.graph.follow(layer) for name, layer in self.graph.layers.items()}
+        self._cuts: dict[str, Cut] = {}
+        self.batch = self._fixed_batch()
+        if data is not None:
+            self.feed(next(iter(data)))
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """What the layer is computed with."""
+        stored = self.graph.constants[self.layer(name).weight].dtype
+        return torch.float64 if stored == np.float64 else torch.float32
+
+    def chain(self, name: str) -> Chain | None:
+        """See :meth:`Network.chain`; the numbers of one chain at a time are kept."""
+        if name not in self._chains:
+            elements, whole, _ = self._paths[name]
+            with reading(self.file.path):
+                real = [self.graph.linear(e.name) if isinstance(e, Linear) and e.name else e for e in elements]
+                like = torch.ones(self.shape(name)[1], dtype=self._dtype(name))
+                self._chains = {name: fold(real, like) if whole else None}
+        return self._chains[name]
+
+    def layer(self, name: str) -> Dense:
+        """Where a layer is in the graph."""
+        self.require(name)
+        return self.graph.layers[name]
+
+    @property
+    def numbers(self) -> int:
+        return self.file.numbers
+
+    def shape(self, name: str) -> tuple[int, int]:
+        return self.layer(name).shape
+
+    def weight(self, name: str) -> Tensor:
+        with reading(self.file.path):
+            return tensor_of(self.graph.weight(self.layer(name)))
+
+    def bias(self, name: str) -> Tensor | None:
+        with reading(self.file.path):
+            bias = self.graph.bias(self.layer(name))
+        return None if bias is None else tensor_of(bias)
+
+    def with_weights(self, weights: dict[str, Tensor], data: Data) -> "OnnxNetwork":
+        from slrprop.network.onnx_rewrite import rewritten
+
+        return OnnxNetwork(rewritten(self, {name: DenseFactors(weight) for name, weight in weights.items()}, {}), data)
+
+    def _fixed_batch(self) -> int | None:
+        """The batch size that the model insists on; None where it is open."""
+        shapes = [value.type.tensor_type.shape.dim for value in self.graph.inputs]
+        sizes = {shape[0].dim_value for shape in shapes if shape}
+        return sizes.pop() if len(sizes) == 1 and min(sizes) > 0 else None
+
+    def feed(self, batch: Batch) -> Feed:
+        """A batch as the model's inputs, in the types it declares.
+
+        Raises:
+            SlrpropError: missing or foreign inputs, or values of the wrong kind.
+        """
+        names = [value.name for value in self.graph.inputs]
+        given = dict(batch.named)
+        if batch.inputs:
+            if len(batch.inputs) + len(given) != len(names):
+                raise SlrpropError(
+                    f"the model has inputs {', '.join(names)}, and the data holds {len(batch.inputs) + len(given)}; name each array after its input"
+                )
+            given |= dict(zip([name for name in names if name not in given], batch.inputs, strict=True))
+        if set(given) != set(names):
+            raise SlrpropError(
+                f"the model's inputs are {', '.join(names)}, and the data holds {', '.join(sorted(given))}; name each array after its input"
+            )
+        feed = {}
+        for value in self.graph.inputs:
+            raw = given[value.name]
+            array = raw.detach().cpu().numpy() if isinstance(raw, Tensor) else np.asarray(raw)
+            want = input_dtype(value) or array.dtype
+            if array.dtype.kind == "f" and want.kind in "iub":
+                raise SlrpropError(f"input '{value.name}' takes {want} values, and the data has {array.dtype}")
+            feed[value.name] = np.asarray(array, want, order="C")
+        return feed
+
+    def _parts(self, batch: Batch) -> Iterator[Part]:
+        """A batch in parts of the size the model wants, the last one filled up with its last sample."""
+        feed = self.feed(batch)
+        count = min((len(array) for array in feed.values() if array.ndim), default=1)
+        size = self.batch
+        if size is None:
+            yield Part(batch, feed, count, count)
+            return
+        for start in range(0, count, size):
+            stop = min(start + size, count)
+
+            def part(value: Any, start: int = start, stop: int = stop) -> Any:
+                return value[start:stop] if hasattr(value, "ndim") and value.ndim else value
+
+            named = {name: part(value) for name, value in batch.named.items()}
+            small = Batch(tuple(map(part, batch.inputs)), named, part(batch.targets))
+            padded = {
+                name: np.concatenate([part(array), *[part(array)[-1:]] * (size - stop + start)])
+                if array.ndim
+                else array
+                for name, array in feed.items()
+            }
+            yield Part(small, padded, stop - start, size)
+
+    def run(self, session: Session, feed: Feed) -> dict[str, np.ndarray]:
+        """A session's outputs, or one sentence."""
+        shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in feed.items())
+        try:
+            return session.run(feed)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise SlrpropError(f"the model can't take data of shape {shapes}: {reason}") from error
+
+    def stream(self, names: tuple[str, ...], data: Data) -> Iterator[Flow]:
+        layers = {name: self.layer(name) for name in names}
+        fed = {value.name for value in self.graph.inputs}
+        wanted = {tensor for layer in layers.values() for tensor in (layer.x, layer.y)} | {self.graph.main}
+        session = self.file.session(sorted(wanted - fed))
+        for part in (part for batch in data for part in self._parts(batch)):
+            found = {**part.feed, **self.run(session, part.feed)}
+            output = unpadded(tensor_of(found[self.graph.main]), part)
+            require_finite(output)
+            calls = {}
+            for name, layer in layers.items():
+                x, y = unpadded(layer_input(layer, found), part), unpadded(tensor_of(found[layer.y]), part)
+                calls[name] = [(x.reshape(-1, layer.shape[0]), y.reshape(-1, layer.shape[1]))]
+            yield Flow(part.batch, output, calls)
+
+    def outputs_with(self, name: str, flow: Flow, layer: Layer, candidates: Tensor) -> Tensor:
+        """Candidates stand one after the other on the batch axis; one at a time where the graph can't be stretched so."""
+        dense = self.layer(name)
+        if dense.y != self.graph.main and not self._behind_nodes(dense):
+            return flow.output.expand(len(candidates), *flow.output.shape)  # the layer makes another output
+        cut = self._cut(name, flow)
+        assert cut.tensors is not None and cut.part is not None
+        x = layer_input(dense, cut.tensors)
+        whole = x.shape[:-1].numel() * dense.shape[1]
+        at_once = max(1, STACKED // max(whole, 1)) if cut.stretch is not None else 1
+        found = []
+        for chosen in candidates.split(at_once):
+            y = torch.vmap(lambda candidate: layer(x, candidate))(chosen)
+            output = self._behind(cut, dense, y.flatten(0, 1), len(chosen)).unflatten(0, (len(chosen), -1))
+            found += [unpadded(one, cut.part) for one in output]
+        return torch.stack(found)
+
+    def _behind(self, cut: Cut, dense: Dense, y: Tensor, copies: int) -> Tensor:
+        """The main output for ``copies`` batches of the layer's output, stacked on axis 0."""
+        assert cut.tensors is not None
+        kind = cut.tensors[dense.y].dtype
+        feed = {dense.y: np.ascontiguousarray(y.numpy(), kind)}
+        for name in cut.crossing:
+            value, how = cut.tensors[name], cut.stretch[name] if cut.stretch is not None and copies > 1 else False
+            if how is True:
+                value = np.concatenate([value] * copies)
+            elif how is not False:
+                value = np.where(how, value * copies, value).astype(value.dtype)
+            feed[name] = value
+        return tensor_of(self.run(cut.behind, feed)[self.graph.main])
+
+    def _cut(self, name: str, flow: Flow) -> Cut:
+        """The graph cut behind a layer, with the tensors of this batch."""
+        if name not in self._cuts:
+            self._cuts = {name: self._make_cut(self.layer(name))}  # the last one only: it holds a batch
+        cut, dense = self._cuts[name], self.layer(name)
+        if cut.flow is not flow:
+            (part,) = self._parts(flow.batch)
+            cut.flow, cut.part = flow, part
+            cut.tensors = {**part.feed, **self.run(cut.before, part.feed)}
+        if not cut.tried:
+            cut.tried = True
+            cut.stretch = self._stretch(cut, dense)
+        return cut
+
+    def _behind_nodes(self, dense: Dense) -> set[int]:
+        return self.graph.after({dense.y}) & self.graph.before(self.graph.main)
+
+    def _make_cut(self, dense: Dense) -> Cut:
+        graph = self.graph
+        behind = self._behind_nodes(dense)
+        fed = {value.name for value in graph.inputs}
+        varying = graph.after(fed)
+        made = {name for index in behind for name in graph.nodes[index].output}
+        reads = {name for index in behind for name in graph.reads[index]} - made - {dense.y}
+        crossing = tuple(sorted(name for name in reads if name in fed or graph.maker.get(name) in varying))
+        constant = {i for name in reads if name not in crossing for i in graph.before(name)}
+        inputs = [ValueInfoProto(name=name) for name in (dense.y, *crossing)]
+        before = self.file.session(sorted({dense.x, dense.y, *crossing} - fed))
+        example = {value.name: value for value in graph.inputs}
+        for value in inputs:
+            value.type.tensor_type.elem_type = (
+                example[value.name].type.tensor_type.elem_type
+                if value.name in example
+                else before.element_type(value.name)
+            )
+        return Cut(before, self.file.session([graph.main], inputs, behind | constant), crossing)
+
+    def _stretch(self, cut: Cut, dense: Dense) -> dict[str, bool | np.ndarray] | None:
+        """How crossing tensors grow with the batch, found on a batch and its double; proved on two stacked batches."""
+        assert cut.tensors is not None and cut.part is not None
+        found: dict[str, bool | np.ndarray] = {}
+        if self.batch is None:
+            samples = min(2, cut.part.size)
+            one = {name: value[:samples] if value.ndim else value for name, value in cut.part.feed.items()}
+            two = {name: np.concatenate([value] * 2) if value.ndim else value for name, value in one.items()}
+            try:
+                one, two = ({**feed, **self.run(cut.before, feed)} for feed in (one, two))
+            except SlrpropError:  # the inputs do not all have the samples on their first axis
+                return None
+            for name in cut.crossing:
+                a, b = one[name], two[name]
+                if a.shape == b.shape:
+                    found[name] = (b == 2 * a) & (a != b) if a.dtype.kind in "iu" else False
+                elif a.ndim == b.ndim and b.shape == (2 * len(a), *a.shape[1:]):
+                    found[name] = True
+                else:
+                    return None
+        else:
+            for name in cut.crossing:
+                found[name] = cut.tensors[name].ndim > 0 and len(cut.tensors[name]) == self.batch
+        y = tensor_of(cut.tensors[dense.y])
+        other = y.roll(1, -1) * 0.5  # another batch, so that samples that see each other are noticed
+        want = torch.cat([self._behind(cut, dense, one_y, 1) for one_y in (y, other)])
+        cut.stretch = found
+        try:
+            got = self._behind(cut, dense, torch.cat([y, other]), 2)
+        except SlrpropError:
+            return None
+        tolerance = 1e-5 if cut.tensors[dense.y].dtype != np.float16 else 1e-2
+        room = tolerance * max(1.0, float(want.abs().max()))
+        return found if got.shape == want.shape and bool(((got - want).abs() <= room).all()) else None
+
+
+def input_dtype(value: ValueInfoProto) -> np.dtype[Any] | None:
+    """The type of an input's numbers; None where it declares none, or text."""
+    code = value.type.tensor_type.elem_type
+    if code in (TensorProto.UNDEFINED, TensorProto.STRING):
+        return None
+    if code not in TensorProto.DataType.values():
+        raise SlrpropError(f"input '{value.name}' has element type {code}, which ONNX does not know")
+    return np.dtype(helper.tensor_dtype_to_np_dtype(code))
+
+
+def layer_input(layer: Dense, found: Feed) -> Tensor:
+    """What a layer multiplies (..., m)."""
+    x = tensor_of(found[layer.x])
+    return x.T if layer.trans_a else x
+
+
+def unpadded(value: Tensor, part: Part) -> Tensor:
+    """A tensor without what the padding samples gave: the end of axis 0."""
+    if part.samples == part.size or not value.ndim or len(value) % part.size:
+        return value
+    return value[: len(value) // part.size * part.samples]

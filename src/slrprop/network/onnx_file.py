@@ -1,0 +1,339 @@
+"""ONNX files as a light graph beside large tensors that stay on disk, and back to a file byte for byte.
+
+The protobuf library would hold a model several times over. Here the file is mapped; every large initializer's bytes
+are cut out before parsing, read only when asked for, mapped by ONNX Runtime without a copy, and copied from the old
+file to the new one as they are.
+"""
+
+import contextlib
+import math
+import mmap
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+from weakref import WeakValueDictionary
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from slrprop.errors import SlrpropError, first_line
+from slrprop.files import replacing
+from slrprop.network.onnx_tensors import (
+    GRAPH,
+    INITIALIZER,
+    LARGE,
+    RAW_DATA,
+    Stored,
+    copy,
+    external,
+    mark,
+    reading,
+    refuse_hidden_external,
+    split,
+)
+from slrprop.network.wire import around, head
+
+PAGE = 4096  # external tensors start at a page
+ELEMENT_TYPES = {
+    "tensor(float)": TensorProto.FLOAT,
+    "tensor(float16)": TensorProto.FLOAT16,
+    "tensor(double)": TensorProto.DOUBLE,
+    "tensor(int64)": TensorProto.INT64,
+    "tensor(int32)": TensorProto.INT32,
+    "tensor(int8)": TensorProto.INT8,
+    "tensor(uint8)": TensorProto.UINT8,
+    "tensor(bool)": TensorProto.BOOL,
+}
+FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.DOUBLE: np.float64}
+
+
+@dataclass(eq=False)
+class OnnxFile:
+    """A model: ``proto`` without its large tensors, which ``stored`` finds by the initializer's name.
+
+    What is read from disk lives as long as someone uses it.
+    """
+
+    path: Path
+    proto: ModelProto
+    stored: dict[str, Stored]
+    _read: "WeakValueDictionary[Stored, np.ndarray]" = field(default_factory=WeakValueDictionary)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "OnnxFile":
+        """Read a model without its large tensors.
+
+        Raises:
+            SlrpropError: no such file, no ONNX model, damaged, or external data that is missing or outside its folder.
+        """
+        path = Path(path)
+        with reading(path):
+            size = path.stat().st_size
+            if not path.is_file() or size == 0:
+                raise SlrpropError(f"'{path}' is no file with an ONNX model in it")
+            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+                skeleton, stored = split(path, buffer, size)
+            proto = ModelProto()
+            proto.ParseFromString(skeleton)
+            if not proto.opset_import or not proto.graph.output:
+                raise SlrpropError(f"'{path}' is no ONNX model: it names no operator set or no output")
+            refuse_hidden_external(proto.graph, path)
+            for tensor in proto.graph.initializer:
+                if tensor.data_location == TensorProto.EXTERNAL and tensor.name not in stored:
+                    stored[tensor.name] = external(tensor, path)
+            words = {word for node in proto.graph.node for word in (node.name, node.op_type, node.domain, *node.output)}
+            words |= {value.name for value in (*proto.graph.input, *proto.graph.output)} | _read_names(proto.graph)
+            if not all(isinstance(word, str) for word in words):
+                raise SlrpropError(f"'{path}' holds names that are no text; the file is damaged")
+            names = [tensor.name for tensor in proto.graph.initializer]
+            if len(set(names)) != len(names):
+                raise SlrpropError(f"'{path}' holds two initializers of the same name; the file is damaged")
+            for tensor in proto.graph.initializer:
+                if tensor.name in stored:
+                    mark(tensor, stored[tensor.name])
+        return cls(path, proto, stored)
+
+    @property
+    def opset(self) -> int:
+        """Version of the standard operators."""
+        return next((entry.version for entry in self.proto.opset_import if entry.domain in ("", "ai.onnx")), 1)
+
+    @property
+    def numbers(self) -> int:
+        """Floating-point numbers in initializers and constants."""
+        constants = (a.t for node in self.proto.graph.node if node.op_type == "Constant" for a in node.attribute)
+        tensors = (
+            t for t in (*self.proto.graph.initializer, *constants) if t.data_type in (*FLOATS, TensorProto.BFLOAT16)
+        )
+        return sum(math.prod(tensor.dims) for tensor in tensors)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file and its external data."""
+        return self.path.stat().st_size + sum(item.length for item in self.stored.values() if item.external)
+
+    def array(self, name: str) -> np.ndarray:
+        """The numbers of an initializer."""
+        item = self.stored.get(name)
+        with reading(self.path):
+            if item is None:
+                return numpy_helper.to_array(next(t for t in self.proto.graph.initializer if t.name == name))
+            if item.array is not None:
+                return item.array
+            found = self._read.get(item)
+            if found is None:
+                count = item.length // item.dtype.itemsize
+                found = np.fromfile(item.path, item.dtype, count, offset=item.offset)
+                if len(found) != count:
+                    raise SlrpropError(f"'{item.path}' ends before tensor '{name}' does; the file is cut off")
+                found = self._read[item] = found.reshape(item.shape)
+            return found
+
+    def edited(self, edit: Callable[[GraphProto], dict[str, np.ndarray]]) -> "OnnxFile":
+        """A copy whose graph was changed; ``edit`` returns new initializers by name.
+
+        Initializers and nodes that nothing reads any more are left out.
+        """
+        proto = ModelProto()
+        proto.CopyFrom(self.proto)
+        before = _read_names(proto.graph)
+        new = edit(proto.graph)
+        _drop_unread(proto.graph, before)
+        gone = {tensor.name for tensor in proto.graph.initializer} & (before - _read_names(proto.graph))
+        kept = [tensor for tensor in proto.graph.initializer if tensor.name not in gone]
+        del proto.graph.initializer[:]
+        proto.graph.initializer.extend(kept)
+        inputs = [value for value in proto.graph.input if value.name not in gone]
+        del proto.graph.input[:]
+        proto.graph.input.extend(inputs)
+        stored = {name: item for name, item in self.stored.items() if name not in gone}
+        external = any(item.external for item in self.stored.values())
+        for name, array in new.items():
+            array = np.ascontiguousarray(array)
+            tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
+            if array.nbytes < LARGE:
+                tensor.raw_data = array.tobytes()
+            else:
+                stored[name] = Stored(array.nbytes, array.shape, array.dtype, external=external, array=array)
+                mark(tensor, stored[name])
+            proto.graph.initializer.append(tensor)
+        return OnnxFile(self.path, proto, stored, self._read)
+
+    def session(
+        self, outputs: Iterable[str], inputs: Iterable[onnx.ValueInfoProto] | None = None, nodes: set[int] | None = None
+    ) -> "Session":
+        """An ONNX Runtime session that gives any tensors of the graph.
+
+        Args:
+            outputs: names of tensors.
+            inputs: what is fed; the model's own inputs by default.
+            nodes: positions of the nodes to keep; all by default.
+        """
+        proto = ModelProto()
+        proto.CopyFrom(self.proto)
+        graph = proto.graph
+        if nodes is not None:
+            kept = [node for index, node in enumerate(graph.node) if index in nodes]
+            del graph.node[:]
+            graph.node.extend(kept)
+        if inputs is not None:
+            del graph.input[:], graph.value_info[:]
+            graph.input.extend(inputs)
+        known = {value.name: value for value in graph.output}
+        wanted = list(dict.fromkeys(outputs))
+        del graph.output[:]
+        graph.output.extend(known.get(name, onnx.ValueInfoProto(name=name)) for name in wanted)
+        needed = _read_names(graph)
+        tensors = [tensor for tensor in graph.initializer if tensor.name in needed]
+        del graph.initializer[:]
+        graph.initializer.extend(tensors)
+        return Session(self, proto, wanted)
+
+    def flaw(self) -> str:
+        """What ``onnx.checker`` finds wrong, if anything; large tensors stand as inputs, so that none is read."""
+        proto = ModelProto()
+        proto.CopyFrom(self.proto)
+        declared = {value.name for value in proto.graph.input}
+        small = [tensor for tensor in proto.graph.initializer if tensor.name not in self.stored]
+        for tensor in proto.graph.initializer:
+            if tensor.name in self.stored and tensor.name not in declared:
+                proto.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        del proto.graph.initializer[:]
+        proto.graph.initializer.extend(small)
+        try:
+            onnx.checker.check_model(proto, full_check=True)
+        except Exception as error:
+            return first_line(error)
+        return ""
+
+    def write(self, path: Path, data: Path, location: str) -> None:
+        """Write the model to ``path``, and what is external to ``data``, which the model calls ``location``."""
+        graph = GraphProto()
+        graph.CopyFrom(self.proto.graph)
+        pieces: list[tuple[bytes, Stored | None]] = []  # a head, and the numbers that follow it
+        with contextlib.ExitStack() as stack:
+            beside: BinaryIO | None = None
+            for tensor in graph.initializer:
+                item = self.stored.get(tensor.name)
+                if item is not None and item.external:
+                    beside = beside or stack.enter_context(open(data, "wb"))
+                    beside.write(bytes(-beside.tell() % PAGE))
+                    mark(tensor, item, location, beside.tell())
+                    copy(item, beside)
+                    item = None
+                if item is None:
+                    content = tensor.SerializeToString()
+                    pieces.append((head(INITIALIZER, len(content)) + content, None))
+                elif item.message is not None:
+                    start, end = item.message
+                    pieces.append((head(INITIALIZER, end - start), item))
+                else:
+                    bare = TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
+                    content = bare.SerializeToString() + head(RAW_DATA, item.length)
+                    pieces.append((head(INITIALIZER, len(content) + item.length) + content, item))
+        del graph.initializer[:]
+        before, after = around(graph.SerializeToString(), INITIALIZER)
+        total = len(before) + len(after)
+        for start_of, item in pieces:
+            total += len(start_of)
+            if item is not None:
+                total += item.length if item.message is None else item.message[1] - item.message[0]
+        proto = ModelProto()
+        proto.CopyFrom(self.proto)
+        proto.ClearField("graph")
+        first, last = around(proto.SerializeToString(), GRAPH)
+        with open(path, "wb") as out:
+            out.write(first + head(GRAPH, total) + before)
+            for start_of, item in pieces:
+                out.write(start_of)
+                if item is not None:
+                    copy(item, out)
+            out.write(after + last)
+
+    def save(self, path: str | Path, check: Callable[["OnnxFile"], None]) -> None:
+        """Write the model whole or not at all, external data (if there are any) beside it as ``NAME.data``.
+
+        Args:
+            check: called with the written file, read again, before it takes its place.
+        """
+        target = Path(path)
+        beside = target.with_name(target.name + ".data")
+        with contextlib.ExitStack() as stack:
+            part = stack.enter_context(replacing(target))
+            external = any(item.external for item in self.stored.values())
+            data = stack.enter_context(replacing(beside)) if external else beside  # put in place first
+            self.write(part, data, data.name)
+            check(OnnxFile.open(part))
+            if external:
+                self.write(part, data, beside.name)
+
+
+class Session:
+    """An ONNX Runtime session on the CPU; large tensors stay where the :class:`OnnxFile` has them."""
+
+    def __init__(self, file: OnnxFile, proto: ModelProto, outputs: list[str]) -> None:
+        self.outputs = outputs
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 4
+        options.add_session_config_entry("session.disable_prepacking", "1")  # it would copy every weight
+        folder = file.path.resolve().parent
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        self._lent: dict[str, np.ndarray] = {}
+        for tensor in proto.graph.initializer:
+            item = file.stored.get(tensor.name)
+            if item is not None and item.array is None and item.path.is_relative_to(folder):
+                mark(tensor, item, str(item.path.relative_to(folder)), item.offset)  # the runtime maps the file
+            elif item is not None:
+                self._lent[tensor.name] = file.array(tensor.name)
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self._lent.values()]
+        with reading(file.path):
+            options.add_external_initializers(list(self._lent), values)
+            self._session = onnxruntime.InferenceSession(
+                proto.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
+
+    def element_type(self, name: str) -> int:
+        """The ONNX code of an output's element type."""
+        kind = next(output.type for output in self._session.get_outputs() if output.name == name)
+        if kind not in ELEMENT_TYPES:
+            raise SlrpropError(f"tensor '{name}' holds {kind}, which slrprop can't cut the model at")
+        return ELEMENT_TYPES[kind]
+
+    def run(self, feed: dict[str, np.ndarray]) -> dict[str, Any]:
+        """The outputs by name."""
+        return dict(zip(self.outputs, self._session.run(self.outputs, feed), strict=True))
+
+
+def node_reads(node: onnx.NodeProto) -> list[str]:
+    """The tensors a node reads, its subgraphs' included."""
+    names = [name for name in node.input if name]
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            names += _read_names(graph)
+    return names
+
+
+def _read_names(graph: GraphProto) -> set[str]:
+    """All tensors that nodes or outputs of the graph read."""
+    return {name for node in graph.node for name in node_reads(node)} | {value.name for value in graph.output}
+
+
+def _drop_unread(graph: GraphProto, before: set[str]) -> None:
+    """Take out nodes whose outputs were read ``before`` and are no longer: constants that a weight was made of."""
+    reads = Counter(name for node in graph.node for name in set(node_reads(node)))
+    reads.update(value.name for value in graph.output)
+    kept = []
+    for node in reversed(graph.node):
+        if before.isdisjoint(node.output) or any(reads[name] > 0 for name in node.output if name):
+            kept.append(NodeProto.FromString(node.SerializeToString()))
+        else:
+            reads.subtract(set(node_reads(node)))
+    if len(kept) < len(graph.node):
+        del graph.node[:]
+        graph.node.extend(reversed(kept))

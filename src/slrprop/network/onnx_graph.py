@@ -1,0 +1,327 @@
+"""The graph of an ONNX model: its constants, its dense layers, and what follows a tensor."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import torch
+from onnx import NodeProto, helper
+
+from slrprop.errors import SlrpropError
+from slrprop.network.chain import ACTIVATIONS, Affine, Element, Linear, Path
+from slrprop.network.onnx_constants import Constant, attribute, constants_of, standard, tensor_of
+from slrprop.network.onnx_file import FLOATS, OnnxFile, node_reads
+
+ACTIVATION_OPS = {"Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid"}
+ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Neg", "Erf", "Exp", "Max", "Min", "Clip", "Cast", "Identity"} | {
+    *ACTIVATION_OPS
+}  # fmt: skip
+MAX_REGION = 16  # nodes that one activation may be made of
+PROBE = np.linspace(-6, 6, 121)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A dense layer: node number ``index`` multiplies ``x`` (..., m) by a constant, ``y`` (..., n) is its output.
+
+    ``bias`` is the tensor that is added, by ``adder`` (this node for Gemm, an Add node for MatMul).
+    """
+
+    index: int
+    x: str
+    y: str
+    weight: str
+    shape: tuple[int, int]
+    bias: str | None = None
+    adder: int | None = None
+    alpha: float = 1.0
+    beta: float = 1.0
+    trans_a: bool = False
+    trans_b: bool = False
+
+
+class Graph:
+    """Who makes and who reads each tensor, which tensors are constant, and which nodes are dense layers."""
+
+    def __init__(self, file: OnnxFile) -> None:
+        self.file = file
+        self.nodes = list(file.proto.graph.node)
+        self.reads = [node_reads(node) for node in self.nodes]
+        self.maker: dict[str, int] = {}
+        self.readers: dict[str, list[int]] = defaultdict(list)
+        for index, node in enumerate(self.nodes):
+            for name in node.output:
+                if name and self.maker.setdefault(name, index) != index:
+                    raise SlrpropError(f"'{file.path}' is no valid graph: two nodes make tensor '{name}'")
+            for name in dict.fromkeys(self.reads[index]):
+                self.readers[name].append(index)
+        self.outputs = {value.name for value in file.proto.graph.output}
+        self.constants = constants_of(file)
+        stored = {tensor.name for tensor in file.proto.graph.initializer}
+        self.inputs = [value for value in file.proto.graph.input if value.name not in stored]
+        self.main = self._main_output()
+        self.layers = self._dense_layers()
+        self.by_index = {layer.index: name for name, layer in self.layers.items()}
+        self._ranks: dict[str, int] | None = None
+        self.ending = self._ending()
+
+    def _main_output(self) -> str:
+        """The tensor that quality is judged by: the output called ``logits``, or the first that holds real numbers."""
+        outputs = list(self.file.proto.graph.output)
+        outputs.sort(key=lambda value: value.name != "logits")
+        for value in outputs:
+            maker = self.nodes[self.maker[value.name]] if value.name in self.maker else None
+            if maker is not None and maker.op_type in ("ZipMap", "Identity") and maker.input:
+                return maker.input[0]  # class names or another name for the same numbers
+            kind = value.type.WhichOneof("value")
+            if kind in (None, "tensor_type") and value.type.tensor_type.elem_type in (0, *FLOATS):
+                return value.name
+        raise SlrpropError(f"'{self.file.path}' has no output of real numbers to judge it by")
+
+    def _dense_layers(self) -> dict[str, Dense]:
+        found: dict[str, Dense] = {}
+        for index, node in enumerate(self.nodes):
+            op = standard(node)
+            layer = self._gemm(index, node) if op == "Gemm" else self._matmul(index, node) if op == "MatMul" else None
+            if layer is not None:
+                name = node.name if node.name and node.name not in found else layer.y
+                found[name if name not in found else f"{name}#{index}"] = layer
+        return found
+
+    def _matrix(self, name: str) -> Constant | None:
+        found = self.constants.get(name)
+        known = found is not None and len(found.shape) == 2 and min(found.shape) > 0 and found.dtype in FLOATS.values()
+        return found if known else None
+
+    def _gemm(self, index: int, node: NodeProto) -> Dense | None:
+        if len(node.input) < 2 or node.input[0] in self.constants or (weight := self._matrix(node.input[1])) is None:
+            return None
+        trans_b = bool(attribute(node, "transB", 0))
+        m, n = weight.shape[::-1] if trans_b else weight.shape
+        bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
+        if bias is not None and not self._is_row(bias, n):
+            return None  # added numbers that differ from sample to sample: no bias
+        alpha, beta = float(attribute(node, "alpha", 1.0)), float(attribute(node, "beta", 1.0))
+        trans_a = bool(attribute(node, "transA", 0))
+        return Dense(
+            index, node.input[0], node.output[0], node.input[1], (m, n), bias, index, alpha, beta, trans_a, trans_b
+        )
+
+    def _matmul(self, index: int, node: NodeProto) -> Dense | None:
+        if len(node.input) != 2 or node.input[0] in self.constants or (weight := self._matrix(node.input[1])) is None:
+            return None
+        m, n = weight.shape
+        y, bias, adder = node.output[0], None, None
+        readers = self.readers[y]
+        if len(readers) == 1 and y not in self.outputs and standard(after := self.nodes[readers[0]]) == "Add":
+            others = [name for name in after.input if name != y]
+            if len(others) == 1 and self._is_row(others[0], n):
+                y, bias, adder = after.output[0], others[0], readers[0]
+        return Dense(index, node.input[0], y, node.input[1], (m, n), bias, adder)
+
+    def _is_row(self, name: str, n: int) -> bool:
+        """Whether a tensor is a constant (n,) or (1, n), or one number for all."""
+        found = self.constants.get(name)
+        return found is not None and found.dtype in FLOATS.values() and found.shape in ((n,), (1, n), (1,), ())
+
+    def weight(self, layer: Dense) -> np.ndarray:
+        """The numbers that ``x`` is multiplied by (m x n), alpha included."""
+        value = self.constants[layer.weight].load()
+        value = value.T if layer.trans_b else value
+        return value if layer.alpha == 1 else (value * np.asarray(layer.alpha, value.dtype))
+
+    def bias(self, layer: Dense) -> np.ndarray | None:
+        """What is added (n,), beta included."""
+        if layer.bias is None:
+            return None
+        value = self.constants[layer.bias].load().reshape(-1)
+        value = np.broadcast_to(value, layer.shape[1:])
+        return value if layer.beta == 1 else value * np.asarray(layer.beta, value.dtype)
+
+    def tied(self) -> dict[str, list[str]]:
+        """For every dense layer, what else uses the numbers of its weight."""
+        uses: dict[str, list[int]] = defaultdict(list)
+        for name, constant in self.constants.items():
+            if name in self.outputs:
+                uses[constant.root].append(-1)
+            uses[constant.root] += [i for i in self.readers[name] if self.nodes[i].output[0] not in self.constants]
+
+        def label(index: int) -> str:
+            if index < 0:
+                return "an output of the model"
+            return self.by_index.get(index) or self.nodes[index].name or self.nodes[index].output[0]
+
+        return {
+            name: [label(index) for index in uses[self.constants[layer.weight].root] if index != layer.index]
+            for name, layer in self.layers.items()
+        }
+
+    def rank(self, name: str) -> int | None:
+        """How many axes a tensor has, where that can be known without data."""
+        if self._ranks is None:
+            self._ranks = {}
+            try:
+                inferred = onnx.shape_inference.infer_shapes(self.file.proto).graph
+            except Exception:  # what can't be inferred is unknown
+                inferred = self.file.proto.graph
+            for value in (*inferred.value_info, *inferred.input, *inferred.output):
+                if value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape"):
+                    self._ranks[value.name] = len(value.type.tensor_type.shape.dim)
+        return self._ranks.get(name)
+
+    def after(self, names: set[str]) -> set[int]:
+        """The nodes that depend on any of these tensors."""
+        found: set[int] = set()
+        reached = set(names)
+        for index, node in enumerate(self.nodes):
+            if not reached.isdisjoint(self.reads[index]):
+                found.add(index)
+                reached.update(node.output)
+        return found
+
+    def before(self, name: str) -> set[int]:
+        """The nodes that a tensor depends on."""
+        found: set[int] = set()
+        open_names = [name]
+        while open_names:
+            index = self.maker.get(open_names.pop())
+            if index is not None and index not in found:
+                found.add(index)
+                open_names += self.reads[index]
+        return found
+
+    def _ending(self) -> str | None:
+        """``softmax`` or ``log_softmax`` where that, over the last axis, makes the main output."""
+        node = self.nodes[self.maker[self.main]] if self.main in self.maker else None
+        kind = {"Softmax": "softmax", "LogSoftmax": "log_softmax"}.get(standard(node)) if node is not None else None
+        if node is None or kind is None:
+            return None
+        axis = attribute(node, "axis", -1 if self.file.opset >= 13 else 1)
+        return kind if axis == -1 or axis + 1 == self.rank(self.main) else None
+
+    def follow(self, layer: Dense) -> Path:
+        """What happens to a layer's output, as long as it is element-wise or dense and its only use.
+
+        The dense layers on the path are named; their numbers are not read (see :meth:`linear`).
+        """
+        elements: list[Element] = []
+        private = True
+        tensor, width, flat = layer.y, layer.shape[1], standard(self.nodes[layer.index]) == "Gemm"
+        for _ in self.nodes:  # a path is not longer, unless a broken graph goes in circles
+            if tensor == self.main:
+                return Path(elements, True, private)
+            private = private and (tensor not in self.outputs or any(isinstance(e, Linear) for e in elements))
+            readers = self.readers[tensor]
+            if len(readers) == 1:
+                node, name = self.nodes[readers[0]], self.by_index.get(readers[0])
+                if self.ending and self.maker[self.main] == readers[0]:
+                    return Path(elements, True, private)
+                if name is not None and self.layers[name].x == tensor and self.layers[name].shape[0] == width:
+                    if self.layers[name].trans_a:
+                        break
+                    m, n = self.layers[name].shape
+                    elements.append(Linear(torch.empty(m, n, device="meta"), torch.empty(n, device="meta"), name))
+                    tensor, width = self.layers[name].y, self.layers[name].shape[1]
+                    continue
+                found = self._element(node, tensor, width, flat)
+                if found is not None:
+                    elements += [found] if found != "same" else []
+                    tensor = node.output[0]
+                    continue
+            region = self._activation(tensor)
+            if region is None:
+                break
+            elements.append(region[0])
+            tensor = region[1]
+        return Path(elements, False, private)
+
+    def linear(self, name: str) -> Linear:
+        """A layer as an element of a path, its numbers read."""
+        layer = self.layers[name]
+        weight, bias = tensor_of(self.weight(layer)), self.bias(layer)
+        return Linear(weight, weight.new_zeros(layer.shape[1]) if bias is None else tensor_of(bias), name)
+
+    def _element(self, node: NodeProto, tensor: str, width: int, flat: bool) -> Element | None:
+        """The node as an element, ``"same"`` where it changes nothing, None where it is neither."""
+        op = standard(node)
+        if not node.input or node.input[0] != tensor:
+            return None
+        if op in ACTIVATION_OPS:
+            return ACTIVATION_OPS[op]
+        if op == "Gelu":
+            return "gelu_tanh" if attribute(node, "approximate", b"none") == b"tanh" else "gelu"
+        if op == "Identity":
+            return "same"
+        if op == "Dropout":
+            training = node.input[2] if len(node.input) > 2 else ""
+            off = not training or (training in self.constants and not self.constants[training].load().any())
+            return "same" if off and not any(self.readers[name] for name in node.output[1:]) else None
+        two_axes = flat or self.rank(tensor) == 2
+        if op == "Flatten" and two_axes and attribute(node, "axis", 1) == 1:
+            return "same"
+        if op == "Reshape" and two_axes and len(node.input) > 1 and node.input[1] in self.constants:
+            return (
+                "same" if self.constants[node.input[1]].load().tolist() in ([-1, width], [0, width], [0, -1]) else None
+            )
+        if op == "BatchNormalization" and two_axes and len(node.input) == 5 and not attribute(node, "training_mode", 0):
+            if any(name not in self.constants for name in node.input[1:]) or len(node.output) > 1:
+                return None
+            gain, shift, mean, var = (tensor_of(self.constants[name].load()) for name in node.input[1:])
+            scale = gain * (var + attribute(node, "epsilon", 1e-5)).rsqrt()
+            return Affine(scale, shift - mean * scale)
+        return None
+
+    def _activation(self, start: str) -> tuple[str, str] | None:
+        """An activation that is written as several element-wise nodes of one tensor, and the tensor it gives.
+
+        Recognised by its values: whatever the nodes are, they are compared with the known functions on [-6, 6].
+        """
+        region: list[int] = []
+        inside = {start}
+        for index in sorted(self.after({start})):
+            node = self.nodes[index]
+            numbers = [name for name in node.input if name and name not in inside]
+            scalar = all(
+                name in self.constants and np.prod(self.constants[name].shape, dtype=object) == 1 for name in numbers
+            )
+            if standard(node) not in ELEMENTWISE or not scalar or len(region) == MAX_REGION:
+                if inside.isdisjoint(self.reads[index]):
+                    continue
+                return None
+            region.append(index)
+            inside.update(node.output)
+            end = node.output[0]
+            closed = all(set(self.readers[name]) <= set(region) and name not in self.outputs for name in inside - {end})
+            if closed:
+                name = self._named(start, end, region)
+                if name is not None:
+                    return name, end
+        return None
+
+    def _named(self, start: str, end: str, region: list[int]) -> str | None:
+        dtype = next(
+            (c.dtype for i in region for name in self.nodes[i].input if (c := self.constants.get(name)) is not None),
+            np.dtype(np.float32),
+        )
+        if dtype not in FLOATS.values():
+            return None
+        probe = PROBE.astype(dtype)[:, None]
+        value = helper.make_tensor_value_info(start, helper.np_dtype_to_tensor_dtype(dtype), [None, None])
+        constant = {
+            self.maker[name]
+            for i in region
+            for name in self.nodes[i].input
+            if name in self.constants and name in self.maker
+        }
+        needed = constant | {i for index in constant for i in self.before(self.nodes[index].output[0])}
+        try:
+            got = self.file.session([end], [value], {*region, *needed}).run({start: probe})[end]
+        except Exception:  # not what it looked like
+            return None
+        tolerance = 1e-5 if dtype != np.float16 else 1e-2
+        for name, function in ACTIVATIONS.items():
+            want = function(torch.from_numpy(probe).double()).numpy()
+            if name != "identity" and got.shape == want.shape and np.allclose(got, want, tolerance, tolerance):
+                return name
+        return None
