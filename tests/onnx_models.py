@@ -1,10 +1,11 @@
 """Small networks of many kinds, and their ONNX files by both torch exporters."""
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from slrprop.export import _quiet
+from slrprop.export import _quiet, session
 
 
 class LeNet5(nn.Module):
@@ -144,3 +145,10 @@ def export(model, inputs, path, dynamo, batch=None):
                 model, inputs, str(path), dynamo=False, dynamic_axes=axes, opset_version=17, input_names=names
             )
     return path
+
+
+def run(path, data):
+    """The outputs of a file in ONNX Runtime."""
+    runtime = session(path, 1)
+    feed = {slot.name: np.asarray(data[slot.name]) for slot in runtime.get_inputs()}
+    return runtime.run(None, feed)

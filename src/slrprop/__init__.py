@@ -5,12 +5,14 @@ from slrprop.api import apply, inspect, plan
 from slrprop.errors import SlrpropError
 from slrprop.export import export_onnx
 from slrprop.measure import measure
+from slrprop.network.onnx_rewrite import Parity
 from slrprop.plan import Plan
 from slrprop.search import BudgetError, compress
 from slrprop.storage import load, save
 
 __all__ = [
     "BudgetError",
+    "Parity",
     "Plan",
     "SlrpropError",
     "apply",

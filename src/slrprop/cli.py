@@ -181,7 +181,11 @@ def measure(
     run = importlib.import_module("slrprop.measure").measure
     found = {str(file): asdict(run(file, samples)) for file in (model, against) if file is not None}
     if as_json:
-        typer.echo(json.dumps(found, indent=1).replace("NaN", "null"))
+        known = {
+            file: {key: value if value == value else None for key, value in item.items()}
+            for file, item in found.items()
+        }
+        typer.echo(json.dumps(known, indent=1))
         return
     rows = [
         [file, *(f"{value:,}" if isinstance(value, int) else f"{value:.2f}" for value in item.values())]

@@ -22,7 +22,9 @@ def fingerprint(weight: Tensor) -> str:
     """SHA-256 of shape, dtype and values (n x m, like ``nn.Linear.weight``)."""
     array = weight.detach().cpu().contiguous()
     head = f"{tuple(array.shape)} {array.dtype}".encode()
-    return hashlib.sha256(head + array.view(torch.uint8).numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(head)
+    digest.update(array.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class Flow(NamedTuple):
@@ -146,7 +148,9 @@ class Network(ABC):
 
 
 def require_finite(output: Tensor) -> None:
-    """Refuse to go on with a network whose output is not finite."""
+    """Refuse to go on with a network whose output is empty or not finite."""
+    if not output.numel():
+        raise SlrpropError(f"the network's output has shape {tuple(output.shape)} on this data: nothing to judge it by")
     if not torch.isfinite(output).all():
         raise SlrpropError(
             "the network's output holds NaN or infinite values on this data; repair the model or the data first"

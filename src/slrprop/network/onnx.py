@@ -14,9 +14,11 @@ from slrprop.data import Batch, Data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense as DenseFactors
 from slrprop.network.base import Flow, Layer, Network, require_finite
-from slrprop.network.chain import fold
-from slrprop.network.onnx_file import OnnxFile, Session, reading
-from slrprop.network.onnx_graph import Dense, Graph, tensor_of
+from slrprop.network.chain import Chain, Linear, fold
+from slrprop.network.onnx_constants import tensor_of
+from slrprop.network.onnx_file import OnnxFile, Session
+from slrprop.network.onnx_graph import Dense, Graph
+from slrprop.network.onnx_tensors import reading
 
 STACKED = 1 << 22  # numbers of a layer's changed outputs that are run at once
 Feed = dict[str, np.ndarray]
@@ -66,10 +68,6 @@ class OnnxNetwork(Network):
             self._paths = {name: self.graph.follow(layer) for name, layer in self.graph.layers.items()}
         self._cuts: dict[str, Cut] = {}
         self.batch = self._fixed_batch()
-        for name, path in self._paths.items():
-            if path.whole:
-                like = torch.ones(self.shape(name)[1], dtype=self._dtype(name))
-                self._chains[name] = fold(path.elements, like)
         if data is not None:
             self.feed(next(iter(data)))
 
@@ -77,6 +75,16 @@ class OnnxNetwork(Network):
         """What the layer is computed with."""
         stored = self.graph.constants[self.layer(name).weight].dtype
         return torch.float64 if stored == np.float64 else torch.float32
+
+    def chain(self, name: str) -> Chain | None:
+        """See :meth:`Network.chain`; the numbers of one chain at a time are kept."""
+        if name not in self._chains:
+            elements, whole, _ = self._paths[name]
+            with reading(self.file.path):
+                real = [self.graph.linear(e.name) if isinstance(e, Linear) and e.name else e for e in elements]
+                like = torch.ones(self.shape(name)[1], dtype=self._dtype(name))
+                self._chains = {name: fold(real, like) if whole else None}
+        return self._chains[name]
 
     def layer(self, name: str) -> Dense:
         """Where a layer is in the graph."""
@@ -106,12 +114,9 @@ class OnnxNetwork(Network):
 
     def _fixed_batch(self) -> int | None:
         """The batch size that the model insists on; None where it is open."""
-        sizes = set()
-        for value in self.graph.inputs:
-            shape = value.type.tensor_type.shape.dim
-            if shape and shape[0].dim_value > 0:
-                sizes.add(shape[0].dim_value)
-        return sizes.pop() if len(sizes) == 1 else None
+        shapes = [value.type.tensor_type.shape.dim for value in self.graph.inputs]
+        sizes = {shape[0].dim_value for shape in shapes if shape}
+        return sizes.pop() if len(sizes) == 1 and min(sizes) > 0 else None
 
     def feed(self, batch: Batch) -> Feed:
         """A batch as the model's inputs, in the types it declares.
@@ -135,20 +140,20 @@ class OnnxNetwork(Network):
         for value in self.graph.inputs:
             raw = given[value.name]
             array = raw.detach().cpu().numpy() if isinstance(raw, Tensor) else np.asarray(raw)
-            code = value.type.tensor_type.elem_type
-            want = (
-                np.dtype(helper.tensor_dtype_to_np_dtype(code)) if code not in (0, TensorProto.STRING) else array.dtype
-            )
+            want = input_dtype(value) or array.dtype
             if array.dtype.kind == "f" and want.kind in "iub":
                 raise SlrpropError(f"input '{value.name}' takes {want} values, and the data has {array.dtype}")
-            feed[value.name] = np.ascontiguousarray(array, want)
+            feed[value.name] = np.asarray(array, want, order="C")
         return feed
 
     def _parts(self, batch: Batch) -> Iterator[Part]:
         """A batch in parts of the size the model wants, the last one filled up with its last sample."""
         feed = self.feed(batch)
         count = min((len(array) for array in feed.values() if array.ndim), default=1)
-        size = self.batch or count
+        size = self.batch
+        if size is None:
+            yield Part(batch, feed, count, count)
+            return
         for start in range(0, count, size):
             stop = min(start + size, count)
 
@@ -191,7 +196,10 @@ class OnnxNetwork(Network):
 
     def outputs_with(self, name: str, flow: Flow, layer: Layer, candidates: Tensor) -> Tensor:
         """Candidates stand one after the other on the batch axis; one at a time where the graph can't be stretched so."""
-        cut, dense = self._cut(name, flow), self.layer(name)
+        dense = self.layer(name)
+        if dense.y != self.graph.main and not self._behind_nodes(dense):
+            return flow.output.expand(len(candidates), *flow.output.shape)  # the layer makes another output
+        cut = self._cut(name, flow)
         assert cut.tensors is not None and cut.part is not None
         x = layer_input(dense, cut.tensors)
         whole = x.shape[:-1].numel() * dense.shape[1]
@@ -220,7 +228,7 @@ class OnnxNetwork(Network):
     def _cut(self, name: str, flow: Flow) -> Cut:
         """The graph cut behind a layer, with the tensors of this batch."""
         if name not in self._cuts:
-            self._cuts[name] = self._make_cut(self.layer(name))
+            self._cuts = {name: self._make_cut(self.layer(name))}  # the last one only: it holds a batch
         cut, dense = self._cuts[name], self.layer(name)
         if cut.flow is not flow:
             (part,) = self._parts(flow.batch)
@@ -231,9 +239,12 @@ class OnnxNetwork(Network):
             cut.stretch = self._stretch(cut, dense)
         return cut
 
+    def _behind_nodes(self, dense: Dense) -> set[int]:
+        return self.graph.after({dense.y}) & self.graph.before(self.graph.main)
+
     def _make_cut(self, dense: Dense) -> Cut:
         graph = self.graph
-        behind = graph.after({dense.y}) & graph.before(graph.main)
+        behind = self._behind_nodes(dense)
         fed = {value.name for value in graph.inputs}
         varying = graph.after(fed)
         made = {name for index in behind for name in graph.nodes[index].output}
@@ -259,7 +270,10 @@ class OnnxNetwork(Network):
             samples = min(2, cut.part.size)
             one = {name: value[:samples] if value.ndim else value for name, value in cut.part.feed.items()}
             two = {name: np.concatenate([value] * 2) if value.ndim else value for name, value in one.items()}
-            one, two = ({**feed, **self.run(cut.before, feed)} for feed in (one, two))
+            try:
+                one, two = ({**feed, **self.run(cut.before, feed)} for feed in (one, two))
+            except SlrpropError:  # the inputs do not all have the samples on their first axis
+                return None
             for name in cut.crossing:
                 a, b = one[name], two[name]
                 if a.shape == b.shape:
@@ -282,6 +296,16 @@ class OnnxNetwork(Network):
         tolerance = 1e-5 if cut.tensors[dense.y].dtype != np.float16 else 1e-2
         room = tolerance * max(1.0, float(want.abs().max()))
         return found if got.shape == want.shape and bool(((got - want).abs() <= room).all()) else None
+
+
+def input_dtype(value: ValueInfoProto) -> np.dtype[Any] | None:
+    """The type of an input's numbers; None where it declares none, or text."""
+    code = value.type.tensor_type.elem_type
+    if code in (TensorProto.UNDEFINED, TensorProto.STRING):
+        return None
+    if code not in TensorProto.DataType.values():
+        raise SlrpropError(f"input '{value.name}' has element type {code}, which ONNX does not know")
+    return np.dtype(helper.tensor_dtype_to_np_dtype(code))
 
 
 def layer_input(layer: Dense, found: Feed) -> Tensor:

@@ -1,7 +1,7 @@
 """ONNX files as a light graph beside large tensors that stay on disk, and back to a file byte for byte.
 
 The protobuf library would hold a model several times over. Here the file is mapped; every large initializer's bytes
-are cut out before parsing, read only when asked for, lent to ONNX Runtime without a copy, and copied from the old
+are cut out before parsing, read only when asked for, mapped by ONNX Runtime without a copy, and copied from the old
 file to the new one as they are.
 """
 
@@ -9,7 +9,7 @@ import contextlib
 import math
 import mmap
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,12 +23,22 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from slrprop.errors import SlrpropError, first_line
 from slrprop.files import replacing
-from slrprop.network.wire import around, fields, head
+from slrprop.network.onnx_tensors import (
+    GRAPH,
+    INITIALIZER,
+    LARGE,
+    RAW_DATA,
+    Stored,
+    copy,
+    external,
+    mark,
+    reading,
+    refuse_hidden_external,
+    split,
+)
+from slrprop.network.wire import around, head
 
-LARGE = 1024  # bytes from which an initializer stays on disk
 PAGE = 4096  # external tensors start at a page
-CHUNK = 1 << 24
-GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9  # field numbers of ModelProto, GraphProto, TensorProto
 ELEMENT_TYPES = {
     "tensor(float)": TensorProto.FLOAT,
     "tensor(float16)": TensorProto.FLOAT16,
@@ -42,63 +52,11 @@ ELEMENT_TYPES = {
 FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.DOUBLE: np.float64}
 
 
-@contextlib.contextmanager
-def reading(path: str | Path) -> Iterator[None]:
-    """Whatever a damaged or hostile file makes the libraries raise becomes one sentence."""
-    try:
-        yield
-    except SlrpropError:
-        raise
-    except OSError as error:
-        raise SlrpropError(f"'{path}' can't be read: {error.strerror or error}") from error
-    except Exception as error:
-        raise SlrpropError(f"'{path}' is not an ONNX model that slrprop can use: {first_line(error)}") from error
-
-
-@dataclass(frozen=True, eq=False)
-class Stored:
-    """Where an initializer's numbers are: ``length`` bytes at ``offset`` of a file, or an ``array`` in memory.
-
-    ``message`` is where the whole initializer stands in the model's file; None for external data and new tensors.
-    """
-
-    length: int
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    path: Path = Path()
-    offset: int = 0
-    message: tuple[int, int] | None = None
-    external: bool = False
-    array: np.ndarray | None = None
-
-
-def _mark(tensor: TensorProto, stored: Stored, location: str = "*", offset: int = 0) -> None:
-    """Make the tensor refer to data elsewhere."""
-    tensor.ClearField("raw_data")
-    del tensor.external_data[:]
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", location), ("offset", offset), ("length", stored.length)):
-        tensor.external_data.add(key=key, value=str(value))
-
-
-def _bytes_of(tensor: TensorProto) -> int | None:
-    """The length of the tensor's numbers as raw data; None for types that are not whole bytes of a NumPy type."""
-    if tensor.data_type in (TensorProto.STRING, TensorProto.UNDEFINED) or min(tensor.dims, default=0) < 0:
-        return None
-    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
-    if dtype.kind not in "fiub" or dtype.isbuiltin != 1:
-        return None
-    count = 1
-    for side in tensor.dims:
-        count *= side
-    return count * dtype.itemsize
-
-
 @dataclass(eq=False)
 class OnnxFile:
     """A model: ``proto`` without its large tensors, which ``stored`` finds by the initializer's name.
 
-    What is read from disk lives as long as someone uses it, a session for example.
+    What is read from disk lives as long as someone uses it.
     """
 
     path: Path
@@ -119,15 +77,15 @@ class OnnxFile:
             if not path.is_file() or size == 0:
                 raise SlrpropError(f"'{path}' is no file with an ONNX model in it")
             with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-                skeleton, stored = _split(path, buffer, size)
+                skeleton, stored = split(path, buffer, size)
             proto = ModelProto()
             proto.ParseFromString(skeleton)
             if not proto.opset_import or not proto.graph.output:
                 raise SlrpropError(f"'{path}' is no ONNX model: it names no operator set or no output")
-            _refuse_hidden_external(proto.graph, path)
+            refuse_hidden_external(proto.graph, path)
             for tensor in proto.graph.initializer:
                 if tensor.data_location == TensorProto.EXTERNAL and tensor.name not in stored:
-                    stored[tensor.name] = _external(tensor, path)
+                    stored[tensor.name] = external(tensor, path)
             words = {word for node in proto.graph.node for word in (node.name, node.op_type, node.domain, *node.output)}
             words |= {value.name for value in (*proto.graph.input, *proto.graph.output)} | _read_names(proto.graph)
             if not all(isinstance(word, str) for word in words):
@@ -137,7 +95,7 @@ class OnnxFile:
                 raise SlrpropError(f"'{path}' holds two initializers of the same name; the file is damaged")
             for tensor in proto.graph.initializer:
                 if tensor.name in stored:
-                    _mark(tensor, stored[tensor.name])
+                    mark(tensor, stored[tensor.name])
         return cls(path, proto, stored)
 
     @property
@@ -202,7 +160,7 @@ class OnnxFile:
                 tensor.raw_data = array.tobytes()
             else:
                 stored[name] = Stored(array.nbytes, array.shape, array.dtype, external=external, array=array)
-                _mark(tensor, stored[name])
+                mark(tensor, stored[name])
             proto.graph.initializer.append(tensor)
         return OnnxFile(self.path, proto, stored, self._read)
 
@@ -265,8 +223,8 @@ class OnnxFile:
                 if item is not None and item.external:
                     beside = beside or stack.enter_context(open(data, "wb"))
                     beside.write(bytes(-beside.tell() % PAGE))
-                    _mark(tensor, item, location, beside.tell())
-                    _copy(item, beside)
+                    mark(tensor, item, location, beside.tell())
+                    copy(item, beside)
                     item = None
                 if item is None:
                     content = tensor.SerializeToString()
@@ -294,7 +252,7 @@ class OnnxFile:
             for start_of, item in pieces:
                 out.write(start_of)
                 if item is not None:
-                    _copy(item, out)
+                    copy(item, out)
             out.write(after + last)
 
     def save(self, path: str | Path, check: Callable[["OnnxFile"], None]) -> None:
@@ -316,7 +274,7 @@ class OnnxFile:
 
 
 class Session:
-    """An ONNX Runtime session on the CPU that borrows large tensors from an :class:`OnnxFile`."""
+    """An ONNX Runtime session on the CPU; large tensors stay where the :class:`OnnxFile` has them."""
 
     def __init__(self, file: OnnxFile, proto: ModelProto, outputs: list[str]) -> None:
         self.outputs = outputs
@@ -324,12 +282,20 @@ class Session:
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 4
         options.add_session_config_entry("session.disable_prepacking", "1")  # it would copy every weight
-        self._lent = {t.name: file.array(t.name) for t in proto.graph.initializer if t.name in file.stored}
+        folder = file.path.resolve().parent
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        self._lent: dict[str, np.ndarray] = {}
+        for tensor in proto.graph.initializer:
+            item = file.stored.get(tensor.name)
+            if item is not None and item.array is None and item.path.is_relative_to(folder):
+                mark(tensor, item, str(item.path.relative_to(folder)), item.offset)  # the runtime maps the file
+            elif item is not None:
+                self._lent[tensor.name] = file.array(tensor.name)
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self._lent.values()]
         with reading(file.path):
             options.add_external_initializers(list(self._lent), values)
             self._session = onnxruntime.InferenceSession(
-                proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+                proto.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
 
     def element_type(self, name: str) -> int:
@@ -342,70 +308,6 @@ class Session:
     def run(self, feed: dict[str, np.ndarray]) -> dict[str, Any]:
         """The outputs by name."""
         return dict(zip(self.outputs, self._session.run(self.outputs, feed), strict=True))
-
-
-def _split(path: Path, buffer: Any, size: int) -> tuple[bytes, dict[str, Stored]]:
-    """The model without the raw data of its large initializers, and where those are."""
-    graphs = [found for found in fields(buffer, 0, size) if found[0] == GRAPH]
-    if len(graphs) != 1:
-        raise ValueError("it holds no graph")
-    _, first, start, end = graphs[0]
-    pieces, stored, done = [], {}, start
-    for number, begin, payload, stop in fields(buffer, start, end):
-        if number != INITIALIZER or stop - payload < LARGE:
-            continue
-        raw = [found for found in fields(buffer, payload, stop) if found[0] == RAW_DATA]
-        if len(raw) != 1 or raw[0][3] - raw[0][2] < LARGE:
-            continue
-        _, cut, offset, until = raw[0]
-        tensor = TensorProto()
-        tensor.ParseFromString(buffer[payload:cut] + buffer[until:stop])
-        length = until - offset
-        if tensor.data_location == TensorProto.EXTERNAL or _bytes_of(tensor) is None:
-            continue
-        if _bytes_of(tensor) != length:
-            raise ValueError(f"tensor '{tensor.name}' of shape {tuple(tensor.dims)} holds {length} bytes")
-        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
-        item = stored[tensor.name] = Stored(length, tuple(tensor.dims), dtype, path, offset, (payload, stop))
-        _mark(tensor, item)
-        content = tensor.SerializeToString()
-        pieces += [buffer[done:begin], head(INITIALIZER, len(content)), content]
-        done = stop
-    graph = b"".join([*pieces, buffer[done:end]])
-    return buffer[:first] + head(GRAPH, len(graph)) + graph + buffer[end:size], stored
-
-
-def _external(tensor: TensorProto, path: Path) -> Stored:
-    """Where external data of an initializer is; nothing outside the model's folder is touched."""
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    folder, location = path.parent.resolve(), entries.get("location", "")
-    target = (folder / location).resolve()
-    if not location or Path(location).is_absolute() or not target.is_relative_to(folder) or target == folder:
-        raise SlrpropError(f"'{path}' keeps tensor '{tensor.name}' at '{location}', which is outside its folder")
-    if not target.is_file():
-        raise SlrpropError(f"'{path}' keeps tensor '{tensor.name}' in '{location}', which is not there")
-    want = _bytes_of(tensor)
-    if want is None:
-        raise SlrpropError(
-            f"'{path}' keeps tensor '{tensor.name}' of an unusual type outside the file; store it inside"
-        )
-    offset, length = int(entries.get("offset", 0)), int(entries.get("length", want))
-    if offset < 0 or length != want or offset + length > target.stat().st_size:
-        raise SlrpropError(f"tensor '{tensor.name}' of '{path}' does not fit its external data; the file is damaged")
-    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
-    return Stored(length, tuple(tensor.dims), dtype, target, offset, external=True)
-
-
-def _refuse_hidden_external(graph: GraphProto, path: Path, top: bool = True) -> None:
-    """External data is read from the graph's own initializers only."""
-    tensors = [] if top else list(graph.initializer)
-    for node in graph.node:
-        for attribute in node.attribute:
-            tensors += [attribute.t, *attribute.tensors]
-            for inner in (attribute.g, *attribute.graphs):
-                _refuse_hidden_external(inner, path, False)
-    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in tensors):
-        raise SlrpropError(f"'{path}' keeps tensors of a node or a subgraph in other files; store them inside")
 
 
 def node_reads(node: onnx.NodeProto) -> list[str]:
@@ -435,18 +337,3 @@ def _drop_unread(graph: GraphProto, before: set[str]) -> None:
     if len(kept) < len(graph.node):
         del graph.node[:]
         graph.node.extend(reversed(kept))
-
-
-def _copy(item: Stored, out: BinaryIO) -> None:
-    if item.array is not None:
-        out.write(item.array.view(np.uint8).data)
-        return
-    start, end = item.message or (item.offset, item.offset + item.length)
-    with open(item.path, "rb") as file:
-        file.seek(start)
-        while start < end:
-            part = file.read(min(CHUNK, end - start))
-            if not part:
-                raise SlrpropError(f"'{item.path}' became shorter while it was read; nothing was written")
-            out.write(part)
-            start += len(part)

@@ -1,37 +1,24 @@
 """The graph of an ONNX model: its constants, its dense layers, and what follows a tensor."""
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto, helper
 
 from slrprop.errors import SlrpropError
 from slrprop.network.chain import ACTIVATIONS, Affine, Element, Linear, Path
+from slrprop.network.onnx_constants import Constant, attribute, constants_of, standard, tensor_of
 from slrprop.network.onnx_file import FLOATS, OnnxFile, node_reads
 
-STANDARD = ("", "ai.onnx")
 ACTIVATION_OPS = {"Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid"}
 ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Neg", "Erf", "Exp", "Max", "Min", "Clip", "Cast", "Identity"} | {
     *ACTIVATION_OPS
 }  # fmt: skip
 MAX_REGION = 16  # nodes that one activation may be made of
 PROBE = np.linspace(-6, 6, 121)
-
-
-@dataclass(frozen=True, eq=False)
-class Constant:
-    """A tensor known without data: its shape and dtype, and a way to its numbers. ``root`` is what stores them."""
-
-    root: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    load: Callable[[], np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +41,6 @@ class Dense:
     trans_b: bool = False
 
 
-def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
-    """An attribute's value."""
-    return next((helper.get_attribute_value(item) for item in node.attribute if item.name == name), default)
-
-
 class Graph:
     """Who makes and who reads each tensor, which tensors are constant, and which nodes are dense layers."""
 
@@ -75,7 +57,7 @@ class Graph:
             for name in dict.fromkeys(self.reads[index]):
                 self.readers[name].append(index)
         self.outputs = {value.name for value in file.proto.graph.output}
-        self.constants = self._constants()
+        self.constants = constants_of(file)
         stored = {tensor.name for tensor in file.proto.graph.initializer}
         self.inputs = [value for value in file.proto.graph.input if value.name not in stored]
         self.main = self._main_output()
@@ -83,64 +65,6 @@ class Graph:
         self.by_index = {layer.index: name for name, layer in self.layers.items()}
         self._ranks: dict[str, int] | None = None
         self.ending = self._ending()
-
-    def standard(self, node: NodeProto) -> str:
-        """The node's operator where it is a standard one, else an empty text."""
-        return node.op_type if node.domain in STANDARD else ""
-
-    def _constants(self) -> dict[str, Constant]:
-        """Initializers, Constant nodes, and what Identity, Transpose, Cast and Reshape make of them."""
-        found: dict[str, Constant] = {}
-
-        def from_tensor(tensor: TensorProto, name: str, load: Callable[[], np.ndarray]) -> None:
-            if tensor.data_type not in (TensorProto.STRING, TensorProto.UNDEFINED):
-                dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
-                found[name] = Constant(name, tuple(tensor.dims), dtype, load)
-
-        for tensor in self.file.proto.graph.initializer:
-            from_tensor(tensor, tensor.name, partial(self.file.array, tensor.name))
-        for node in self.nodes:
-            op = self.standard(node)
-            if op == "Constant" and node.output:
-                value = attribute(node, "value")
-                if isinstance(value, TensorProto):
-                    from_tensor(value, node.output[0], partial(numpy_helper.to_array, value))
-                elif (plain := next((attribute(node, key) for key in ("value_float", "value_floats", "value_int", "value_ints") if attribute(node, key) is not None), None)) is not None:  # fmt: skip
-                    array = np.array(plain, np.float32 if "float" in node.attribute[0].name else np.int64)
-                    found[node.output[0]] = Constant(node.output[0], array.shape, array.dtype, array.copy)
-            elif op in ("Identity", "Transpose", "Cast", "Reshape") and node.input and node.input[0] in found:
-                made = self._derived(op, node, found)
-                if made is not None:
-                    found[node.output[0]] = made
-        return found
-
-    @staticmethod
-    def _derived(op: str, node: NodeProto, found: dict[str, Constant]) -> Constant | None:
-        base = found[node.input[0]]
-        if op == "Identity":
-            return base
-        if op == "Transpose":
-            axes = tuple(attribute(node, "perm", range(len(base.shape))[::-1]))
-            if sorted(axes) != list(range(len(base.shape))):
-                return None
-            return Constant(
-                base.root, tuple(base.shape[axis] for axis in axes), base.dtype, lambda: base.load().transpose(axes)
-            )
-        if op == "Cast":
-            to = FLOATS.get(attribute(node, "to"))
-            return None if to is None else Constant(base.root, base.shape, np.dtype(to), lambda: base.load().astype(to))
-        target = found.get(node.input[1]) if len(node.input) > 1 else None
-        if target is None or len(target.shape) != 1 or target.shape[0] > 8:
-            return None
-        sides = [
-            base.shape[i] if side == 0 and i < len(base.shape) else int(side) for i, side in enumerate(target.load())
-        ]
-        count = int(np.prod(base.shape, dtype=object))
-        rest = int(np.prod([side for side in sides if side != -1], dtype=object))
-        shape = tuple(count // max(rest, 1) if side == -1 else side for side in sides)
-        if int(np.prod(shape, dtype=object)) != count:
-            return None
-        return Constant(base.root, shape, base.dtype, lambda: base.load().reshape(shape))
 
     def _main_output(self) -> str:
         """The tensor that quality is judged by: the output called ``logits``, or the first that holds real numbers."""
@@ -158,7 +82,7 @@ class Graph:
     def _dense_layers(self) -> dict[str, Dense]:
         found: dict[str, Dense] = {}
         for index, node in enumerate(self.nodes):
-            op = self.standard(node)
+            op = standard(node)
             layer = self._gemm(index, node) if op == "Gemm" else self._matmul(index, node) if op == "MatMul" else None
             if layer is not None:
                 name = node.name if node.name and node.name not in found else layer.y
@@ -190,7 +114,7 @@ class Graph:
         m, n = weight.shape
         y, bias, adder = node.output[0], None, None
         readers = self.readers[y]
-        if len(readers) == 1 and y not in self.outputs and self.standard(after := self.nodes[readers[0]]) == "Add":
+        if len(readers) == 1 and y not in self.outputs and standard(after := self.nodes[readers[0]]) == "Add":
             others = [name for name in after.input if name != y]
             if len(others) == 1 and self._is_row(others[0], n):
                 y, bias, adder = after.output[0], others[0], readers[0]
@@ -270,19 +194,20 @@ class Graph:
     def _ending(self) -> str | None:
         """``softmax`` or ``log_softmax`` where that, over the last axis, makes the main output."""
         node = self.nodes[self.maker[self.main]] if self.main in self.maker else None
-        kind = (
-            {"Softmax": "softmax", "LogSoftmax": "log_softmax"}.get(self.standard(node)) if node is not None else None
-        )
+        kind = {"Softmax": "softmax", "LogSoftmax": "log_softmax"}.get(standard(node)) if node is not None else None
         if node is None or kind is None:
             return None
         axis = attribute(node, "axis", -1 if self.file.opset >= 13 else 1)
         return kind if axis == -1 or axis + 1 == self.rank(self.main) else None
 
     def follow(self, layer: Dense) -> Path:
-        """What happens to a layer's output, as long as it is element-wise or dense and its only use."""
+        """What happens to a layer's output, as long as it is element-wise or dense and its only use.
+
+        The dense layers on the path are named; their numbers are not read (see :meth:`linear`).
+        """
         elements: list[Element] = []
         private = True
-        tensor, width, flat = layer.y, layer.shape[1], self.standard(self.nodes[layer.index]) == "Gemm"
+        tensor, width, flat = layer.y, layer.shape[1], standard(self.nodes[layer.index]) == "Gemm"
         for _ in self.nodes:  # a path is not longer, unless a broken graph goes in circles
             if tensor == self.main:
                 return Path(elements, True, private)
@@ -295,7 +220,8 @@ class Graph:
                 if name is not None and self.layers[name].x == tensor and self.layers[name].shape[0] == width:
                     if self.layers[name].trans_a:
                         break
-                    elements.append(self._linear(name))
+                    m, n = self.layers[name].shape
+                    elements.append(Linear(torch.empty(m, n, device="meta"), torch.empty(n, device="meta"), name))
                     tensor, width = self.layers[name].y, self.layers[name].shape[1]
                     continue
                 found = self._element(node, tensor, width, flat)
@@ -310,15 +236,15 @@ class Graph:
             tensor = region[1]
         return Path(elements, False, private)
 
-    def _linear(self, name: str) -> Linear:
+    def linear(self, name: str) -> Linear:
+        """A layer as an element of a path, its numbers read."""
         layer = self.layers[name]
-        weight = tensor_of(self.weight(layer))
-        bias = self.bias(layer)
+        weight, bias = tensor_of(self.weight(layer)), self.bias(layer)
         return Linear(weight, weight.new_zeros(layer.shape[1]) if bias is None else tensor_of(bias), name)
 
     def _element(self, node: NodeProto, tensor: str, width: int, flat: bool) -> Element | None:
         """The node as an element, ``"same"`` where it changes nothing, None where it is neither."""
-        op = self.standard(node)
+        op = standard(node)
         if not node.input or node.input[0] != tensor:
             return None
         if op in ACTIVATION_OPS:
@@ -359,7 +285,7 @@ class Graph:
             scalar = all(
                 name in self.constants and np.prod(self.constants[name].shape, dtype=object) == 1 for name in numbers
             )
-            if self.standard(node) not in ELEMENTWISE or not scalar or len(region) == MAX_REGION:
+            if standard(node) not in ELEMENTWISE or not scalar or len(region) == MAX_REGION:
                 if inside.isdisjoint(self.reads[index]):
                     continue
                 return None
@@ -399,8 +325,3 @@ class Graph:
             if name != "identity" and got.shape == want.shape and np.allclose(got, want, tolerance, tolerance):
                 return name
         return None
-
-
-def tensor_of(array: np.ndarray) -> torch.Tensor:
-    """Numbers to compute with: a contiguous copy, half precision as float32."""
-    return torch.from_numpy(np.array(array, np.float32 if array.dtype == np.float16 else array.dtype, order="C"))

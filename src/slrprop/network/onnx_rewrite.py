@@ -12,7 +12,7 @@ from torch import Tensor
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense, Factors, LowRank, SparseLowRank, members, span
-from slrprop.network.onnx import Feed, OnnxNetwork
+from slrprop.network.onnx import Feed, OnnxNetwork, input_dtype
 from slrprop.network.onnx_file import OnnxFile, Session
 
 TOLERANCE = {np.dtype(np.float16): 2e-2}  # of the largest output; sums in another order
@@ -60,7 +60,7 @@ class _Writer:
         """A new initializer; real numbers take the layer's type."""
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
         name = self.fresh(what)
-        self._new[name] = array.astype(self.dtype) if array.dtype.kind == "f" else array
+        self._new[name] = array.astype(self.dtype, copy=False) if array.dtype.kind == "f" else array
         return name
 
     def add(self, op: str, inputs: list[str], output: str | None = None, **attributes: Any) -> str:
@@ -288,7 +288,7 @@ def made_up(network: OnnxNetwork) -> Iterable[Feed]:
         random, feed = np.random.default_rng(0), {}
         for value in network.graph.inputs:
             kind = value.type.tensor_type
-            dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type or 1))
+            dtype = input_dtype(value) or np.dtype(np.float32)
             shape = [
                 item.dim_value if item.dim_value > 0 else side if axis else 2
                 for axis, item in enumerate(kind.shape.dim)

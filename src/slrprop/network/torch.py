@@ -155,6 +155,9 @@ class TorchNetwork(Network):
     def numbers(self) -> int:
         return stored_numbers(self.model)
 
+    def shape(self, name: str) -> tuple[int, int]:
+        return self.modules[name].in_features, self.modules[name].out_features
+
     def weight(self, name: str) -> Tensor:
         return self.modules[name].weight.detach().T.contiguous()
 

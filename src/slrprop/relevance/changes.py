@@ -8,6 +8,7 @@ pushed through the rest), and wide (ReLU layers: away from sign flips the map is
 as a product of small matrices, and the few units that could flip are corrected one by one; still exact).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,18 @@ def activation_change(d: Tensor, z: Tensor, activation: str) -> Tensor:
         return torch.maximum(d, below) - below.clamp_(min=0)
     act = ACTIVATIONS[activation]
     return act(z + d) - act(z)
+
+
+def _groups(sizes: Tensor) -> list[Tensor]:
+    """The largest hundredth of the candidates, and the rest: a few large ones would make many units look risky for all."""
+    order = sizes.argsort(descending=True)
+    return [group for group in order.tensor_split([len(order) // 100]) if len(group)]
+
+
+def _tiles(start: int, stop: int, candidates: int) -> Iterator[slice]:
+    """Samples in tiles that keep ``WIDE_TILE`` numbers in flight."""
+    tile = max(1, WIDE_TILE // (candidates * 32))
+    return (slice(first, min(first + tile, stop)) for first in range(start, stop, tile))
 
 
 def _norm(x: Tensor, dim: int) -> Tensor:
@@ -86,34 +99,38 @@ class Walk:
         total = s.new_zeros(s.shape[1], dtype=torch.float64)
         linear_steps = self._wide_steps(0)
         norms = left.norm(dim=1)
-        tile = max(1, WIDE_TILE // (s.shape[1] * 32))
         for start in range(0, len(s), OUTER_SAMPLES):
             stop = min(start + OUTER_SAMPLES, len(s))
             bases = [right.expand(stop - start, *right.shape)]
             for t, step in enumerate(self.chain.steps[:linear_steps]):
                 mask = (self.z[t][start:stop, None] > 0).to(s)
                 bases.append(((bases[-1] * mask).flatten(0, 1) @ step.weight).unflatten(0, (stop - start, -1)))
-            for first in range(start, stop, tile):
-                part = slice(first, min(first + tile, stop))
-                local = slice(first - start, part.stop - start)
-                change = self._low_rank_tile(s[part], left, norms, [basis[local] for basis in bases], part)
-                total += change.double().sum(0)
+            lengths = [_norm(basis, 1) for basis in bases[:-1]]
+            for group in _groups(s[start:stop].abs().amax(0) * norms):
+                chosen, factor, norm = s[:, group], left[group], norms[group]
+                for part in _tiles(start, stop, len(group)):
+                    local = slice(part.start - start, part.stop - start)
+                    near = ([basis[local] for basis in bases], [length[local] for length in lengths])
+                    change = self._low_rank_tile(chosen[part], factor, norm, *near, part)
+                    total[group] += change.double().sum(0)
         return total
 
-    def _low_rank_tile(self, s: Tensor, left: Tensor, norms: Tensor, bases: list[Tensor], part: slice) -> Tensor:
+    def _low_rank_tile(
+        self, s: Tensor, left: Tensor, norms: Tensor, bases: list[Tensor], lengths: list[Tensor], part: slice
+    ) -> Tensor:
+        """Loss changes (samples x candidates) of one tile; ``lengths`` are the norms of the bases' columns."""
         coefficients = s[:, :, None] * left
         reach = (s.abs() * norms).amax(1)[:, None]  # longest coefficient vector of each sample
         corrections = s.new_zeros(*s.shape, 0)
         outgoing = s.new_zeros(len(s), 0, bases[0].shape[2])
         for t, basis in enumerate(bases):
-            last = t == len(bases) - 1
-            bound = (
-                None
-                if last
-                else (reach * _norm(basis, 1) + _norm(corrections, 2).amax(1)[:, None] * _norm(outgoing, 1)) * SLACK
-            )
-            z = self.z[t][part]
-            risky = 0 if bound is None else int((z.abs() <= bound).sum(1).max())
+            z, bound, risky = self.z[t][part], None, 0
+            if t < len(lengths):
+                bound = reach * lengths[t]
+                if outgoing.shape[1]:
+                    bound = bound + _norm(corrections, 2).amax(1)[:, None] * _norm(outgoing, 1)
+                bound = bound * SLACK
+                risky = int((z.abs() <= bound).sum(1).max())
             if bound is None or 2 * risky > basis.shape[2]:
                 d = coefficients @ basis
                 d = d + corrections @ outgoing if outgoing.shape[1] else d
@@ -138,26 +155,26 @@ class Walk:
         """Like :meth:`pairs` for a wide ReLU layer with few outputs after it."""
         total = s.new_zeros(s.shape[1], dtype=torch.float64)
         weight = self.chain.steps[level].weight
-        peaks = direction.abs().amax(0)
-        by_unit = direction.T.contiguous()
-        tile = max(1, WIDE_TILE // (s.shape[1] * 32))
+        sizes = direction.abs().amax(1)
         outer = max(1, min(OUTER_SAMPLES, 1024 // weight.shape[1]))
         for start in range(0, len(s), outer):
             stop = min(start + outer, len(s))
             mask = (self.z[level][start:stop] > 0).to(s)
             through = (mask.T[:, :, None] * weight[:, None]).flatten(1)  # n x (samples * outputs)
             linear = (direction @ through).unflatten(1, (stop - start, -1)).movedim(1, 0)
-            for first in range(start, stop, tile):
-                part = slice(first, min(first + tile, stop))
-                z, share = self.z[level][part], s[part]
-                bound = share.abs().amax(1)[:, None] * peaks * SLACK
-                risky = int((z.abs() <= bound).sum(1).max())
-                d = share[:, :, None] * linear[first - start : part.stop - start]
-                if risky:
-                    unit = (z.abs() - bound).topk(risky, largest=False).indices
-                    moved = share[:, None] * by_unit[unit]
-                    d = d + self._flips(moved, z.gather(1, unit)[:, :, None]).mT @ weight[unit]
-                total += self.push(d, level + 1, (part, None)).double().sum(0)
+            for group in _groups(s[start:stop].abs().amax(0) * sizes):
+                chosen, by_unit, through_group = s[:, group], direction[group].T.contiguous(), linear[:, group]
+                peaks = by_unit.abs().amax(1)
+                for part in _tiles(start, stop, len(group)):
+                    z, share = self.z[level][part], chosen[part]
+                    bound = share.abs().amax(1)[:, None] * peaks * SLACK
+                    risky = int((z.abs() <= bound).sum(1).max())
+                    d = share[:, :, None] * through_group[part.start - start : part.stop - start]
+                    if risky:
+                        unit = (z.abs() - bound).topk(risky, largest=False).indices
+                        moved = share[:, None] * by_unit[unit]
+                        d = d + self._flips(moved, z.gather(1, unit)[:, :, None]).mT @ weight[unit]
+                    total[group] += self.push(d, level + 1, (part, None)).double().sum(0)
         return total
 
 

@@ -1,0 +1,149 @@
+"""Where the numbers of an ONNX file's initializers are: cut out of the file's bytes, or in other files beside it."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from onnx import GraphProto, TensorProto, helper
+
+from slrprop.errors import SlrpropError, first_line
+from slrprop.network.wire import fields, head
+
+LARGE = 1024  # bytes from which an initializer stays on disk
+CHUNK = 1 << 24
+GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9  # field numbers of ModelProto, GraphProto, TensorProto
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Whatever a damaged or hostile file makes the libraries raise becomes one sentence."""
+    try:
+        yield
+    except SlrpropError:
+        raise
+    except OSError as error:
+        raise SlrpropError(f"'{path}' can't be read: {error.strerror or error}") from error
+    except Exception as error:
+        raise SlrpropError(f"'{path}' is not an ONNX model that slrprop can use: {first_line(error)}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """Where an initializer's numbers are: ``length`` bytes at ``offset`` of a file, or an ``array`` in memory.
+
+    ``message`` is where the whole initializer stands in the model's file; None for external data and new tensors.
+    """
+
+    length: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    path: Path = Path()
+    offset: int = 0
+    message: tuple[int, int] | None = None
+    external: bool = False
+    array: np.ndarray | None = None
+
+
+def mark(tensor: TensorProto, stored: Stored, location: str = "*", offset: int = 0) -> None:
+    """Make the tensor refer to data elsewhere."""
+    tensor.ClearField("raw_data")
+    del tensor.external_data[:]
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", offset), ("length", stored.length)):
+        tensor.external_data.add(key=key, value=str(value))
+
+
+def bytes_of(tensor: TensorProto) -> int | None:
+    """The length of the tensor's numbers as raw data; None for types that are not whole bytes of a NumPy type."""
+    if tensor.data_type in (TensorProto.STRING, TensorProto.UNDEFINED) or min(tensor.dims, default=0) < 0:
+        return None
+    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    if dtype.kind not in "fiub" or dtype.isbuiltin != 1:
+        return None
+    count = 1
+    for side in tensor.dims:
+        count *= side
+    return count * dtype.itemsize
+
+
+def split(path: Path, buffer: Any, size: int) -> tuple[bytes, dict[str, Stored]]:
+    """The model without the raw data of its large initializers, and where those are."""
+    graphs = [found for found in fields(buffer, 0, size) if found[0] == GRAPH]
+    if len(graphs) != 1:
+        raise ValueError("it holds no graph")
+    _, first, start, end = graphs[0]
+    pieces, stored, done = [], {}, start
+    for number, begin, payload, stop in fields(buffer, start, end):
+        if number != INITIALIZER or stop - payload < LARGE:
+            continue
+        raw = [found for found in fields(buffer, payload, stop) if found[0] == RAW_DATA]
+        if len(raw) != 1 or raw[0][3] - raw[0][2] < LARGE:
+            continue
+        _, cut, offset, until = raw[0]
+        tensor = TensorProto()
+        tensor.ParseFromString(buffer[payload:cut] + buffer[until:stop])
+        length = until - offset
+        if tensor.data_location == TensorProto.EXTERNAL or bytes_of(tensor) is None:
+            continue
+        if bytes_of(tensor) != length:
+            raise ValueError(f"tensor '{tensor.name}' of shape {tuple(tensor.dims)} holds {length} bytes")
+        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+        item = stored[tensor.name] = Stored(length, tuple(tensor.dims), dtype, path.resolve(), offset, (payload, stop))
+        mark(tensor, item)
+        content = tensor.SerializeToString()
+        pieces += [buffer[done:begin], head(INITIALIZER, len(content)), content]
+        done = stop
+    graph = b"".join([*pieces, buffer[done:end]])
+    return buffer[:first] + head(GRAPH, len(graph)) + graph + buffer[end:size], stored
+
+
+def external(tensor: TensorProto, path: Path) -> Stored:
+    """Where external data of an initializer is; nothing outside the model's folder is touched."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    folder, location = path.parent.resolve(), entries.get("location", "")
+    target = (folder / location).resolve()
+    if not location or Path(location).is_absolute() or not target.is_relative_to(folder) or target == folder:
+        raise SlrpropError(f"'{path}' keeps tensor '{tensor.name}' at {location!r}, which is outside its folder")
+    if not target.is_file():
+        raise SlrpropError(f"'{path}' keeps tensor '{tensor.name}' in {location!r}, which is not there")
+    want = bytes_of(tensor)
+    if want is None:
+        raise SlrpropError(
+            f"'{path}' keeps tensor '{tensor.name}' of an unusual type outside the file; store it inside"
+        )
+    offset, length = int(entries.get("offset", 0)), int(entries.get("length", want))
+    if offset < 0 or length != want or offset + length > target.stat().st_size:
+        raise SlrpropError(f"tensor '{tensor.name}' of '{path}' does not fit its external data; the file is damaged")
+    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    return Stored(length, tuple(tensor.dims), dtype, target, offset, external=True)
+
+
+def refuse_hidden_external(graph: GraphProto, path: Path, top: bool = True) -> None:
+    """External data is read from the graph's own initializers only."""
+    tensors = [] if top else list(graph.initializer)
+    for node in graph.node:
+        for attribute in node.attribute:
+            tensors += [attribute.t, *attribute.tensors]
+            for inner in (attribute.g, *attribute.graphs):
+                refuse_hidden_external(inner, path, False)
+    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in tensors):
+        raise SlrpropError(f"'{path}' keeps tensors of a node or a subgraph in other files; store them inside")
+
+
+def copy(item: Stored, out: BinaryIO) -> None:
+    """Write an initializer's numbers, or its whole message where it stands in a model's file."""
+    if item.array is not None:
+        out.write(item.array.view(np.uint8).data)
+        return
+    start, end = item.message or (item.offset, item.offset + item.length)
+    with open(item.path, "rb") as file:
+        file.seek(start)
+        while start < end:
+            part = file.read(min(CHUNK, end - start))
+            if not part:
+                raise SlrpropError(f"'{item.path}' became shorter while it was read; nothing was written")
+            out.write(part)
+            start += len(part)

@@ -1,0 +1,299 @@
+"""The ONNX front door on graphs written by hand: rare forms, external data, damaged files."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+import slrprop
+from slrprop import SlrpropError
+from slrprop.data import Data
+from slrprop.network import OnnxNetwork
+from tests.onnx_models import run
+
+
+def graph_file(path, nodes, tensors, shape, opset=17, outputs=("y",), kind=TensorProto.FLOAT, ir_version=8, axes=2):
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [value("x", kind, shape)],
+        [value(name, kind, [f"{name}{axis}" for axis in range(axes)]) for name in outputs],
+        [numpy_helper.from_array(array, name) for name, array in tensors.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
+    onnx.save(model, path)
+    return path
+
+
+def numbers(*shape, kind=np.float32):
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(kind)
+
+
+def compress(path, output, data=None, rank=3, **settings):
+    """By slr on the weights, so that no data are needed; the parity is checked inside."""
+    plan = slrprop.plan(path, None, method="slr", criterion="weight", rank=rank, **settings)
+    parity = slrprop.apply(path, plan, output, data)
+    onnx.checker.check_model(str(output), full_check=True)
+    return plan, parity
+
+
+@pytest.mark.parametrize("opset", [7, 9, 11, 13, 21])
+@pytest.mark.parametrize("trans", [0, 1])
+def test_gemm_with_every_attribute(opset, trans, tmp_path):
+    """Scaled factors and biases, transposed inputs, old operator sets."""
+    a, b, c = numbers(20, 16), numbers(16, 24), numbers(24, 12)
+    nodes = [
+        helper.make_node("Gemm", ["x", "a", "p"], ["h"], "one", alpha=0.5, beta=2.0, transA=trans),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Gemm", ["r", "b", "q"], ["s"], "two", transB=1, alpha=1.5, beta=0.25),
+        helper.make_node("Tanh", ["s"], ["t"]),
+        helper.make_node("Gemm", ["t", "c", "o"], ["y"], "three"),
+    ]
+    tensors = {"a": a, "b": np.ascontiguousarray(b.T), "c": c, "p": numbers(16), "q": numbers(1, 24), "o": numbers(12)}
+    path = graph_file(tmp_path / "m.onnx", nodes, tensors, [20, "b"] if trans else ["b", 20], opset, ir_version=4)
+    network = OnnxNetwork(path, None)
+    np.testing.assert_allclose(network.weight("one"), 0.5 * a, rtol=1e-6)
+    np.testing.assert_allclose(network.bias("two"), 0.25 * tensors["q"][0], rtol=1e-6)
+    plan, _ = compress(path, tmp_path / "s.onnx", layers=["one", "two"])
+    assert plan.feeds == {"one": "two", "two": "three"}
+    assert [node.op_type for node in onnx.load(tmp_path / "s.onnx").graph.node].count("Gather") == 1
+    compress(path, tmp_path / "s.onnx", layers="two")  # only its neighbours are put in another order
+
+
+def test_products_of_many_axes_and_derived_weights(tmp_path):
+    """MatMul on three axes; weights behind Transpose, Reshape, Cast, Identity and in a Constant node."""
+    third = numpy_helper.from_array(numbers(24, 14))
+    nodes = [
+        helper.make_node("Transpose", ["a"], ["a_t"], perm=[1, 0]),
+        helper.make_node("Identity", ["a_t"], ["a_i"]),
+        helper.make_node("MatMul", ["x", "a_i"], ["h"], "one"),
+        helper.make_node("Add", ["bias", "h"], ["h2"]),
+        helper.make_node("Sigmoid", ["h2"], ["r"]),
+        helper.make_node("Cast", ["b"], ["b_c"], to=TensorProto.FLOAT),
+        helper.make_node("Reshape", ["b_c", "shape"], ["b_r"]),
+        helper.make_node("MatMul", ["r", "b_r"], ["s"]),
+        helper.make_node("Constant", [], ["third"], value=third),
+        helper.make_node("MatMul", ["s", "third"], ["y"], "three"),
+    ]
+    tensors = {"a": numbers(16, 20), "bias": numbers(16), "b": numbers(16 * 24).astype(np.float64), "shape": np.array([16, -1])}  # fmt: skip
+    path = graph_file(tmp_path / "m.onnx", nodes, tensors, ["b", 5, 20], axes=3)
+    infos = slrprop.inspect(path)
+    assert [(info.name, info.shape) for info in infos] == [("one", (20, 16)), ("s", (16, 24)), ("three", (24, 14))]
+    plan, _ = compress(path, tmp_path / "s.onnx")
+    assert plan.feeds == {"one": "s", "s": "three"}
+    left = onnx.load(tmp_path / "s.onnx")
+    assert not {"Transpose", "Cast", "Reshape", "Constant"} & {n.op_type for n in left.graph.node if "/" not in n.name}
+    assert not {"a", "b", "third"} & {tensor.name for tensor in left.graph.initializer}
+
+
+def test_shared_weights_are_named_and_left_dense(tmp_path):
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"], "one"),
+        helper.make_node("MatMul", ["h", "a"], ["i"], "two"),
+        helper.make_node("MatMul", ["i", "b"], ["j"], "three"),
+        helper.make_node("Add", ["b", "j"], ["y"], "adder"),
+    ]
+    path = graph_file(tmp_path / "m.onnx", nodes, {"a": numbers(20, 20), "b": numbers(20, 20)}, [20, 20])
+    assert {info.name: info.tied_to for info in slrprop.inspect(path)} == {
+        "one": ("two",),
+        "two": ("one",),
+        "three": ("adder",),
+    }
+    plan = slrprop.plan(path, None, method="svd", rank=2)
+    assert not plan.layers and plan.left_dense["one"] == "its weight is also two"
+    with pytest.raises(SlrpropError, match="layer 'three' can't be factored: its weight is also adder"):
+        slrprop.plan(path, None, method="svd", rank=2, layers="three")
+
+
+def test_bodies_of_if_are_left_alone_and_their_reads_are_seen(tmp_path):
+    branch = helper.make_graph(
+        [helper.make_node("MatMul", ["h", "b"], ["z"])], "body", [], [helper.make_tensor_value_info("z", 1, None)]
+    )
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"], "one"),
+        helper.make_node("MatMul", ["h", "b"], ["i"], "two"),
+        helper.make_node("ReduceSum", ["x"], ["sum"], keepdims=0),
+        helper.make_node("Cast", ["sum"], ["true"], to=TensorProto.BOOL),
+        helper.make_node("If", ["true"], ["j"], "choice", then_branch=branch, else_branch=branch),
+        helper.make_node("Add", ["i", "j"], ["y"]),
+    ]
+    path = graph_file(tmp_path / "m.onnx", nodes, {"a": numbers(18, 20), "b": numbers(20, 20)}, ["b", 18])
+    network = OnnxNetwork(path, None)
+    assert network.names == ("one", "two") and network.tied["two"] == ["choice"]
+    assert network.feeds_directly("one") is None
+    data = numbers(6, 18)
+    plan = slrprop.plan(path, data, method="slr", layers="one", rank=2, loss="squared")
+    slrprop.apply(path, plan, tmp_path / "s.onnx", data)
+
+
+def test_a_layer_that_makes_another_output(tmp_path):
+    """It costs nothing of the main output; its values are compared all the same, and its order stays."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["y"], "one"),
+        helper.make_node("MatMul", ["x", "b"], ["z"], "two"),
+        helper.make_node("MatMul", ["z", "c"], ["w"], "three"),
+    ]
+    tensors = {"a": numbers(20, 30), "b": numbers(20, 31), "c": numbers(31, 19)}
+    path = graph_file(tmp_path / "m.onnx", nodes, tensors, ["b", 20], outputs=("y", "z", "w"))
+    data = numbers(5, 20)
+    scores = slrprop.relevance.cost(path, "two", data, rank=3)
+    assert scores.rows.shape == (20,) and not scores.rows.any() and not scores.columns.any()
+    plan, parity = compress(path, tmp_path / "s.onnx", data)
+    assert not plan.feeds and parity.outputs.keys() == {"y", "z", "w"}
+
+
+def test_inputs_without_axes_and_with_samples_elsewhere(tmp_path):
+    """A loader of batches by name; candidates then run one at a time."""
+    value = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"], "one"),
+        helper.make_node("Mul", ["h", "gain"], ["i"]),
+        helper.make_node("Add", ["i", "state"], ["j"]),
+        helper.make_node("Tanh", ["j"], ["t"]),
+        helper.make_node("MatMul", ["t", "b"], ["y"], "two"),
+    ]
+    inputs = [value("x", 1, ["b", 20]), value("gain", 1, []), value("state", 1, [1, 30])]
+    tensors = [numpy_helper.from_array(numbers(20, 30), "a"), numpy_helper.from_array(numbers(30, 9), "b")]
+    graph = helper.make_graph(nodes, "g", inputs, [value("y", 1, ["b", 9])], tensors)
+    path = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    x, gain, state = numbers(7, 20), np.float32(0.5), numbers(1, 30)
+    batches = [{"x": x, "gain": np.array(gain), "state": state}]
+    first, last = nn.Linear(20, 30), nn.Linear(30, 9, bias=False)
+    first.weight.data, first.bias.data = torch.from_numpy(gain * numbers(20, 30).T), torch.from_numpy(state[0])
+    last.weight.data = torch.from_numpy(numbers(30, 9).T.copy())
+    got = slrprop.relevance.cost(path, "one", batches, rank=3, loss="squared")
+    want = slrprop.relevance.cost(nn.Sequential(first, nn.Tanh(), last).eval(), "0", x, rank=3, loss="squared")
+    torch.testing.assert_close(got.columns, want.columns, rtol=1e-5, atol=1e-5)
+    plan = slrprop.plan(path, batches, method="slr", rank=3)
+    slrprop.apply(path, plan, tmp_path / "s.onnx", batches)
+
+
+def test_a_model_behind_a_link(tmp_path):
+    """As caches of downloaded models keep them."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "named").mkdir()
+    graph_file(tmp_path / "blobs" / "f00", [helper.make_node("MatMul", ["x", "a"], ["y"])], {"a": numbers(40, 30)}, ["b", 40])  # fmt: skip
+    (tmp_path / "named" / "m.onnx").symlink_to(tmp_path / "blobs" / "f00")
+    compress(tmp_path / "named" / "m.onnx", tmp_path / "s.onnx")
+
+
+def test_half_precision_stays_half(tmp_path):
+    nodes = [
+        helper.make_node("Gemm", ["x", "a", "p"], ["h"], "one"),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("MatMul", ["r", "b"], ["y"], "two"),
+    ]
+    half = {"a": numbers(20, 30, kind=np.float16), "p": numbers(30, kind=np.float16), "b": numbers(30, 20, kind=np.float16)}  # fmt: skip
+    path = graph_file(tmp_path / "m.onnx", nodes, half, ["b", 20], kind=TensorProto.FLOAT16)
+    data = numbers(9, 20)
+    for method in ("svd", "slr"):
+        plan = slrprop.plan(path, data, method=method, rank=4)
+        slrprop.apply(path, plan, tmp_path / "s.onnx", data)
+        tensors = onnx.load(tmp_path / "s.onnx").graph.initializer
+        assert {t.data_type for t in tensors} <= {TensorProto.FLOAT16, TensorProto.INT64}
+        assert slrprop.relevance.cost(path, "two", data, rank=3).rows.shape == (30,)
+
+
+def big_file(folder, **where):
+    nodes = [helper.make_node("Gemm", ["x", "a", "p"], ["h"], "one"), helper.make_node("Relu", ["h"], ["r"]), helper.make_node("MatMul", ["r", "b"], ["y"], "two")]  # fmt: skip
+    tensors = {"a": numbers(40, 50), "p": numbers(50), "b": numbers(50, 30)}
+    path = graph_file(folder / "m.onnx", nodes, tensors, ["b", 40])
+    model = onnx.load(path)
+    onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    return path
+
+
+def test_external_data(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    path = big_file(tmp_path / "in")
+    before = slrprop.measure(path, (numbers(9, 40), np.arange(9)))
+    for method in ("slr", "svd"):
+        plan = slrprop.plan(path, numbers(9, 40), method=method, layers="one", rank=4)
+        slrprop.apply(path, plan, tmp_path / "out" / "small.onnx")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"small.onnx", "small.onnx.data"}
+    small = {tensor.name: tensor for tensor in onnx.load(tmp_path / "out" / "small.onnx").graph.initializer}
+    assert small.keys() == {"p", "b", "one/left", "one/right"}
+    np.testing.assert_array_equal(numpy_helper.to_array(small["b"]), numbers(50, 30))
+    assert run(tmp_path / "out" / "small.onnx", {"x": numbers(3, 40)})[0].shape == (3, 30)
+    assert slrprop.measure(tmp_path / "out" / "small.onnx", (numbers(9, 40), np.arange(9))).bytes < before.bytes
+
+
+@pytest.mark.parametrize("location", ["../secret.bin", "/etc/passwd", "link.bin", "missing.bin", ""])
+def test_external_data_stay_in_the_folder(location, tmp_path):
+    (tmp_path / "secret.bin").write_bytes(bytes(40 * 50 * 4))
+    (tmp_path / "in").mkdir()
+    path = big_file(tmp_path / "in")
+    (tmp_path / "in" / "link.bin").symlink_to(tmp_path / "secret.bin")
+    model = onnx.load(path, load_external_data=False)
+    entry = next(e for e in model.graph.initializer[0].external_data if e.key == "location")
+    entry.value = location
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(SlrpropError, match=r"outside its folder|is not there"):
+        slrprop.inspect(path)
+
+
+# Bad input
+
+
+@pytest.fixture
+def small_file(tmp_path):
+    path = graph_file(tmp_path / "m.onnx", [helper.make_node("MatMul", ["x", "a"], ["y"], "one")], {"a": numbers(20, 30)}, ["b", 20])  # fmt: skip
+    return path
+
+
+def test_bad_input_ends_in_one_sentence(small_file, tmp_path):
+    def refused(match, function, *args, **settings):
+        with pytest.raises(SlrpropError, match=match) as found:
+            function(*args, **settings)
+        assert "\n" not in str(found.value)
+
+    for name, content in {"empty": b"", "text": b"hello world", "half": small_file.read_bytes()[:1500]}.items():
+        (tmp_path / name).write_bytes(content)
+        refused("can't be read|no file with|not an ONNX model|is no ONNX model", slrprop.inspect, tmp_path / name)
+    refused("can't be read: No such file", slrprop.inspect, tmp_path / "nothing.onnx")
+    refused("'tmp'|no file with|can't be read", slrprop.inspect, tmp_path)
+    refused("data of shape x \\(4, 21\\)", slrprop.plan, small_file, numbers(4, 21), method="slr", rank=2)
+    refused("the model's inputs are x, and the data holds a, b", slrprop.plan, small_file, {"a": numbers(4, 20), "b": numbers(4, 20)}, rank=2)  # fmt: skip
+    refused(
+        "no dense layer is called 'on'; did you mean one", slrprop.plan, small_file, None, method="svd", layers="on"
+    )
+    plan = slrprop.plan(small_file, None, method="svd", rank=2)
+    refused("needs the path of the file to write", slrprop.apply, small_file, plan)
+    refused("could not be written", slrprop.apply, small_file, plan, tmp_path / "no" / "s.onnx")
+    other = graph_file(tmp_path / "o.onnx", [helper.make_node("MatMul", ["x", "a"], ["y"], "one")], {"a": 2 * numbers(20, 30)}, ["b", 20])  # fmt: skip
+    refused("the weights of layer 'one' differ", slrprop.apply, other, slrprop.Plan(plan.layers), tmp_path / "s.onnx")
+    assert not (tmp_path / "s.onnx").exists()
+    np.save(tmp_path / "object.npy", np.array([{}]), allow_pickle=True)
+    (tmp_path / "lie.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (999999999, 9999), }".ljust(117) + b"\n")  # fmt: skip
+    for name in ("object.npy", "lie.npy", "m.onnx"):
+        refused("too small or wrong|can't be read", Data, tmp_path / name)
+
+
+def test_a_result_that_differs_is_not_kept(small_file, tmp_path, monkeypatch):
+    plan = slrprop.plan(small_file, None, method="svd", rank=2)
+    monkeypatch.setattr("slrprop.network.onnx_rewrite.FLOAT_TOLERANCE", -1.0)
+    with pytest.raises(SlrpropError, match="output 'y' of the new file differs from the factors' values by"):
+        slrprop.apply(small_file, plan, tmp_path / "s.onnx")
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_mutated_files_end_in_an_error_or_a_result(small_file, tmp_path):
+    raw, random = bytearray(small_file.read_bytes()), np.random.default_rng(0)
+    header = [i for i in range(len(raw)) if i < 60 or i > len(raw) - 120]  # not the weight's numbers
+    for _ in range(300):
+        broken = bytearray(raw)
+        for place in random.choice(header, random.integers(1, 4)):
+            broken[place] = random.integers(0, 256)
+        if random.random() < 0.2:
+            broken = broken[: random.integers(1, len(broken))]
+        (tmp_path / "b.onnx").write_bytes(broken)
+        try:
+            plan = slrprop.plan(tmp_path / "b.onnx", numbers(3, 20), method="slr", rank=2)
+            slrprop.apply(tmp_path / "b.onnx", plan, tmp_path / "s.onnx")
+        except SlrpropError as error:
+            assert "\n" not in str(error)
