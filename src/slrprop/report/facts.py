@@ -58,13 +58,22 @@ def _short(values: Sequence[float]) -> list[float]:
 
 
 def _verdict(c: Compression) -> str:
-    change = f"{words.short_size(c.bytes[0])} to {words.short_size(c.bytes[1])}"
-    lost = "gain" if c.drop < 0 else "drop"
-    quality = f"{c.metric} {words.quality(c.quality[0], c.metric)} to {words.quality(c.quality[1], c.metric)}"
-    end = f"The file goes from {change}, {quality} (a {lost} of {words.drop(abs(c.drop), c.metric)})."
-    if not c.met:
-        return f"The budget is not met: {c.budget}. This is the nearest network that was found. {end}"
-    return f"The budget is met: {c.budget}. {end}"
+    lost = "a gain" if c.drop < 0 else "a drop"
+    return (
+        f"{'Budget met' if c.met else 'Budget not met'}: {_budget(c)}. "
+        f"{'The' if c.met else 'In the nearest network that was found, the'} file goes from {words.short_size(c.bytes[0])} to "
+        f"{words.short_size(c.bytes[1])}, {c.metric.replace('_', ' ')} from {words.quality(c.quality[0], c.metric)} to "
+        f"{words.quality(c.quality[1], c.metric)} ({lost} of {words.drop(abs(c.drop), c.metric)}, "
+        f"95 % interval of the drop {words.interval(c.interval, c.metric)})."
+    )
+
+
+def _budget(c: Compression) -> str:
+    given = c.budget
+    parts = [] if given.max_drop is None else [f"a drop of at most {words.drop(given.max_drop, c.metric)}"]
+    parts += [] if given.max_bytes is None else [f"at most {words.size(given.max_bytes)}"]
+    parts += [] if given.max_latency is None else [f"at most {words.milliseconds(given.max_latency)}"]
+    return ", ".join(parts)
 
 
 def _summary(c: Compression) -> Rows:
@@ -83,7 +92,7 @@ def _summary(c: Compression) -> Rows:
             ("latency before", words.milliseconds(c.latency[0])),
             ("latency after", words.milliseconds(c.latency[1])),
         ]
-    return [*rows, ("budget", str(c.budget)), ("evaluations of a whole network", str(c.evaluations))]
+    return [*rows, ("budget", _budget(c)), ("evaluations of a whole network", str(c.evaluations))]
 
 
 def _goals(c: Compression) -> list[tuple[str, str, str, bool]]:

@@ -1,6 +1,7 @@
 """The report as one page that needs nothing else: styles, script, facts and the plotting library inside."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
@@ -11,7 +12,7 @@ from slrprop.report.words import milliseconds, quality, short_size, times
 
 # the browser itself then refuses everything that is not in the file
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-OPEN_LAYERS = 3  # up to so many, every layer's section starts open
+OPEN_LAYERS = 3  # up to so many, every layer's section starts open; else the one that saves most
 
 
 def page(facts: dict[str, Any]) -> str:
@@ -67,8 +68,13 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "")
 
 
 def _card(what: str, value: str, *notes: str) -> str:
-    lines = "".join(f"<p>{escape(note)}</p>" for note in notes if note)
-    return f'<div class="card"><h3>{escape(what)}</h3><p class="value">{escape(value)}</p>{lines}</div>'
+    lines = "".join(f"<p>{escape(_tied(note))}</p>" for note in notes if note)
+    return f'<div class="card"><h3>{escape(what)}</h3><p class="value">{escape(_tied(value))}</p>{lines}</div>'
+
+
+def _tied(text: str) -> str:
+    """Text whose percent signs and units stay with their numbers."""
+    return re.sub(r"(?<=\d) (?=%|[kMG]?B\b|ms\b|points\b)", "\N{NO-BREAK SPACE}", text)
 
 
 def _head(facts: dict[str, Any]) -> str:
@@ -97,13 +103,13 @@ def _head(facts: dict[str, Any]) -> str:
     cards.append(_card("Evaluations", summary["evaluations of a whole network"], "runs of a whole network over a part of the data"))
     goals = [(what, asked, reached, "yes" if holds else "no") for what, asked, reached, holds in facts["goals"]]
     state = "met" if facts["met"] else "missed"
+    first_words, _, rest = _tied(facts["verdict"]).partition(": ")
     return f"""<header><p class="brand">slrprop report</p><h1>{escape(facts["model"] or "Compressed network")}</h1></header>
-<section id="verdict" class="{state}"><p><strong>Budget {"met" if facts["met"] else "not met"}.</strong> {escape(facts["verdict"])}</p></section>
+<section id="verdict" class="{state}"><p><strong>{escape(first_words)}</strong>: {escape(rest)}</p></section>
 <div class="cards">{"".join(cards)}</div>
-<section><div class="pair">
-<div>{_table(["budget", "asked", "reached", "holds"], goals)}</div>
+<section>{_table(["budget", "asked", "reached", "holds"], goals)}
 <details><summary>Exact figures</summary>{_table([], facts["summary"], "facts")}</details>
-</div><p class="note">{escape(metric.replace("_", " ").capitalize())}: {escape(facts["meaning"])}. Before and after are measured on the check part of the data, which
+<p class="note">{escape(metric.replace("_", " ").capitalize())}: {escape(facts["meaning"])}. Before and after are measured on the check part of the data, which
 the search did not see; the interval is of the paired drop, both networks on the same samples.</p></section>"""
 
 
@@ -131,7 +137,8 @@ the diamonds, with the 95 % interval of the drop, are from the check part. Below
 def _layers(facts: dict[str, Any]) -> str:
     header = ["layer", "shape", "form", "bytes before", "bytes after", "compression_rate", "relative error", "sensitivity"]
     rows, parts = [], []
-    start = " open" if len(facts["layers"]) <= OPEN_LAYERS else ""
+    saved = [layer["before"] - layer["after"] for layer in facts["layers"]]
+    most = max(saved, default=0)
     for index, layer in enumerate(facts["layers"]):
         shape = "" if layer["shape"] is None else "{} x {}".format(*layer["shape"])
         sensitivity = "" if layer["sensitivity"] is None else f"{layer['sensitivity']:.3g}"
@@ -140,6 +147,7 @@ def _layers(facts: dict[str, Any]) -> str:
             (layer["name"], shape, layer["form"], *sizes, f"{layer['compression_rate']:.4f}", f"{layer['error']:.3g}", sensitivity)
         )
         settings = f'<p class="note">Settings: {escape(layer["settings"])}.</p>' if layer["settings"] else ""
+        start = " open" if len(saved) <= OPEN_LAYERS or 0 < most == saved[index] else ""
         parts.append(f"""<details class="layer" data-layer="{index}"{start}><summary><span class="name">{escape(layer["name"])}</span>
 <span>{escape(shape)}</span><span>{escape(layer["form"])}</span><span>{short_size(layer["before"])} to {short_size(layer["after"])}</span></summary>{settings}
 <div class="charts"><figure><figcaption>Singular values</figcaption><div class="plot" data-chart="values"></div></figure>

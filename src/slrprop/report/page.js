@@ -119,7 +119,11 @@
       box.append(dt, dd);
       return box;
     }));
-    el("command").textContent = point.command;
+    el("command").replaceChildren(...point.command.split(" ").flatMap((word, at) => {
+      const node = document.createElement("span");
+      node.textContent = word;
+      return at ? [" ", node] : [node];
+    }));
     const table = el("plan"), row = (cells, tag, changed) => {
       const tr = document.createElement("tr");
       cells.forEach((text, at) => {
@@ -158,7 +162,7 @@
     },
     candidates(box, layer) {
       const index = layer.candidates.map((_, place) => place);
-      const at = (places) => ({ x: places.map((i) => layer.candidates[i].bytes), y: places.map((i) => layer.candidates[i].error), text: places.map((i) => layer.candidates[i].form), hovertemplate: "%{text}<br>%{x:,} bytes, error %{y:.3g}<extra></extra>" });
+      const at = (places) => ({ x: places.map((i) => layer.candidates[i].bytes), y: places.map((i) => layer.candidates[i].error), cliponaxis: false, text: places.map((i) => layer.candidates[i].form), hovertemplate: "%{text}<br>%{x:,} bytes, error %{y:.3g}<extra></extra>" });
       const best = index.filter((i) => layer.candidates[i].hull).sort((a, b) => layer.candidates[a].bytes - layer.candidates[b].bytes);
       const traces = [{ ...at(best), mode: "lines", name: "hull", hoverinfo: "skip", hovertemplate: undefined, line: { color: colour("quiet"), width: 1.5 } }];
       for (const method of ["dense", ...methods]) {
@@ -179,7 +183,7 @@
         const groups = bits ? [["1", "full rank", "c0"], ["0", "shortened", "c5"]] : [[null, "all alike", "c0"]];
         return groups.map(([bit, words, key]) => {
           const mine = order.map((neuron, place) => [place, neuron]).filter(([place, neuron]) => place % step === 0 && (bit === null || bits[neuron] === bit));
-          return { x: mine.map(([place]) => place + 1), y: mine.map(([, neuron]) => scores[neuron]), text: mine.map(([, neuron]) => `neuron ${neuron}: ${words}`), yaxis: side ? "y2" : "y", xaxis: side ? "x2" : "x", mode: "markers",
+          return { x: mine.map(([place]) => place + 1), y: mine.map(([, neuron]) => scores[neuron]), text: mine.map(([, neuron]) => `neuron ${neuron}: ${words}`), yaxis: side ? "y2" : "y", xaxis: side ? "x2" : "x", mode: "markers", cliponaxis: false,
             marker: { size: 4, color: colour(key), opacity: bit === "0" ? 0.65 : 1 }, name: words, showlegend: side === 0, hovertemplate: `${sides[side]}, %{text}<br>relevance %{y:.4g}<extra></extra>` };
         });
       });
@@ -195,10 +199,12 @@
         return node;
       };
       if (!layer.kept) return box.append(words("", ""), words("", layer.rank ? `This form treats all neurons alike: every row and column has rank ${layer.rank}.` : "The layer is left dense: every row and column is whole."));
-      const [rows, columns] = layer.kept.map((bits) => shares(bits, 512));
       const canvas = document.createElement("canvas");
+      const sharp = Math.max(1, devicePixelRatio || 1); // one dot of the screen is one part, so that nothing flickers
+      const [rows, columns] = [206, Math.max(60, box.clientWidth - 28)].map((room, side) => shares(layer.kept[side], Math.round(room * sharp)));
       canvas.width = columns.length;
       canvas.height = rows.length;
+      canvas.style.imageRendering = "pixelated";
       const shades = ["quiet", "half", "c0"].map((name) => colour(name).match(/[0-9a-f]{2}/gi).map((part) => parseInt(part, 16)));
       const image = new ImageData(columns.length, rows.length);
       rows.forEach((row, i) => columns.forEach((column, j) => {
