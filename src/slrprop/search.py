@@ -540,7 +540,9 @@ class _Search:
         chosen = {layer.name: layer for layer in plan.layers}
         found = {}
         for name, curve in self.curves.items():
-            rank = max((candidate.layer.settings["rank"] for candidate in curve if candidate.layer is not None), default=0)
+            rank = max(
+                (candidate.layer.settings["rank"] for candidate in curve if candidate.layer is not None), default=0
+            )
             found[name] = observed(self.problem, name, rank, self.sensitivity[name], chosen.get(name))
         return found
 
@@ -587,9 +589,7 @@ class _Search:
             while at < last and self.measured(at).bytes > limit:  # the header of the file, and padding
                 at += 1
         if budget.max_latency is not None:
-            slow = self._bisect(
-                -1, last, lambda i: i < 0 or self.timed(i) > float(budget.max_latency or 0), 8
-            )
+            slow = self._bisect(-1, last, lambda i: i < 0 or self.timed(i) > float(budget.max_latency or 0), 8)
             at = max(at, min(slow + 1, last))
         return at, self.fits(at, budget)
 

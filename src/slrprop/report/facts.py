@@ -1,5 +1,6 @@
 """The facts of a report: one JSON-like dictionary that both the page and the text are made from."""
 
+import json
 import math
 import os
 import platform
@@ -16,6 +17,7 @@ from slrprop.plan import LayerPlan
 from slrprop.report import words
 from slrprop.search import Candidate, Compression, Point, hull
 
+HEAD = 256  # bytes that a file may take besides the numbers of a rewritten layer, where no measured one took more
 Rows = list[tuple[str, str]]  # what, and its value in words
 
 
@@ -115,15 +117,27 @@ def _goals(c: Compression) -> list[tuple[str, str, str, bool]]:
 
 
 def _points(c: Compression, command: str | Sequence[str], layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every plan on the path; ``plan`` has, for each layer, the place of its form among the layer's candidates."""
-    places = {layer["name"]: {(x["method"], x["rank"]): i for i, x in enumerate(layer["candidates"])} for layer in layers}
-    # what a file takes besides the weights that were predicted: the largest seen, so that the command reaches the point
-    extra = max((p.measured.bytes - p.predicted_bytes for p in c.points if p.measured is not None), default=0)
+    """Every plan on the path; ``plan`` has, for each layer, the place of its form among the layer's candidates.
+
+    The bytes of a point that was not measured are those predicted; its command allows for what a file takes besides.
+    """
+    places = {
+        layer["name"]: {(x["method"], x["rank"]): i for i, x in enumerate(layer["candidates"])} for layer in layers
+    }
+    heads = [
+        (p.measured.bytes - p.predicted_bytes) / len(p.plan.layers)
+        for p in c.points
+        if p.measured is not None and p.plan.layers
+    ]
+    head = max([HEAD, *heads])
     found = []
     for index, point in enumerate(c.points):
         plans = {layer.name: layer for layer in point.plan.layers}
         exact = c.bytes[1] if index == c.chosen else point.measured.bytes if point.measured is not None else None
-        reached = exact if exact is not None else point.predicted_bytes + max(extra, 0)
+        reached = point.predicted_bytes if exact is None else exact
+        room = 0 if exact is not None else math.ceil(head * len(plans))
+        if index:  # but not so much that the point before it is reached
+            room = min(room, (c.points[index - 1].predicted_bytes - point.predicted_bytes) // 2)
         found.append(
             {
                 "bytes": reached,
@@ -133,7 +147,7 @@ def _points(c: Compression, command: str | Sequence[str], layers: list[dict[str,
                 "divergence": None if point.measured is None else _finite(point.measured.divergence),
                 "latency": _finite(_latency(c, index, point)),
                 "plan": [_place(places[name], plans.get(name)) for name in c.curves],
-                "command": words.command_for(command, reached),
+                "command": words.command_for(command, reached + room),
             }
         )
     return found
@@ -215,6 +229,8 @@ def _repeat(c: Compression, command: str | Sequence[str], parity: float | Mappin
         ("data fingerprint (SHA-256 of the search part and the original's outputs)", c.data_fingerprint),
         ("run time", f"{c.seconds:.1f} s"),
     ]
+    if c.plan.layers:
+        rows.append(("plan (SHA-256)", str(json.loads(c.plan.to_json())["sha256"])))
     rows += [(f"parity of {name}", f"largest difference {value:.3g}") for name, value in outputs]
     packages = {"slrprop": __version__} | {name: version(name) for name in ("torch", "onnxruntime", "onnx", "numpy")}
     rows += [(f"version: {name}", number) for name, number in packages.items()]

@@ -100,7 +100,11 @@ def _head(facts: dict[str, Any]) -> str:
                 times(slow, fast, "faster"),
             )
         )
-    cards.append(_card("Evaluations", summary["evaluations of a whole network"], "runs of a whole network over a part of the data"))
+    cards.append(
+        _card(
+            "Evaluations", summary["evaluations of a whole network"], "runs of a whole network over a part of the data"
+        )
+    )
     goals = [(what, asked, reached, "yes" if holds else "no") for what, asked, reached, holds in facts["goals"]]
     state = "met" if facts["met"] else "missed"
     first_words, _, rest = _tied(facts["verdict"]).partition(": ")
@@ -135,7 +139,16 @@ the diamonds, with the 95 % interval of the drop, are from the check part. Below
 
 
 def _layers(facts: dict[str, Any]) -> str:
-    header = ["layer", "shape", "form", "bytes before", "bytes after", "compression_rate", "relative error", "sensitivity"]
+    header = [
+        "layer",
+        "shape",
+        "form",
+        "bytes before",
+        "bytes after",
+        "compression_rate",
+        "relative error",
+        "sensitivity",
+    ]
     rows, parts = [], []
     saved = [layer["before"] - layer["after"] for layer in facts["layers"]]
     most = max(saved, default=0)
@@ -144,7 +157,15 @@ def _layers(facts: dict[str, Any]) -> str:
         sensitivity = "" if layer["sensitivity"] is None else f"{layer['sensitivity']:.3g}"
         sizes = (f"{layer['before']:,}", f"{layer['after']:,}")
         rows.append(
-            (layer["name"], shape, layer["form"], *sizes, f"{layer['compression_rate']:.4f}", f"{layer['error']:.3g}", sensitivity)
+            (
+                layer["name"],
+                shape,
+                layer["form"],
+                *sizes,
+                f"{layer['compression_rate']:.4f}",
+                f"{layer['error']:.3g}",
+                sensitivity,
+            )
         )
         settings = f'<p class="note">Settings: {escape(layer["settings"])}.</p>' if layer["settings"] else ""
         start = " open" if len(saved) <= OPEN_LAYERS or 0 < most == saved[index] else ""

@@ -69,7 +69,16 @@ def _points(facts: dict[str, Any]) -> str:
 
 
 def _layers(facts: dict[str, Any]) -> str:
-    header = ["layer", "shape", "form", "bytes before", "bytes after", "compression_rate", "relative error", "sensitivity"]
+    header = [
+        "layer",
+        "shape",
+        "form",
+        "bytes before",
+        "bytes after",
+        "compression_rate",
+        "relative error",
+        "sensitivity",
+    ]
     rows = [
         (
             layer["name"],
@@ -87,7 +96,10 @@ def _layers(facts: dict[str, Any]) -> str:
 
 
 def _layer(layer: dict[str, Any]) -> str:
-    parts = [f"### {_plain(layer['name'])}", f"{_plain(layer['form'])}, {short_size(layer['before'])} to {short_size(layer['after'])}."]
+    parts = [
+        f"### {_plain(layer['name'])}",
+        f"{_plain(layer['form'])}, {short_size(layer['before'])} to {short_size(layer['after'])}.",
+    ]
     if layer["settings"]:
         parts.append(f"Settings: {_plain(layer['settings'])}.")
     if layer["kept"]:

@@ -17,7 +17,13 @@ CRITERIA = {
     "activation": "mean activation",
     "cost": "change of the loss when the neuron is shortened",
 }
-REPLACED = ("--max-drop", "--max-bytes", "--max-latency", "--max-latency-ms", "--report")  # of a command, with their values
+REPLACED = (
+    "--max-drop",
+    "--max-bytes",
+    "--max-latency",
+    "--max-latency-ms",
+    "--report",
+)  # of a command, with their values
 
 
 def size(count: int) -> str:
