@@ -17,7 +17,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from slrprop.layers import linear_from
 from slrprop.losses import LossName, check_labels, loss_point, rows_of
 from slrprop.methods import Problem
 from slrprop.network import OnnxNetwork, open_network
+from slrprop.observed import Observed, observed
 from slrprop.plan import LayerPlan, Plan
 from slrprop.storage import to_bytes
 
@@ -64,13 +65,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Point:
-    """A plan on the path, and what was measured of it."""
+    """A plan on the path, and what was measured of it; ``latency`` in seconds, NaN where it was not timed."""
 
     step: int
     plan: Plan
     predicted_bytes: int
     predicted_damage: float
     measured: Evaluation | None = None
+    latency: float = math.nan
 
 
 def ranks_for(m: int, n: int) -> list[int]:
@@ -197,7 +199,8 @@ class Compression:
     ``quality`` (before, after), ``drop`` and its 95 % ``interval`` are of the check part of the data; ``points`` are the
     plans on the way from the original (first) to the smallest, ``chosen`` the index of this one; ``curves`` are all
     candidates of each layer. ``latency`` is in seconds, NaN where it was no goal. ``evaluations`` counts runs of a
-    whole network over a part of the data.
+    whole network over a part of the data, ``samples`` those of the search and the check part. ``observed`` says more of
+    each layer that has candidates, ``left_dense`` why others have none; ``settings`` are the arguments of the call.
     """
 
     model: Any
@@ -217,6 +220,10 @@ class Compression:
     seed: int
     data_fingerprint: str
     seconds: float
+    samples: tuple[int, int] = (0, 0)
+    observed: dict[str, Observed] = field(default_factory=dict)
+    left_dense: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         before, after = self.bytes
@@ -482,12 +489,17 @@ def compress(
             break
         at = run.step_back(at)  # the promise did not hold on fresh data: half the damage
         feasible = run.fits(at, budget)
-    latency = (math.nan, math.nan) if budget.max_latency is None else (run.latency(empty), run.latency(plan_now))
+    latency = (math.nan, math.nan) if budget.max_latency is None else (run.timed(0), run.timed(at))
     result = Compression(
         model=made, plan=plan_now, budget=budget, met=feasible and within, metric="evaluate" if evaluate else judge.metric,
         quality=(before, after), drop=drop, interval=interval, bytes=(original_bytes, door.size(made)), latency=latency,
         evaluations=run.evaluations + evaluations + 1, points=tuple(run.points), chosen=at, curves=run.curves, seed=seed,
         data_fingerprint=judge.fingerprint, seconds=time.perf_counter() - start,
+        samples=(len(judge.original), len(check.original)), observed=run.observed(plan_now), left_dense=run.left_dense,
+        settings={
+            "model": type(model).__name__ if isinstance(model, nn.Module) else Path(model).name, "methods": run.methods,
+            "layers": layers, "metric": metric, "confident": confident,
+        },
     )  # fmt: skip
     if not result.met:
         raise BudgetError(
@@ -525,6 +537,8 @@ class _Search:
         self.evaluations = 1  # the original's
         self.points: list[Point] = []
         self.curves: dict[str, list[Candidate]] = {}
+        self.sensitivity: dict[str, float] = {}
+        self.left_dense: dict[str, str] = {}
 
     def _key(self, what: str, plan: Plan) -> str:
         content = f"{what} {self.judge.fingerprint} {self.judge.metric} {plan.to_json()}"
@@ -576,7 +590,8 @@ class _Search:
         for name in tqdm(names, desc="candidates", unit="layer", disable=None):
             self.curves[name] = candidates_of(self.problem, name, inputs[name], self.methods)
         hulls = {name: hull(found) for name, found in self.curves.items()}
-        sensitivity = dict.fromkeys(names, 1.0)
+        self.left_dense = probe.left_dense
+        self.sensitivity = sensitivity = dict.fromkeys(names, 1.0)
         for name in tqdm(names if len(names) > 1 else (), desc="sensitivities", unit="layer", disable=None):
             middle = hulls[name][len(hulls[name]) // 2]
             if middle.layer is not None and middle.error > 0:
@@ -586,6 +601,22 @@ class _Search:
         feeds = feeds_between(network, names)
         rest = self.door.size(self.door.realise(Plan(()))) - weights
         self.points = path_of(hulls, sensitivity, feeds, rest)
+
+    def observed(self, plan: Plan) -> dict[str, Observed]:
+        """What is known of every layer that has candidates, now that this plan was chosen."""
+        chosen = {layer.name: layer for layer in plan.layers}
+        found = {}
+        for name, curve in self.curves.items():
+            rank = max(
+                (candidate.layer.settings["rank"] for candidate in curve if candidate.layer is not None), default=0
+            )
+            found[name] = observed(self.problem, name, rank, self.sensitivity[name], chosen.get(name))
+        return found
+
+    def timed(self, at: int) -> float:
+        """The point's latency, measured if it is missing."""
+        self.points[at] = replace(self.points[at], latency=self.latency(self.points[at].plan))
+        return self.points[at].latency
 
     def measured(self, at: int) -> Evaluation:
         """The point's evaluation, made if it is missing."""
@@ -601,7 +632,7 @@ class _Search:
     def fits(self, at: int, budget: Budget) -> bool:
         """Whether a point is small and fast enough."""
         small = budget.max_bytes is None or self.measured(at).bytes <= budget.max_bytes
-        return small and (budget.max_latency is None or self.latency(self.points[at].plan) <= budget.max_latency)
+        return small and (budget.max_latency is None or self.timed(at) <= budget.max_latency)
 
     def _bisect(self, low: int, high: int, holds: Callable[[int], bool], steps: int) -> int:
         """The last index from ``low`` (holds) to ``high`` for which ``holds``, as far as ``steps`` trials can tell."""
@@ -625,9 +656,7 @@ class _Search:
             while at < last and self.measured(at).bytes > limit:  # the header of the file, and padding
                 at += 1
         if budget.max_latency is not None:
-            slow = self._bisect(
-                -1, last, lambda i: i < 0 or self.latency(self.points[i].plan) > float(budget.max_latency or 0), 8
-            )
+            slow = self._bisect(-1, last, lambda i: i < 0 or self.timed(i) > float(budget.max_latency or 0), 8)
             at = max(at, min(slow + 1, last))
         return at, self.fits(at, budget)
 

@@ -1,0 +1,55 @@
+"""What a search knows of a layer besides its candidates, kept as plain numbers for reports."""
+
+from dataclasses import dataclass
+
+from slrprop.methods.base import Problem
+from slrprop.methods.slr import SLRSettings, cost_of
+from slrprop.plan import LayerPlan
+from slrprop.relevance.simple import Scores, combined
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A layer of shape (m, n), inputs x outputs.
+
+    ``sensitivity`` is the damage predicted per unit of the layer's relative squared error; ``singular_values`` are the
+    largest ones, descending, as far as any candidate needed them, and ``energy`` is the sum of the squares of all.
+    ``rows`` (m) and ``columns`` (n) are relevances of inputs and outputs by ``criterion``.
+    """
+
+    shape: tuple[int, int]
+    sensitivity: float
+    energy: float
+    singular_values: list[float]
+    criterion: str
+    rows: list[float]
+    columns: list[float]
+
+
+def observed(problem: Problem, name: str, rank: int, sensitivity: float, chosen: LayerPlan | None) -> Observed:
+    """What is known of a layer once its candidates up to ``rank`` were made (0: it has none); nothing is measured anew.
+
+    The relevances are those the chosen form was made by where they are at hand (any criterion of SLR with the layers
+    taken independently), else the sums of the weights' magnitudes.
+    """
+    weight = problem.weight(name).detach()
+    values = problem.svd(name, rank, "auto").s.tolist() if rank else []
+    criterion, scores = "weight", problem.weight_scores(name)
+    if chosen is not None and chosen.method == "slr":
+        settings = SLRSettings(**chosen.settings)
+        if settings.order == "independent" or "cost" not in settings.criterion:
+            criterion, scores = settings.criterion, _scores(problem, name, settings)
+    m, n = weight.shape
+    energy = float(weight.double().square().sum())
+    return Observed((m, n), sensitivity, energy, values, criterion, scores.rows.tolist(), scores.columns.tolist())
+
+
+def _scores(problem: Problem, name: str, settings: SLRSettings) -> Scores:
+    parts = []
+    for part in settings.criterion.split("+"):
+        if part == "cost":
+            cost = cost_of(problem, name, settings)
+            parts.append(Scores(cost.rows, cost.columns))
+        else:
+            parts.append(problem.weight_scores(name) if part == "weight" else problem.activation_scores(name))
+    return parts[0] if len(parts) == 1 else combined(*parts)

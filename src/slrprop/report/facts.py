@@ -1,0 +1,242 @@
+"""The facts of a report: one JSON-like dictionary that both the page and the text are made from."""
+
+import json
+import math
+import os
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from slrprop import __version__
+from slrprop.checks import share
+from slrprop.plan import LayerPlan
+from slrprop.report import words
+from slrprop.search import Candidate, Compression, Point, hull
+
+HEAD = 256  # bytes that a file may take besides the numbers of a rewritten layer, where no measured one took more
+Rows = list[tuple[str, str]]  # what, and its value in words
+
+
+def facts_of(
+    compression: Compression, command: str | Sequence[str], parity: float | Mapping[str, float] | None
+) -> dict[str, Any]:
+    """Everything a report says: texts under ``verdict``, ``summary``, ``goals``, ``repeat``; numbers under ``points`` and ``layers``."""
+    plans = {layer.name: layer for layer in compression.plan.layers}
+    layers = [_layer(compression, name, plans.get(name)) for name in compression.curves]
+    return {
+        "model": str(compression.settings.get("model", "")),
+        "met": compression.met,
+        "verdict": _verdict(compression),
+        "metric": compression.metric,
+        "meaning": words.MEANING.get(compression.metric, compression.metric),
+        "percent": compression.metric in words.PERCENT,
+        "quality": list(compression.quality),
+        "drop": compression.drop,
+        "interval": [_finite(end) for end in compression.interval],
+        "bytes": list(compression.bytes),
+        "latency": [_finite(seconds) for seconds in compression.latency],
+        "summary": _summary(compression),
+        "goals": _goals(compression),
+        "chosen": compression.chosen,
+        "command": command if isinstance(command, str) else shlex.join(command),
+        "points": _points(compression, command, layers),
+        "comparable": len(compression.curves) > 1,  # one layer's damage is its own error, no divergence
+        "layers": layers,
+        "left_dense": dict(compression.left_dense),
+        "repeat": _repeat(compression, command, parity),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _short(values: Sequence[float]) -> list[float]:
+    return [float(f"{value:.5g}") for value in values]
+
+
+def _verdict(c: Compression) -> str:
+    lost = "a gain" if c.drop < 0 else "a drop"
+    return (
+        f"{'Budget met' if c.met else 'Budget not met'}: {_budget(c)}. "
+        f"{'The' if c.met else 'In the nearest network that was found, the'} file goes from {words.short_size(c.bytes[0])} to "
+        f"{words.short_size(c.bytes[1])}, {c.metric.replace('_', ' ')} from {words.quality(c.quality[0], c.metric)} to "
+        f"{words.quality(c.quality[1], c.metric)} ({lost} of {words.drop(abs(c.drop), c.metric)}, "
+        f"95 % interval of the drop {words.interval(c.interval, c.metric)})."
+    )
+
+
+def _budget(c: Compression) -> str:
+    given = c.budget
+    parts = [] if given.max_drop is None else [f"a drop of at most {words.drop(given.max_drop, c.metric)}"]
+    parts += [] if given.max_bytes is None else [f"at most {words.size(given.max_bytes)}"]
+    parts += [] if given.max_latency is None else [f"at most {words.milliseconds(given.max_latency)}"]
+    return ", ".join(parts)
+
+
+def _summary(c: Compression) -> Rows:
+    before, after = c.bytes
+    rows = [
+        ("file before", words.size(before)),
+        ("file after", words.size(after)),
+        ("share of the original file", f"{100 * after / before:.2f} %"),
+        (f"{c.metric} before", words.quality(c.quality[0], c.metric)),
+        (f"{c.metric} after", words.quality(c.quality[1], c.metric)),
+        ("drop", words.drop(c.drop, c.metric)),
+        ("95 % interval of the drop", words.interval(c.interval, c.metric)),
+    ]
+    if not math.isnan(c.latency[0]):
+        rows += [
+            ("latency before", words.milliseconds(c.latency[0])),
+            ("latency after", words.milliseconds(c.latency[1])),
+        ]
+    return [*rows, ("budget", _budget(c)), ("evaluations of a whole network", str(c.evaluations))]
+
+
+def _goals(c: Compression) -> list[tuple[str, str, str, bool]]:
+    """For every limit of the budget: its name, what was asked, what was reached, and whether that holds."""
+    found: list[tuple[str, str, str, bool]] = []
+    if c.budget.max_drop is not None:
+        confident = bool(c.settings.get("confident"))
+        value = c.interval[1] if confident else c.drop
+        what = "drop, upper end of its interval" if confident else "drop"
+        asked = f"at most {words.drop(c.budget.max_drop, c.metric)}"
+        found.append((what, asked, words.drop(value, c.metric), value <= c.budget.max_drop))
+    if c.budget.max_bytes is not None:
+        limit = c.budget.max_bytes
+        found.append(("file", f"at most {words.size(limit)}", words.size(c.bytes[1]), c.bytes[1] <= limit))
+    if c.budget.max_latency is not None:
+        slow = c.budget.max_latency
+        reached = words.milliseconds(c.latency[1])
+        found.append(("latency", f"at most {words.milliseconds(slow)}", reached, c.latency[1] <= slow))
+    return found
+
+
+def _points(c: Compression, command: str | Sequence[str], layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every plan on the path; ``plan`` has, for each layer, the place of its form among the layer's candidates.
+
+    The bytes of a point that was not measured are those predicted; its command allows for what a file takes besides.
+    """
+    places = {
+        layer["name"]: {(x["method"], x["rank"]): i for i, x in enumerate(layer["candidates"])} for layer in layers
+    }
+    heads = [
+        (p.measured.bytes - p.predicted_bytes) / len(p.plan.layers)
+        for p in c.points
+        if p.measured is not None and p.plan.layers
+    ]
+    head = max([HEAD, *heads])
+    found = []
+    for index, point in enumerate(c.points):
+        plans = {layer.name: layer for layer in point.plan.layers}
+        exact = c.bytes[1] if index == c.chosen else point.measured.bytes if point.measured is not None else None
+        reached = point.predicted_bytes if exact is None else exact
+        room = 0 if exact is not None else math.ceil(head * len(plans))
+        if index:  # but not so much that the point before it is reached
+            room = min(room, (c.points[index - 1].predicted_bytes - point.predicted_bytes) // 2)
+        found.append(
+            {
+                "bytes": reached,
+                "exact": exact is not None,
+                "damage": _finite(point.predicted_damage),
+                "quality": None if point.measured is None else _finite(point.measured.quality),
+                "divergence": None if point.measured is None else _finite(point.measured.divergence),
+                "latency": _finite(_latency(c, index, point)),
+                "plan": [_place(places[name], plans.get(name)) for name in c.curves],
+                "command": words.command_for(command, reached + room),
+            }
+        )
+    return found
+
+
+def _latency(c: Compression, index: int, point: Point) -> float:
+    return c.latency[1] if index == c.chosen else c.latency[0] if index == 0 else point.latency
+
+
+def _place(places: Mapping[tuple[str, int], int], layer: LayerPlan | None) -> int:
+    return 0 if layer is None else places[layer.method, layer.settings["rank"]]
+
+
+def _candidates(curve: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """A layer's candidates, the dense one first; ``hull`` says which the path goes through."""
+    best = {id(candidate) for candidate in hull(list(curve))}
+    ordered = sorted(curve, key=lambda candidate: candidate.layer is not None)
+    return [
+        {
+            "method": "dense" if x.layer is None else x.layer.method,
+            "rank": 0 if x.layer is None else x.layer.settings["rank"],
+            "bytes": x.bytes,
+            "error": float(f"{x.error:.5g}"),
+            "hull": id(x) in best,
+            "form": words.form(x.layer),
+        }
+        for x in ordered
+    ]
+
+
+def _layer(c: Compression, name: str, layer: LayerPlan | None) -> dict[str, Any]:
+    candidates = _candidates(c.curves[name])
+    place = _place({(x["method"], x["rank"]): i for i, x in enumerate(candidates)}, layer)
+    before, after = candidates[0]["bytes"], candidates[place]["bytes"]
+    seen, masks = c.observed.get(name), words.kept(layer)
+    shape = layer.shape if layer is not None else seen.shape if seen is not None else None
+    reduced = 0 if masks is None or layer is None else share(layer.settings["rank"], layer.settings["reduction_rate"])
+    return {
+        "name": name,
+        "shape": None if shape is None else list(shape),
+        "method": candidates[place]["method"],
+        "form": candidates[place]["form"],
+        "rank": candidates[place]["rank"],
+        "reduced_rank": reduced,
+        "settings": "" if layer is None else words.settings(layer),
+        "before": before,
+        "after": after,
+        "compression_rate": 1.0 if layer is None else layer.numbers / (layer.shape[0] * layer.shape[1]),
+        "error": candidates[place]["error"],
+        "place": place,
+        "candidates": candidates,
+        "kept": None if masks is None else [_bits(mask) for mask in masks],
+        "sensitivity": None if seen is None else _finite(seen.sensitivity),
+        "energy": None if seen is None else seen.energy,
+        "singular_values": [] if seen is None else _short(seen.singular_values),
+        "criterion": "" if seen is None else words.criterion(seen.criterion),
+        "relevance": [] if seen is None else [_short(seen.rows), _short(seen.columns)],
+    }
+
+
+def _bits(mask: Sequence[bool]) -> str:
+    return "".join("1" if bit else "0" for bit in mask)
+
+
+def _repeat(c: Compression, command: str | Sequence[str], parity: float | Mapping[str, float] | None) -> Rows:
+    given = dict(c.settings)
+    outputs = parity.items() if isinstance(parity, Mapping) else [] if parity is None else [("all outputs", parity)]
+    methods = given.pop("methods", {})
+    rows = [("command", command if isinstance(command, str) else shlex.join(command))] if command else []
+    rows += [(f"setting: {key}", str(value)) for key, value in given.items() if value is not None]
+    rows += [
+        (f"method tried: {name}", ", ".join(f"{k}={v}" for k, v in chosen.items()) or "default settings")
+        for name, chosen in methods.items()
+    ]
+    rows += [
+        ("seed", str(c.seed)),
+        ("samples of the search", f"{c.samples[0]:,}"),
+        ("samples of the check", f"{c.samples[1]:,}"),
+        ("data fingerprint (SHA-256 of the search part and the original's outputs)", c.data_fingerprint),
+        ("run time", f"{c.seconds:.1f} s"),
+    ]
+    if c.plan.layers:
+        rows.append(("plan (SHA-256)", str(json.loads(c.plan.to_json())["sha256"])))
+    rows += [(f"parity of {name}", f"largest difference {value:.3g}") for name, value in outputs]
+    packages = {"slrprop": __version__} | {name: version(name) for name in ("torch", "onnxruntime", "onnx", "numpy")}
+    rows += [(f"version: {name}", number) for name, number in packages.items()]
+    rows += [
+        ("version: python", platform.python_version()),
+        ("platform", f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors"),
+        ("threads", f"{torch.get_num_threads()} for the search (torch), 1 for latencies (ONNX Runtime)"),
+    ]
+    return rows
