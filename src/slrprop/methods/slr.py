@@ -105,18 +105,25 @@ def shortened(problem: Problem, name: str, settings: ShortenSettings, scores: Sc
     return Decision(name, SparseLowRank.shorten(svd, settings.reduced_rank, ~rows, ~columns), rows, columns)
 
 
+def scores_of(
+    problem: Problem, name: str, settings: SLRSettings, compressed: dict[str, Factors] | None = None
+) -> Scores:
+    """A layer's relevances by the criterion."""
+    parts = []
+    for part in settings.criterion.split("+"):
+        if part == "cost":
+            cost = cost_of(problem, name, settings, compressed)
+            parts.append(Scores(cost.rows, cost.columns))
+        else:
+            parts.append(problem.weight_scores(name) if part == "weight" else problem.activation_scores(name))
+    return parts[0] if len(parts) == 1 else combined(*parts)
+
+
 def decide(problem: Problem, layers: tuple[str, ...], settings: SLRSettings) -> Iterator[Decision]:
     """Every layer by itself, from the last to the first."""
     compressed: dict[str, Factors] = {}
     for name in reversed(layers):
-        parts = []
-        for part in settings.criterion.split("+"):
-            if part == "cost":
-                cost = cost_of(problem, name, settings, compressed)
-                parts.append(Scores(cost.rows, cost.columns))
-            else:
-                parts.append(problem.weight_scores(name) if part == "weight" else problem.activation_scores(name))
-        decision = shortened(problem, name, settings, parts[0] if len(parts) == 1 else combined(*parts))
+        decision = shortened(problem, name, settings, scores_of(problem, name, settings, compressed))
         compressed[name] = decision.factors
         yield decision
 

@@ -17,7 +17,7 @@ from slrprop.plan import LayerPlan
 from slrprop.report import words
 from slrprop.search import Candidate, Compression, Point, hull
 
-HEAD = 256  # bytes that a file may take besides the numbers of a rewritten layer, where no measured one took more
+HEAD = 512  # bytes by which what a file takes besides the numbers of a rewritten layer may differ from what is expected
 Rows = list[tuple[str, str]]  # what, and its value in words
 
 
@@ -124,20 +124,22 @@ def _points(c: Compression, command: str | Sequence[str], layers: list[dict[str,
     places = {
         layer["name"]: {(x["method"], x["rank"]): i for i, x in enumerate(layer["candidates"])} for layer in layers
     }
-    heads = [
-        (p.measured.bytes - p.predicted_bytes) / len(p.plan.layers)
-        for p in c.points
-        if p.measured is not None and p.plan.layers
-    ]
-    head = max([HEAD, *heads])
+    # what a rewritten layer takes in the file besides its numbers, as known from measured points
+    heads = {
+        index: (point.measured.bytes - point.predicted_bytes) / len(point.plan.layers)
+        for index, point in enumerate(c.points)
+        if point.measured is not None and point.plan.layers
+    }
     found = []
     for index, point in enumerate(c.points):
         plans = {layer.name: layer for layer in point.plan.layers}
-        exact = c.bytes[1] if index == c.chosen else point.measured.bytes if point.measured is not None else None
+        exact = {0: c.bytes[0], c.chosen: c.bytes[1]}.get(index, point.measured and point.measured.bytes)
         reached = point.predicted_bytes if exact is None else exact
-        room = 0 if exact is not None else math.ceil(head * len(plans))
-        if index:  # but not so much that the point before it is reached
-            room = min(room, (c.points[index - 1].predicted_bytes - point.predicted_bytes) // 2)
+        room = 0
+        if exact is None:
+            near = min(heads, key=lambda at: abs(at - index)) if heads else -1
+            step = c.points[index - 1].predicted_bytes - point.predicted_bytes if index else 0
+            room = math.ceil(len(plans) * heads.get(near, HEAD)) + min(step // 2, HEAD * len(plans))
         found.append(
             {
                 "bytes": reached,

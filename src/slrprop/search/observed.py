@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 from slrprop.methods.base import Problem
-from slrprop.methods.slr import SLRSettings, cost_of
+from slrprop.methods.slr import SLRSettings, scores_of
 from slrprop.plan import LayerPlan
-from slrprop.relevance.simple import Scores, combined
 
 
 @dataclass(frozen=True)
@@ -38,18 +37,7 @@ def observed(problem: Problem, name: str, rank: int, sensitivity: float, chosen:
     if chosen is not None and chosen.method == "slr":
         settings = SLRSettings(**chosen.settings)
         if settings.order == "independent" or "cost" not in settings.criterion:
-            criterion, scores = settings.criterion, _scores(problem, name, settings)
+            criterion, scores = settings.criterion, scores_of(problem, name, settings)
     m, n = weight.shape
     energy = float(weight.double().square().sum())
     return Observed((m, n), sensitivity, energy, values, criterion, scores.rows.tolist(), scores.columns.tolist())
-
-
-def _scores(problem: Problem, name: str, settings: SLRSettings) -> Scores:
-    parts = []
-    for part in settings.criterion.split("+"):
-        if part == "cost":
-            cost = cost_of(problem, name, settings)
-            parts.append(Scores(cost.rows, cost.columns))
-        else:
-            parts.append(problem.weight_scores(name) if part == "weight" else problem.activation_scores(name))
-    return parts[0] if len(parts) == 1 else combined(*parts)

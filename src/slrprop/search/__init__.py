@@ -1,0 +1,16 @@
+"""Which layer gets which method and rank under a budget: few real evaluations, then a promise checked on other data.
+
+1. Every layer's candidates (method, rank) get a predicted damage: the relative error of the layer's output on calibration
+   inputs, times the layer's sensitivity (the divergence of the network's output from the original per unit of that
+   error, measured once per layer with only that layer compressed).
+2. The candidates on the convex hull of (bytes, damage) form one path from the original to the smallest network:
+   at each step the layer that saves the most bytes per damage moves on.
+3. Bisection along the path with real evaluations on the search part of the data finds the smallest network in the budget.
+4. The result is measured on the check part, which nothing before has seen.
+"""
+
+from slrprop.search.compress import compress
+from slrprop.search.path import DEFAULT_METHODS, Candidate, Point, hull
+from slrprop.search.result import Budget, BudgetError, Compression
+
+__all__ = ["DEFAULT_METHODS", "Budget", "BudgetError", "Candidate", "Compression", "Point", "compress", "hull"]

@@ -1,0 +1,286 @@
+"""The search for the smallest network within a budget."""
+
+import hashlib
+import math
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from slrprop.api import feeds_between, plan_problem
+from slrprop.data import open_data
+from slrprop.errors import SlrpropError
+from slrprop.methods import Problem
+from slrprop.plan import Plan
+from slrprop.search.judge import Door, Judge, Log, interval_of
+from slrprop.search.observed import Observed, observed
+from slrprop.search.path import (
+    DEFAULT_METHODS,
+    Candidate,
+    Evaluation,
+    Point,
+    candidates_of,
+    hull,
+    layer_inputs,
+    path_of,
+)
+from slrprop.search.result import Budget, BudgetError, Compression
+
+BACK_OFFS = 2
+
+
+def compress(
+    model: Any,
+    data: Any,
+    *,
+    max_drop: float | None = None,
+    max_bytes: int | str | None = None,
+    max_latency_ms: float | None = None,
+    max_latency: str | None = None,
+    metric: str | None = None,
+    evaluate: Callable[[Any], float] | None = None,
+    lower_is_better: bool = False,
+    methods: Mapping[str, dict[str, Any]] | None = None,
+    layers: str | list[str] | None = None,
+    confident: bool = False,
+    seed: int = 0,
+    run_dir: str | Path | None = None,
+) -> Compression:
+    """The smallest network within a budget, its promise checked on data that the search did not see.
+
+    Args:
+        model: a torch module or the path of an ONNX file; untouched.
+        data: labelled or not; half of it is for the search, half for the check.
+        max_drop: points of the metric (percent for ``accuracy`` and ``agreement``) that may be lost.
+        max_bytes: size of the file, a number, ``"300KB"`` or ``"25%"`` of the original.
+        max_latency_ms: milliseconds for one sample in ONNX Runtime on one thread.
+        max_latency: the same as a share of the original's, ``"50%"``.
+        metric: ``accuracy`` (labels), ``agreement`` with the original's answers, or ``squared_error``; found by default.
+        evaluate: your own measure instead: takes a torch module or the path of an ONNX file, gives a number. It sees to
+            its own data, so nothing is set apart for the check and no interval is known.
+        lower_is_better: for ``evaluate``.
+        methods: methods and their settings, ``{"svd": {}, "slr": {"criterion": "weight"}}`` by default.
+        layers: names or patterns; None for all.
+        confident: the upper end of the drop's interval must be within ``max_drop`` too.
+        run_dir: measurements are kept here; the same call goes on where a killed one stopped.
+
+    Raises:
+        BudgetError: the budget can't be met; it carries the nearest compression found.
+        SlrpropError: no budget, unusable data or model.
+    """
+    start = time.perf_counter()
+    opened = open_data(data)
+    search_part, check_part = opened.split(seed)
+    door = Door(model, search_part)
+    judge = Judge(model, search_part, metric, evaluate)
+    judge.lower_is_better = lower_is_better if evaluate else judge.metric == "squared_error"
+    problem = Problem(judge.network, search_part)
+    empty = Plan(())
+    log = Log(None if run_dir is None else Path(run_dir))
+    run = _Search(door, judge, problem, log, dict(methods or DEFAULT_METHODS), seed)
+    original_bytes = door.size(door.realise(empty))
+    budget = Budget(
+        max_drop,
+        None if max_bytes is None else parse_size(max_bytes, original_bytes, "max_bytes"),
+        run.latency_limit(max_latency_ms, max_latency),
+    )
+    if not str(budget):
+        raise SlrpropError("no budget was given; state max_drop, max_bytes or max_latency")
+    run.explore(layers)
+    at, feasible = run.choose(budget)
+    check = Judge(model, check_part, judge.metric, evaluate)
+    before = check.quality(door.realise(empty), check.original)
+    evaluations, tried = 0, set()
+    while True:
+        plan_now = run.points[at].plan
+        made = door.realise(plan_now)
+        outputs = check.outputs(made) if plan_now.layers else check.original
+        evaluations += 1
+        after = check.quality(made, outputs)
+        drop = after - before if judge.lower_is_better else before - after
+        interval = (
+            (math.nan, math.nan) if evaluate else interval_of(check.drops(outputs), judge.metric != "squared_error")
+        )
+        within = budget.max_drop is None or (interval[1] if confident else drop) <= budget.max_drop
+        tried.add(at)
+        if within or not feasible or len(tried) > BACK_OFFS or at == 0:
+            break
+        at = run.step_back(at)  # the promise did not hold on fresh data: half the damage
+        feasible = run.fits(at, budget)
+    latency = (math.nan, math.nan) if budget.max_latency is None else (run.timed(0), run.timed(at))
+    result = Compression(
+        model=made, plan=plan_now, budget=budget, met=feasible and within, metric="evaluate" if evaluate else judge.metric,
+        quality=(before, after), drop=drop, interval=interval, bytes=(original_bytes, door.size(made)), latency=latency,
+        evaluations=run.evaluations + evaluations + 1, points=tuple(run.points), chosen=at, curves=run.curves, seed=seed,
+        data_fingerprint=judge.fingerprint, seconds=time.perf_counter() - start,
+        samples=(len(judge.original), len(check.original)), observed=run.observed(plan_now), left_dense=run.left_dense,
+        settings={
+            "model": type(model).__name__ if isinstance(model, nn.Module) else Path(model).name, "methods": run.methods,
+            "layers": layers, "metric": metric, "confident": confident,
+        },
+    )  # fmt: skip
+    if not result.met:
+        raise BudgetError(
+            f"no plan was found for {budget}; the nearest has a drop of {drop:.2f} ({judge.metric}, 95 % interval {interval[0]:.2f} to "
+            f"{interval[1]:.2f}) at {result.bytes[1]:,} bytes; allow more, or give more methods or layers",
+            result,
+        )
+    return result
+
+
+def parse_size(given: int | float | str, original: float, what: str) -> int:
+    """A number, ``"300KB"``, ``"1.5MB"`` or ``"25%"`` of the original, in whole units."""
+    found = re.fullmatch(r"\s*([0-9.]+)\s*(%|[kKmMgG]?[bB]?)\s*", str(given))
+    try:
+        value = float(found.group(1)) if found else math.nan
+    except ValueError:
+        value = math.nan
+    if not value > 0 or found is None:
+        raise SlrpropError(f"{what} must be a positive number, like 300000, '300KB' or '25%', got {given!r}")
+    unit = found.group(2).lower().rstrip("b")
+    return int(value / 100 * original) if unit == "%" else int(value * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[unit])
+
+
+class _Search:
+    """The path of plans and what is known of it."""
+
+    def __init__(
+        self, door: Door, judge: Judge, problem: Problem, log: Log, methods: dict[str, dict[str, Any]], seed: int
+    ) -> None:
+        self.door, self.judge, self.problem, self.log = door, judge, problem, log
+        self.methods, self.seed = methods, seed
+        self.evaluations = 1  # the original's
+        self.points: list[Point] = []
+        self.curves: dict[str, list[Candidate]] = {}
+        self.sensitivity: dict[str, float] = {}
+        self.left_dense: dict[str, str] = {}
+
+    def _key(self, what: str, plan: Plan) -> str:
+        content = f"{what} {self.judge.fingerprint} {self.judge.metric} {plan.to_json()}"
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def evaluate(self, plan: Plan) -> Evaluation:
+        """Run a plan's network over the search part."""
+        if not plan.layers:
+            made = self.door.realise(plan)
+            return Evaluation(self.judge.quality(made, self.judge.original), 0.0, self.door.size(made))
+        self.evaluations += 1
+
+        def measure() -> dict[str, float]:
+            made = self.door.realise(plan)
+            outputs = self.judge.outputs(made)
+            quality, divergence = self.judge.quality(made, outputs), self.judge.divergence(outputs)
+            return asdict(Evaluation(quality, divergence, self.door.size(made)))
+
+        return Evaluation(**self.log.get(self._key("quality", plan), measure))  # type: ignore[arg-type]
+
+    def latency(self, plan: Plan) -> float:
+        """Seconds for one sample; measured beside the original's."""
+        pair = {"original": Plan(()), "plan": plan}
+        return self.log.get(self._key("latency", plan), lambda: self.door.latencies(pair))["plan"]
+
+    def latency_limit(self, milliseconds: float | None, share: str | None) -> float | None:
+        """The stricter of both, in seconds."""
+        limits = []
+        if milliseconds is not None:
+            limits.append(parse_size(f"{float(milliseconds) * 1e6:.0f}", 0, "max_latency_ms") / 1e9)
+        if share is not None:
+            if not str(share).strip().endswith("%"):
+                raise SlrpropError(
+                    f"max_latency is a share of the original's, like '50%', got {share!r}; use max_latency_ms for milliseconds"
+                )
+            limits.append(parse_size(share, 1e9 * self.latency(Plan(())), "max_latency") / 1e9)
+        return min(limits, default=None)
+
+    def explore(self, layers: str | list[str] | None) -> None:
+        """Candidates of every layer, their sensitivities, and the path they make."""
+        network = self.problem.network
+        probe = plan_problem(self.problem, "svd", layers, rank=1)
+        names = tuple(layer.name for layer in probe.layers)
+        if not names:
+            raise SlrpropError(
+                f"no layer can be made smaller ({'; '.join(f'{k}: {v}' for k, v in probe.left_dense.items())})"
+            )
+        inputs = layer_inputs(self.problem, names)
+        for name in tqdm(names, desc="candidates", unit="layer", disable=None):
+            self.curves[name] = candidates_of(self.problem, name, inputs[name], self.methods)
+        hulls = {name: hull(found) for name, found in self.curves.items()}
+        self.left_dense = probe.left_dense
+        self.sensitivity = sensitivity = dict.fromkeys(names, 1.0)
+        for name in tqdm(names if len(names) > 1 else (), desc="sensitivities", unit="layer", disable=None):
+            middle = hulls[name][len(hulls[name]) // 2]
+            if middle.layer is not None and middle.error > 0:
+                alone = Plan((middle.layer,))
+                sensitivity[name] = max(self.evaluate(alone).divergence, 1e-12) / middle.error
+        weights = sum(network.weight(name).nbytes for name in names)
+        feeds = feeds_between(network, names)
+        rest = self.door.size(self.door.realise(Plan(()))) - weights
+        self.points = path_of(hulls, sensitivity, feeds, rest)
+
+    def observed(self, plan: Plan) -> dict[str, Observed]:
+        """What is known of every layer that has candidates, now that this plan was chosen."""
+        chosen = {layer.name: layer for layer in plan.layers}
+        found = {}
+        for name, curve in self.curves.items():
+            rank = max(
+                (candidate.layer.settings["rank"] for candidate in curve if candidate.layer is not None), default=0
+            )
+            found[name] = observed(self.problem, name, rank, self.sensitivity[name], chosen.get(name))
+        return found
+
+    def timed(self, at: int) -> float:
+        """The point's latency, measured if it is missing."""
+        self.points[at] = replace(self.points[at], latency=self.latency(self.points[at].plan))
+        return self.points[at].latency
+
+    def measured(self, at: int) -> Evaluation:
+        """The point's evaluation, made if it is missing."""
+        found = self.points[at].measured or self.evaluate(self.points[at].plan)
+        self.points[at] = replace(self.points[at], measured=found)
+        return found
+
+    def drop(self, at: int) -> float:
+        """How much worse than the original a point is on the search part."""
+        change = self.measured(0).quality - self.measured(at).quality
+        return -change if self.judge.lower_is_better else change
+
+    def fits(self, at: int, budget: Budget) -> bool:
+        """Whether a point is small and fast enough."""
+        small = budget.max_bytes is None or self.measured(at).bytes <= budget.max_bytes
+        return small and (budget.max_latency is None or self.timed(at) <= budget.max_latency)
+
+    def _bisect(self, low: int, high: int, holds: Callable[[int], bool], steps: int) -> int:
+        """The last index from ``low`` (holds) to ``high`` for which ``holds``, as far as ``steps`` trials can tell."""
+        while low < high and steps:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if holds(middle) else (low, middle - 1)
+            steps -= 1
+        return low
+
+    def choose(self, budget: Budget) -> tuple[int, bool]:
+        """The point to promise, and whether it is in the budget on the search part."""
+        last, layers = len(self.points) - 1, len(self.curves)
+        if budget.max_drop is not None:
+            steps = 2 + 2 * layers - (layers if layers > 1 else 0)  # original and check are evaluations too
+            at = self._bisect(0, last, lambda i: self.drop(i) <= float(budget.max_drop or 0), steps)
+            return at, self.fits(at, budget)
+        at = 0
+        if budget.max_bytes is not None:
+            limit = budget.max_bytes
+            at = next((i for i in range(last + 1) if self.points[i].predicted_bytes <= limit), last)
+            while at < last and self.measured(at).bytes > limit:  # the header of the file, and padding
+                at += 1
+        if budget.max_latency is not None:
+            slow = self._bisect(-1, last, lambda i: i < 0 or self.timed(i) > float(budget.max_latency or 0), 8)
+            at = max(at, min(slow + 1, last))
+        return at, self.fits(at, budget)
+
+    def step_back(self, at: int) -> int:
+        """A point towards the original with at most half the predicted damage."""
+        half = self.points[at].predicted_damage / 2
+        return max((i for i in range(at) if self.points[i].predicted_damage <= half), default=0)

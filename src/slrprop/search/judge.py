@@ -1,0 +1,173 @@
+"""Measuring networks on one part of the data: quality, divergence, bytes, latency; kept on disk as it is made."""
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slrprop.api import realised
+from slrprop.checks import require_choice
+from slrprop.data import Batch, Data
+from slrprop.errors import SlrpropError
+from slrprop.export import export_onnx
+from slrprop.latency import latencies
+from slrprop.losses import LossName, check_labels, loss_point, rows_of
+from slrprop.network import OnnxNetwork, open_network
+from slrprop.plan import Plan
+from slrprop.storage import to_bytes
+
+METRICS = ("accuracy", "agreement", "squared_error")
+
+
+def interval_of(differences: Tensor, binary: bool) -> tuple[float, float]:
+    """95 % interval of the mean paired difference (p,), in the metric's unit.
+
+    For percentages of right answers: Agresti and Min, Statistics in Medicine 24, 2005 (half an observation added to
+    each cell), which does not collapse where both networks agree. Otherwise the normal interval.
+    """
+    n = len(differences)
+    if not binary:
+        mean, deviation = float(differences.mean()), float(differences.std()) if n > 1 else math.inf
+        half = 1.96 * deviation / math.sqrt(n)
+        return mean - half, mean + half
+    lost, won = float((differences > 0).sum()), float((differences < 0).sum())
+    mean = (lost - won) / (n + 2)
+    half = 1.96 * math.sqrt(max(lost + won + 1 - (lost - won) ** 2 / (n + 2), 0.0)) / (n + 2)
+    return 100 * (mean - half), 100 * (mean + half)
+
+
+class Judge:
+    """Measures networks on one part of the data against the original's outputs there."""
+
+    def __init__(self, model: Any, part: Data, metric: str | None, own: "Callable[[Any], float] | None" = None) -> None:
+        self.own = own
+        self.lower_is_better = False
+        self.part = part
+        self.network = open_network(model, part)
+        digest, outputs, targets = hashlib.sha256(), [], []
+        for flow in self.network.stream((), part):
+            outputs.append(rows_of(self.network.scores(flow.output)))
+            targets.append(flow.batch.targets)
+            for tensor in (*flow.batch.inputs, *flow.batch.named.values(), flow.batch.targets, outputs[-1]):
+                if isinstance(tensor, Tensor):
+                    digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        self.original = torch.cat(outputs)
+        self.fingerprint = digest.hexdigest()
+        labelled = all(target is not None for target in targets)
+        self.targets = torch.cat([target for target in targets if target is not None]) if labelled else None
+        self.metric = metric or self._usual()
+        require_choice("metric", self.metric, METRICS)
+        if self.metric == "accuracy" and self.targets is None:
+            raise SlrpropError("metric 'accuracy' needs labels, and the data has none; use metric='agreement'")
+
+    def _usual(self) -> str:
+        if self.targets is not None:
+            return "squared_error" if self.targets.is_floating_point() else "accuracy"
+        return "agreement" if self.original.shape[1] > 1 else "squared_error"
+
+    def qualities(self, outputs: Tensor) -> Tensor:
+        """The metric of every sample (p,): 100 or 0 for right or wrong answers, else the squared error."""
+        if self.metric == "squared_error":
+            goal = self.original if self.targets is None else self.targets.reshape(len(outputs), -1).to(outputs)
+            return (outputs - goal).square().sum(1).double()
+        right = (
+            check_labels(self.targets, outputs)
+            if self.metric == "accuracy" and self.targets is not None
+            else self.original.argmax(1)
+        )
+        return 100.0 * (outputs.argmax(1) == right).double()
+
+    def drops(self, outputs: Tensor) -> Tensor:
+        """How much worse than the original every sample is (p,)."""
+        change = self.qualities(outputs) - self.qualities(self.original)
+        return change if self.metric == "squared_error" else -change
+
+    def divergence(self, outputs: Tensor) -> float:
+        """Mean KL divergence from the original's outputs; mean squared distance where there are no classes."""
+        loss: LossName = "squared" if self.metric == "squared_error" else "kl"
+        return float(loss_point(loss, outputs, None, self.original).values.double().mean())
+
+    def quality(self, model: Any, outputs: Tensor) -> float:
+        """The metric of a network with these outputs."""
+        if self.own is None:
+            return float(self.qualities(outputs).mean())
+        if isinstance(model, nn.Module):
+            return float(self.own(model))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            model.save(path, lambda _: None)
+            return float(self.own(path))
+
+    def outputs(self, model: Any) -> Tensor:
+        """The outputs (p x c) of another network on this part."""
+        network = open_network(model, self.part)
+        return torch.cat([rows_of(network.scores(flow.output)) for flow in network.stream((), self.part)])
+
+
+class Log:
+    """What was measured, one JSON line each, on disk before it is used."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.known: dict[str, dict[str, float]] = {}
+        self.path = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.path = folder / "measured.jsonl"
+            for line in self.path.read_text().splitlines() if self.path.exists() else []:
+                try:
+                    self.known |= json.loads(line)
+                except ValueError:  # a line cut off by a kill
+                    continue
+
+    def get(self, key: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """The measurement of that key, made now if it is not known."""
+        if key not in self.known:
+            self.known[key] = measure()
+            if self.path is not None:
+                with open(self.path, "a") as file:
+                    file.write("\n" + json.dumps({key: self.known[key]}) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+        return self.known[key]
+
+
+class Door:
+    """How plans become networks that can be measured: torch modules, or ONNX files in memory."""
+
+    def __init__(self, model: Any, data: Data) -> None:
+        self.model, self.first = model, next(iter(data))
+
+    def realise(self, plan: Plan) -> Any:
+        """The network of a plan, for :func:`slrprop.network.open_network`."""
+        return realised(self.model, plan)
+
+    def size(self, made: Any) -> int:
+        """Bytes of the file of a network that :meth:`realise` gave."""
+        if isinstance(made, nn.Module):
+            return len(to_bytes(made))
+        with tempfile.TemporaryDirectory() as folder:
+            made.save(Path(folder) / "model.onnx", lambda _: None)
+            return sum(path.stat().st_size for path in Path(folder).iterdir())
+
+    def latencies(self, plans: Mapping[str, Plan], repetitions: int = 50) -> dict[str, float]:
+        """Seconds for one sample in ONNX Runtime on one thread, all plans interleaved."""
+        with tempfile.TemporaryDirectory() as folder:
+            files = {}
+            for index, (name, plan) in enumerate(plans.items()):
+                files[name] = Path(folder) / f"{index}.onnx"
+                made = self.realise(plan)
+                if isinstance(made, nn.Module):
+                    export_onnx(made, files[name], tuple(x[:4] for x in self.first.inputs))
+                else:
+                    made.save(files[name], lambda _: None)
+            network = open_network(self.model, None)
+            one = Batch(tuple(x[:1] for x in self.first.inputs), {k: v[:1] for k, v in self.first.named.items()}, None)
+            feed: Any = network.feed(one) if isinstance(network, OnnxNetwork) else [x.numpy() for x in one.inputs]
+            return latencies(files, feed, repetitions)

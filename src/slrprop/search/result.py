@@ -1,0 +1,111 @@
+"""What a user allows, and what was found."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from slrprop.errors import SlrpropError
+from slrprop.plan import Plan
+from slrprop.search.observed import Observed
+from slrprop.search.path import (
+    Candidate,
+    Point,
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the user allows: points of the metric, bytes of the file, seconds of one sample on one thread."""
+
+    max_drop: float | None = None
+    max_bytes: int | None = None
+    max_latency: float | None = None
+
+    def __str__(self) -> str:
+        parts = [
+            "" if self.max_drop is None else f"a drop of at most {self.max_drop:g}",
+            "" if self.max_bytes is None else f"at most {self.max_bytes:,} bytes",
+            "" if self.max_latency is None else f"at most {1e3 * self.max_latency:.3g} ms",
+        ]
+        return ", ".join(part for part in parts if part)
+
+
+class BudgetError(SlrpropError):
+    """The budget can't be met; ``best`` is the nearest compression that was found."""
+
+    def __init__(self, message: str, best: "Compression") -> None:
+        super().__init__(message)
+        self.best = best
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What :func:`compress` found, and how it knows.
+
+    ``quality`` (before, after), ``drop`` and its 95 % ``interval`` are of the check part of the data; ``points`` are the
+    plans on the way from the original (first) to the smallest, ``chosen`` the index of this one; ``curves`` are all
+    candidates of each layer. ``latency`` is in seconds, NaN where it was no goal. ``evaluations`` counts runs of a
+    whole network over a part of the data, ``samples`` those of the search and the check part. ``observed`` says more of
+    each layer that has candidates, ``left_dense`` why others have none; ``settings`` are the arguments of the call.
+    """
+
+    model: Any
+    plan: Plan
+    budget: Budget
+    met: bool
+    metric: str
+    quality: tuple[float, float]
+    drop: float
+    interval: tuple[float, float]
+    bytes: tuple[int, int]
+    latency: tuple[float, float]
+    evaluations: int
+    points: tuple[Point, ...]
+    chosen: int
+    curves: dict[str, list[Candidate]]
+    seed: int
+    data_fingerprint: str
+    seconds: float
+    samples: tuple[int, int] = (0, 0)
+    observed: dict[str, Observed] = field(default_factory=dict)
+    left_dense: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        before, after = self.bytes
+        lines = [
+            f"bytes: {before:,} -> {after:,} ({before / after:.1f}x smaller)",
+            f"{self.metric}: {self.quality[0]:.2f} -> {self.quality[1]:.2f}, a drop of {self.drop:.2f} (95 % interval "
+            f"{self.interval[0]:.2f} to {self.interval[1]:.2f}) on data the search did not see",
+        ]
+        if not math.isnan(self.latency[1]):
+            lines.append(
+                f"latency: {1e3 * self.latency[0]:.3f} -> {1e3 * self.latency[1]:.3f} ms (ONNX Runtime, one sample, one thread)"
+            )
+        lines.append(f"evaluations: {self.evaluations}, {self.seconds:.1f} s")
+        return "\n".join(lines)
+
+    def summary(self) -> dict[str, Any]:
+        """The facts as JSON; what is not known is null."""
+
+        def known(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return [known(part) for part in value]
+            return None if isinstance(value, float) and math.isnan(value) else value
+
+        names = (
+            "met",
+            "metric",
+            "quality",
+            "drop",
+            "interval",
+            "bytes",
+            "latency",
+            "evaluations",
+            "seed",
+            "data_fingerprint",
+            "seconds",
+        )
+        facts = {name: known(getattr(self, name)) for name in names}
+        return facts | {"budget": asdict(self.budget), "plan": json.loads(self.plan.to_json())}
