@@ -211,15 +211,19 @@ def compress(
     run_dir: Annotated[
         Path | None, typer.Option(help="Keep measurements here; a killed run goes on from them.")
     ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write an .html or .md report.")] = None,
     as_json: Json = False,
 ) -> None:
     """Find the smallest ONNX file within a budget, and prove it on data the search did not see.
 
-    Exit codes: 0 written, 1 a mistake, 2 a misspelt command, 3 the budget can't be met (nothing is written).
+    Exit codes: 0 written, 1 a mistake, 2 a misspelt command, 3 the budget can't be met (no ONNX file is written).
 
-    Example: slrprop compress model.onnx --calibration data.npz --max-drop 0.5 -o small.onnx
+    Example: slrprop compress model.onnx --calibration data.npz --max-drop 0.5 -o small.onnx --report report.html
     """
     search = importlib.import_module("slrprop.search")
+    if report is not None:
+        write_report = importlib.import_module("slrprop.report").write_report
+        command = ["slrprop", *sys.argv[1:]]
     try:
         found = search.compress(
             model, calibration, max_drop=max_drop, max_bytes=max_bytes, max_latency_ms=max_latency_ms, max_latency=max_latency,
@@ -227,11 +231,15 @@ def compress(
             layers=layers or None, confident=confident, seed=seed, run_dir=run_dir,
         )  # fmt: skip
     except search.BudgetError as error:
+        if report is not None:
+            write_report(error.best, report, command)
         if as_json:
             typer.echo(json.dumps(error.best.summary()))
         typer.echo(f"error: {error}", err=True)
         sys.exit(3)
     parity = importlib.import_module("slrprop.api").apply(model, found.plan, output, calibration)
+    if report is not None:
+        write_report(found, report, command, parity.outputs)
     if as_json:
         typer.echo(json.dumps(found.summary() | {"file": str(output), "parity": asdict(parity)}))
         return
@@ -240,6 +248,8 @@ def compress(
     typer.echo(
         f"Written: {output}; its outputs are at most {max(parity.outputs.values()):.1e} from the factors' values"
     )
+    if report is not None:
+        typer.echo(f"Report: {report}")
 
 
 @app.command()
