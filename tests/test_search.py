@@ -1,0 +1,235 @@
+"""Budgets: few evaluations, promises on fresh data, and runs that go on where they were killed."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import slrprop
+from slrprop import BudgetError, SlrpropError, compress
+from slrprop.data import Data
+from slrprop.plan import Plan
+from slrprop.search import Candidate, hull
+from slrprop.search.compress import parse_size
+from slrprop.search.judge import interval_of
+from slrprop.search.path import ranks_for
+
+
+@pytest.fixture(scope="module")
+def fresh(digits):
+    """Labelled samples that the network was not trained on."""
+    x, y = digits
+    return x[1200:], y[1200:]
+
+
+@pytest.fixture(scope="module")
+def files(trained, fresh, tmp_path_factory):
+    """The network as an ONNX file, and its data as an .npz."""
+    folder = tmp_path_factory.mktemp("files")
+    slrprop.export_onnx(trained, folder / "model.onnx", fresh[0][:4])
+    np.savez(folder / "data.npz", x=fresh[0].numpy(), targets=fresh[1].numpy())
+    return folder / "model.onnx", folder / "data.npz"
+
+
+@pytest.mark.parametrize("door", ["torch", "onnx"])
+def test_a_drop_is_kept_on_data_the_search_did_not_see(door, trained, fresh, files):
+    model, data = (trained, fresh) if door == "torch" else files
+    found = compress(model, data, max_drop=1.0)
+    assert found.met and found.drop <= 1.0 and found.bytes[1] < 0.6 * found.bytes[0]
+    _, check = Data(data if door == "torch" else str(data)).split(0)
+    x, y = torch.cat([batch.inputs[0] for batch in check]), torch.cat([batch.targets for batch in check])
+    small = slrprop.apply(trained, found.plan) if door == "torch" else None
+    if small is not None:
+        for value, network in zip(found.quality, (trained, small), strict=True):
+            assert value == pytest.approx(100 * float((network(x).argmax(1) == y).double().mean()))
+    assert found.interval[0] <= found.drop <= found.interval[1]
+
+
+def test_bytes_are_kept_and_measured(trained, fresh, tmp_path):
+    for budget, limit in (("40%", None), ("30KB", 30_000), (25_000, 25_000)):
+        found = compress(trained, fresh, max_bytes=budget)
+        slrprop.save(found.model, tmp_path / "small.safetensors")
+        assert (tmp_path / "small.safetensors").stat().st_size == found.bytes[1]
+        assert found.bytes[1] <= (limit or 0.4 * found.bytes[0])
+
+
+def test_all_budgets_together(files, tmp_path):
+    found = compress(*files, max_drop=2.0, max_bytes="80%", max_latency_ms=50)
+    assert found.met and found.drop <= 2 and found.bytes[1] <= 0.8 * found.bytes[0] and found.latency[1] < 0.05
+    slrprop.apply(files[0], found.plan, tmp_path / "small.onnx")
+    assert (tmp_path / "small.onnx").stat().st_size == found.bytes[1]
+
+
+def test_a_budget_that_can_not_be_met_names_the_nearest(trained, fresh):
+    with pytest.raises(
+        BudgetError, match=r"no plan was found for at most 100 bytes; the nearest has a drop of"
+    ) as error:
+        compress(trained, fresh, max_bytes=100)
+    assert not error.value.best.met and error.value.best.bytes[1] > 100
+
+
+def test_confident_demands_the_upper_end(trained, fresh):
+    loose, strict = (compress(trained, fresh, max_drop=3.0, confident=confident) for confident in (False, True))
+    assert loose.drop <= 3 and strict.interval[1] <= 3 and strict.bytes[1] >= loose.bytes[1]
+
+
+def test_few_evaluations_for_eight_layers(fresh):
+    torch.manual_seed(0)
+    wide = [part for _ in range(6) for part in (nn.Linear(48, 48), nn.ReLU())]
+    model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), *wide, nn.Linear(48, 10)).eval()
+    found = compress(model, fresh[0], max_drop=5.0)
+    assert len(found.curves) == 8 and found.evaluations <= 4 + 2 * 8
+    assert found.metric == "agreement"
+    assert compress(nn.Sequential(nn.Linear(64, 10)).eval(), fresh[0], max_drop=5.0).evaluations <= 6
+
+
+def test_same_seed_same_data_same_plan(trained, fresh):
+    first, second = (compress(trained, fresh, max_drop=1.0, seed=3).plan.to_json() for _ in range(2))
+    assert first == second
+
+
+def test_ones_own_measure(trained, fresh, files):
+    def loss(model):
+        assert isinstance(model, (nn.Module, Path))
+        if isinstance(model, Path):
+            return 100 - slrprop.measure(model, fresh).accuracy
+        return nn.functional.cross_entropy(model(fresh[0]), fresh[1]).item()
+
+    found = compress(trained, fresh, max_drop=0.05, evaluate=loss, lower_is_better=True)
+    assert found.quality[1] == pytest.approx(loss(found.model)) and found.quality[1] <= found.quality[0] + 0.05
+    assert compress(*files, max_drop=1.0, evaluate=loss, lower_is_better=True).drop <= 1.0
+
+
+def test_regression_without_labels(digits):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 60), nn.Tanh(), nn.Linear(60, 1)).eval()
+    found = compress(model, digits[0], max_drop=0.01)
+    assert found.metric == "squared_error" and found.quality[0] == 0 and found.drop <= 0.01
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "no budget was given; state max_drop, max_bytes or max_latency"),
+        ({"max_bytes": "many"}, "max_bytes must be a positive number, like 300000, '300KB' or '25%', got 'many'"),
+        ({"max_bytes": "-5%"}, "max_bytes must be a positive number"),
+        ({"max_latency": "3"}, "max_latency is a share of the original's, like '50%'"),
+        ({"max_drop": 1, "metric": "f1"}, "metric must be one of accuracy, agreement, squared_error, got 'f1'"),
+        ({"max_drop": 1, "methods": {"magic": {}}}, "method must be one of"),
+    ],
+)
+def test_wrong_budgets(trained, fresh, settings, message):
+    with pytest.raises(SlrpropError, match=message):
+        compress(trained, fresh, **settings)
+
+
+def test_data_that_can_not_be_kept_apart(trained, fresh):
+    with pytest.raises(SlrpropError, match="the DataLoader shuffles"):
+        compress(trained, DataLoader(TensorDataset(*fresh), 64, shuffle=True), max_drop=1)
+    with pytest.raises(SlrpropError, match="the data has one sample"):
+        compress(trained, (fresh[0][:1], fresh[1][:1]), max_drop=1)
+    with pytest.raises(SlrpropError, match="'accuracy' needs labels"):
+        compress(trained, fresh[0], max_drop=1, metric="accuracy")
+    assert compress(trained, DataLoader(TensorDataset(*fresh), 64), max_drop=1).met
+
+
+def test_halves_are_disjoint_and_whole(fresh):
+    x = torch.arange(101.0)[:, None]
+    first, second = (torch.cat([batch.inputs[0] for batch in part]) for part in Data((x, None), 7).split(5))
+    assert sorted([*first[:, 0].tolist(), *second[:, 0].tolist()]) == x[:, 0].tolist()
+
+
+def test_sizes():
+    assert [parse_size(text, 2000, "x") for text in (5, "300KB", "1.5mb", "25%", "7 B")] == [
+        5,
+        300_000,
+        1_500_000,
+        500,
+        7,
+    ]
+
+
+def test_ranks_pay():
+    assert ranks_for(10, 10) == [1, 2, 3, 4] and ranks_for(1, 9) == []
+    assert all(rank * 30 < 200 for rank in ranks_for(10, 20))
+
+
+def test_hull_is_convex_and_keeps_the_ends():
+    points = [(100, 0.0), (80, 0.1), (70, 0.5), (60, 0.2), (20, 0.9), (20, 0.8), (50, 0.9)]
+    kept = [(c.bytes, c.error) for c in hull([Candidate(*point) for point in points])]
+    assert kept == [(100, 0.0), (60, 0.2), (20, 0.8)] or kept == [(100, 0.0), (80, 0.1), (60, 0.2), (20, 0.8)]
+
+
+@pytest.mark.parametrize(("lost", "won", "least"), [(0.02, 0.005, 0.92), (0.1, 0.05, 0.92), (0.002, 0.0, 0.84)])
+def test_intervals_cover_the_truth(lost, won, least):
+    """About 95 of 100 intervals hold the true drop; fewer where one sample in 500 decides, but never none."""
+    generator = torch.Generator().manual_seed(0)
+    inside = 0
+    for _ in range(300):
+        u = torch.rand(1000, generator=generator)
+        low, high = interval_of(100 * ((u < lost).double() - (u > 1 - won).double()), True)
+        inside += low <= 100 * (lost - won) <= high
+    assert inside / 300 >= least
+
+
+KILLED = """
+import sys
+from slrprop.cli import main
+sys.argv = ["slrprop", "compress", *sys.argv[1:]]
+main()
+"""
+
+
+def test_killed_runs_go_on_to_the_same_plan(files, tmp_path):
+    """SIGKILL at random moments: the output is absent or whole, and the last run ends like one that was never killed."""
+    model, data = map(str, files)
+
+    def start(folder, output):
+        arguments = [
+            model,
+            "--calibration",
+            data,
+            "--max-drop",
+            "1",
+            "--run-dir",
+            str(folder),
+            "-o",
+            str(output),
+            "--json",
+        ]
+        return subprocess.Popen(
+            [sys.executable, "-c", KILLED, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+
+    whole = start(tmp_path / "whole", tmp_path / "whole.onnx")
+    began = time.perf_counter()
+    right = json.loads(whole.communicate(timeout=120)[0])
+    needed = time.perf_counter() - began
+    moments = random.Random(0)
+    for _ in range(4):
+        run = start(tmp_path / "killed", tmp_path / "killed.onnx")
+        time.sleep(needed * moments.uniform(0.4, 0.95))
+        run.send_signal(signal.SIGKILL)
+        run.communicate()
+        if (tmp_path / "killed.onnx").exists():
+            assert (tmp_path / "killed.onnx").read_bytes() == (tmp_path / "whole.onnx").read_bytes()
+    last = json.loads(start(tmp_path / "killed", tmp_path / "killed.onnx").communicate(timeout=120)[0])
+    assert last["plan"] == right["plan"]
+    assert (tmp_path / "killed.onnx").read_bytes() == (tmp_path / "whole.onnx").read_bytes()
+
+
+def test_a_log_cut_off_by_a_kill_is_read(trained, fresh, tmp_path):
+    first = compress(trained, fresh, max_drop=1.0, run_dir=tmp_path)
+    log = tmp_path / "measured.jsonl"
+    log.write_text(log.read_text()[:-30])
+    again = compress(trained, fresh, max_drop=1.0, run_dir=tmp_path)
+    assert again.plan == first.plan and isinstance(again.plan, Plan)
