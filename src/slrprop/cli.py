@@ -298,7 +298,13 @@ def demo(output: Output = Path("build/demo"), as_json: Json = False) -> None:
         f"Smallest file within 1 point of the original on the choosing part: {best.name}: {original.bytes / best.bytes:.1f}x smaller, "
         f"{original.latency / best.latency:.1f}x faster, test accuracy {original.testing:.1f} -> {best.testing:.1f} %."
     )
-    typer.echo(f"Written: {output / 'demo.onnx'}, {output / 'demo.png'}")
+    typer.echo(
+        f"Written: {', '.join(str(output / name) for name in ('demo.onnx', 'demo.png', 'original.onnx', 'data.npz'))}"
+    )
+    typer.echo(
+        f"Next: slrprop compress {output / 'original.onnx'} --calibration {output / 'data.npz'} --max-drop 0.5 "
+        "-o small.onnx --report report.html"
+    )
 
 
 @paper.command("run")

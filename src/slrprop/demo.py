@@ -62,6 +62,8 @@ def train(x: Tensor, y: Tensor) -> nn.Module:
 def run(output: Path) -> tuple[list[Row], Row]:
     """Train, compress, measure; write the smallest good network and the figure to ``output``.
 
+    The original network and the samples it was not trained on lie beside them, for ``slrprop compress``.
+
     Returns:
         All rows, the original first, and the chosen one: the smallest file that loses at most one point of
         accuracy on the choosing part.
@@ -92,8 +94,11 @@ def run(output: Path) -> tuple[list[Row], Row]:
             )
         good = [row for row in rows if row.choosing >= rows[0].choosing - ALLOWED_DROP]
         best = min(good, key=lambda row: row.bytes)
-        with replacing(output / "demo.onnx") as part:
-            part.write_bytes(files[best.name].read_bytes())
+        for name, chosen in (("original.onnx", "original"), ("demo.onnx", best.name)):
+            with replacing(output / name) as part:
+                part.write_bytes(files[chosen].read_bytes())
+    with replacing(output / "data.npz") as part, open(part, "wb") as file:
+        np.savez(file, x=x[TRAIN:].numpy(), targets=y[TRAIN:].numpy())
     with replacing(output / "demo.png") as part:
         _figure(rows, best).savefig(part, dpi=120, format="png")
     return rows, best

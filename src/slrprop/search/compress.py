@@ -93,6 +93,8 @@ def compress(
         raise SlrpropError("no budget was given; state max_drop, max_bytes or max_latency")
     run.explore(layers)
     at, feasible = run.choose(budget)
+    if budget.max_latency is not None and run.leave_slower_dense(at):
+        at, feasible = run.choose(budget)
     check = Judge(model, check_part, judge.metric, evaluate)
     before = check.quality(door.realise(empty), check.original)
     evaluations, tried = 0, set()
@@ -217,10 +219,32 @@ class _Search:
             if middle.layer is not None and middle.error > 0:
                 alone = Plan((middle.layer,))
                 sensitivity[name] = max(self.evaluate(alone).divergence, 1e-12) / middle.error
-        weights = sum(network.weight(name).nbytes for name in names)
-        feeds = feeds_between(network, names)
-        rest = self.door.size(self.door.realise(Plan(()))) - weights
-        self.points = path_of(hulls, sensitivity, feeds, rest)
+        self._make_path()
+
+    def _make_path(self) -> None:
+        network, names = self.problem.network, tuple(self.curves)
+        hulls = {name: hull(found) for name, found in self.curves.items()}
+        rest = self.door.size(self.door.realise(Plan(()))) - sum(network.weight(name).nbytes for name in names)
+        self.points = path_of(hulls, self.sensitivity, feeds_between(network, names), rest)
+
+    def leave_slower_dense(self, at: int) -> bool:
+        """Take from the path every layer whose form at this point runs slower alone than the original network."""
+        plan = self.points[at].plan
+        alone = {layer.name: replace(plan, layers=(layer,)) for layer in plan.layers}
+
+        def measure() -> dict[str, float]:
+            return self.door.latencies({"": Plan(()), **alone})
+
+        times = self.log.get(self._key("layers", plan), measure)
+        slower = [name for name in alone if times[name] > times[""]]
+        for name in slower:
+            self.curves[name] = self.curves[name][:1]
+            self.left_dense = self.left_dense | {
+                name: f"its form ran {times[name] / times['']:.2f} times as long as the original network"
+            }
+        if slower:
+            self._make_path()
+        return bool(slower)
 
     def observed(self, plan: Plan) -> dict[str, Observed]:
         """What is known of every layer that has candidates, now that this plan was chosen."""
