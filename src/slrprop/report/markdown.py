@@ -64,7 +64,7 @@ def _points(facts: dict[str, Any]) -> str:
     command = facts["points"][facts["chosen"]]["command"] if facts["points"] else ""
     return (
         _table(header, rows)
-        + f"\n\nThe command of the chosen point; put the bytes of another point to get that one:\n\n```\n{command}\n```"
+        + f"\n\nThe command of the chosen point; put the bytes of another measured point to get that one, or a little more than those of a predicted one:\n\n```\n{command}\n```"
     )
 
 
