@@ -28,7 +28,7 @@ def text(facts: dict[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     """Text that Markdown takes as it is."""
-    return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", str(value)).replace("\n", " ")
+    return re.sub(r"([\\`*<>\[\]|]|(?<!\w)_|_(?!\w))", r"\\\1", str(value)).replace("\n", " ")
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
