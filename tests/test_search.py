@@ -243,6 +243,7 @@ def test_a_log_cut_off_by_a_kill_is_read(trained, fresh, tmp_path):
 
 def test_a_layer_that_runs_slower_stays_dense(trained, fresh, monkeypatch):
     """Latency is a goal, and layer '2' in any factored form is timed slower than the original."""
+
     def slow(self, plans, repetitions=50):
         weigh = {name: {layer.name for layer in plan.layers} for name, plan in plans.items()}
         return {name: 1e-3 * (1 + ("2" in layers) - 0.3 * ("0" in layers)) for name, layers in weigh.items()}

@@ -133,8 +133,9 @@ def _points(c: Compression, command: str | Sequence[str], layers: list[dict[str,
     found = []
     for index, point in enumerate(c.points):
         plans = {layer.name: layer for layer in point.plan.layers}
-        measured = None if point.measured is None else point.measured.bytes
-        exact = {0: c.bytes[0], c.chosen: c.bytes[1]}.get(index, measured)
+        exact = {0: c.bytes[0], c.chosen: c.bytes[1]}.get(
+            index, None if point.measured is None else point.measured.bytes
+        )
         reached = point.predicted_bytes if exact is None else exact
         room = 0
         if exact is None:

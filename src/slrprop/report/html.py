@@ -135,6 +135,7 @@ the diamonds, with the 95 % interval of the drop, are from the check part. Below
 <input id="step" type="range" min="0" max="{last}" step="1" value="{facts["chosen"]}">
 <dl id="picked"></dl>
 <div class="command"><code id="command"></code><button type="button" id="copy">Copy</button></div>
+<p class="note" id="about" hidden>This plan was not measured: its bytes are predicted, so its command can lead to a plan next to it, and of the very smallest plans to a budget just missed.</p>
 <div class="scroll" tabindex="0"><table id="plan"></table></div></div></section>"""
 
 

@@ -28,7 +28,7 @@ def text(facts: dict[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     """Text that Markdown takes as it is."""
-    return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", str(value)).replace("\n", " ")
+    return re.sub(r"([\\`*<>\[\]|]|(?<!\w)_|_(?!\w))", r"\\\1", str(value)).replace("\n", " ")
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -64,7 +64,7 @@ def _points(facts: dict[str, Any]) -> str:
     command = facts["points"][facts["chosen"]]["command"] if facts["points"] else ""
     return (
         _table(header, rows)
-        + f"\n\nThe command of the chosen point; put the bytes of another point to get that one:\n\n```\n{command}\n```"
+        + f"\n\nThe command of the chosen point; put the bytes of another measured point to get that one, or a little more than those of a predicted one:\n\n```\n{command}\n```"
     )
 
 

@@ -124,6 +124,7 @@
       node.textContent = word;
       return at ? [" ", node] : [node];
     }));
+    el("about").hidden = point.exact;
     const table = el("plan"), row = (cells, tag, changed) => {
       const tr = document.createElement("tr");
       cells.forEach((text, at) => {

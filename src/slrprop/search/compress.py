@@ -201,7 +201,6 @@ class _Search:
 
     def explore(self, layers: str | list[str] | None) -> None:
         """Candidates of every layer, their sensitivities, and the path they make."""
-        network = self.problem.network
         probe = plan_problem(self.problem, "svd", layers, rank=1)
         names = tuple(layer.name for layer in probe.layers)
         if not names:
