@@ -222,9 +222,8 @@ class _Search:
 
     def _make_path(self) -> None:
         network, names = self.problem.network, tuple(self.curves)
-        hulls = {name: hull(found) for name, found in self.curves.items()}
         rest = self.door.size(self.door.realise(Plan(()))) - sum(network.weight(name).nbytes for name in names)
-        self.points = path_of(hulls, self.sensitivity, feeds_between(network, names), rest)
+        self.points = path_of(self.curves, self.sensitivity, feeds_between(network, names), rest)
 
     def leave_slower_dense(self, at: int) -> bool:
         """Take from the path every layer whose form at this point runs slower alone than the original network."""

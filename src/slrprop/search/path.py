@@ -1,5 +1,6 @@
 """Every layer's candidates, and the path of plans they make from the original to the smallest network."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from slrprop.plan import LayerPlan, Plan
 
 DEFAULT_METHODS: dict[str, dict[str, Any]] = {"svd": {}, "slr": {"criterion": "weight"}}
 CALIBRATION_ROWS = 512  # inputs of each layer that predictions are made from
+LEAST_STEP = 4096  # bytes between two points of one layer: more than a file needs around its numbers
 WIDE_RANKS = 256  # highest rank tried on layers with more than 2048 neurons on both sides
 
 
@@ -107,18 +109,40 @@ def _slope(larger: Candidate, smaller: Candidate) -> float:
     return (smaller.error - larger.error) / (larger.bytes - smaller.bytes)
 
 
+def frontier(candidates: list[Candidate]) -> list[tuple[Candidate, float]]:
+    """All candidates that none beats in both bytes and error, from the dense one down, each with its hull edge's slope.
+
+    The slopes order the layers' moves; the points between two corners of the hull make the steps small.
+    """
+    corners = hull(candidates)
+    found = [(corners[0], 0.0)]
+    for larger, smaller in itertools.pairwise(corners):
+        between = [c for c in candidates if smaller.bytes < c.bytes < larger.bytes]
+        best: list[Candidate] = []
+        for candidate in sorted(between, key=lambda c: (c.bytes, c.error)):
+            if candidate.error < (best[-1].error if best else smaller.error):
+                best.append(candidate)
+        gap, slope = max(LEAST_STEP, corners[0].bytes // 50), _slope(larger, smaller)
+        for candidate in reversed(best):
+            if found[-1][0].bytes - candidate.bytes >= gap <= candidate.bytes - smaller.bytes:
+                found.append((candidate, slope))
+        found.append((smaller, slope))
+    return found
+
+
 def path_of(
-    hulls: Mapping[str, list[Candidate]], sensitivity: Mapping[str, float], feeds: dict[str, str], rest: int
+    candidates: Mapping[str, list[Candidate]], sensitivity: Mapping[str, float], feeds: dict[str, str], rest: int
 ) -> list[Point]:
-    """Plans from the original to the smallest, one layer moving one step along its hull at a time.
+    """Plans from the original to the smallest, one layer moving one step along its frontier at a time.
 
     Args:
         rest: bytes of everything but these layers' weights.
     """
-    place = dict.fromkeys(hulls, 0)
+    steps = {name: frontier(found) for name, found in candidates.items()}
+    place = dict.fromkeys(steps, 0)
 
     def point(step: int) -> Point:
-        chosen = {name: hulls[name][at] for name, at in place.items()}
+        chosen = {name: steps[name][at][0] for name, at in place.items()}
         layers = tuple(candidate.layer for candidate in chosen.values() if candidate.layer is not None)
         planned = {layer.name for layer in layers}
         near = {first: second for first, second in feeds.items() if first in planned or second in planned}
@@ -128,9 +152,9 @@ def path_of(
     points = [point(0)]
     while True:
         moves = [
-            (sensitivity[name] * _slope(hulls[name][at], hulls[name][at + 1]), name)
+            (sensitivity[name] * steps[name][at + 1][1], name)
             for name, at in place.items()
-            if at + 1 < len(hulls[name])
+            if at + 1 < len(steps[name])
         ]
         if not moves:
             return points
