@@ -20,7 +20,8 @@ from slrprop.network import open_network
 from slrprop.network.base import Network, fingerprint
 from slrprop.network.onnx import OnnxNetwork
 from slrprop.network.onnx_file import OnnxFile
-from slrprop.network.onnx_rewrite import Parity, rewritten, write
+from slrprop.network.onnx_parity import Parity, write
+from slrprop.network.onnx_rewrite import rewritten
 from slrprop.network.torch import dense_modules, swapped
 from slrprop.plan import LayerPlan, Plan, pack
 
@@ -239,7 +240,7 @@ def realised(model: Model, plan: Plan) -> nn.Module | OnnxFile:
         return _apply_module(model, plan)
     network = OnnxNetwork(model, None)
     _, moved, orders = _file_forms(network, plan)
-    return rewritten(network, moved, orders)
+    return rewritten(network.file, network.graph, moved, orders)
 
 
 def _file_forms(network: OnnxNetwork, plan: Plan) -> tuple[dict[str, Factors], dict[str, Factors], dict[str, Tensor]]:

@@ -18,6 +18,7 @@ from slrprop.network.chain import Chain, Linear, fold
 from slrprop.network.onnx_constants import tensor_of
 from slrprop.network.onnx_file import OnnxFile, Session
 from slrprop.network.onnx_graph import Dense, Graph
+from slrprop.network.onnx_rewrite import rewritten
 from slrprop.network.onnx_tensors import reading
 
 STACKED = 1 << 22  # numbers of a layer's changed outputs that are run at once
@@ -108,9 +109,8 @@ class OnnxNetwork(Network):
         return None if bias is None else tensor_of(bias)
 
     def with_weights(self, weights: dict[str, Tensor], data: Data) -> "OnnxNetwork":
-        from slrprop.network.onnx_rewrite import rewritten
-
-        return OnnxNetwork(rewritten(self, {name: DenseFactors(weight) for name, weight in weights.items()}, {}), data)
+        forms = {name: DenseFactors(weight) for name, weight in weights.items()}
+        return OnnxNetwork(rewritten(self.file, self.graph, forms, {}), data)
 
     def _fixed_batch(self) -> int | None:
         """The batch size that the model insists on; None where it is open."""

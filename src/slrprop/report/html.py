@@ -8,7 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from slrprop.errors import SlrpropError
-from slrprop.report.words import milliseconds, quality, short_size, times
+from slrprop.report.words import LAYER_COLUMNS, milliseconds, quality, short_size, times
 
 # the browser itself then refuses everything that is not in the file
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
@@ -140,16 +140,6 @@ the diamonds, with the 95 % interval of the drop, are from the check part. Below
 
 
 def _layers(facts: dict[str, Any]) -> str:
-    header = [
-        "layer",
-        "shape",
-        "form",
-        "bytes before",
-        "bytes after",
-        "compression_rate",
-        "relative error",
-        "sensitivity",
-    ]
     rows, parts = [], []
     saved = [layer["before"] - layer["after"] for layer in facts["layers"]]
     most = max(saved, default=0)
@@ -177,6 +167,6 @@ def _layers(facts: dict[str, Any]) -> str:
 <figure><figcaption>Relevance of the neurons, sorted ({escape(layer["criterion"] or "unknown")})</figcaption><div class="plot" data-chart="relevance"></div></figure>
 <figure><figcaption>Rows and columns at full rank</figcaption><div class="kept" data-chart="kept"></div></figure></div></details>""")
     left = _table(["layer without candidates", "why"], facts["left_dense"].items()) if facts["left_dense"] else ""
-    return f"""<section id="layers"><h2>Layers</h2>{_table(header, rows)}{left}
+    return f"""<section id="layers"><h2>Layers</h2>{_table(LAYER_COLUMNS, rows)}{left}
 <p class="note">Shape is inputs x outputs: rows of the weight belong to inputs, columns to outputs. compression_rate is stored numbers / original numbers.
 Sensitivity is the damage predicted per unit of relative error.</p>{"".join(parts)}</section>"""

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
-from slrprop.report.words import quality, short_size
+from slrprop.report.words import LAYER_COLUMNS, quality, short_size
 
 
 def text(facts: dict[str, Any]) -> str:
@@ -69,16 +69,6 @@ def _points(facts: dict[str, Any]) -> str:
 
 
 def _layers(facts: dict[str, Any]) -> str:
-    header = [
-        "layer",
-        "shape",
-        "form",
-        "bytes before",
-        "bytes after",
-        "compression_rate",
-        "relative error",
-        "sensitivity",
-    ]
     rows = [
         (
             layer["name"],
@@ -92,7 +82,7 @@ def _layers(facts: dict[str, Any]) -> str:
         )
         for layer in facts["layers"]
     ]
-    return _table(header, rows)
+    return _table(LAYER_COLUMNS, rows)
 
 
 def _layer(layer: dict[str, Any]) -> str:

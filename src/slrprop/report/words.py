@@ -25,6 +25,17 @@ REPLACED = (
     "--report",
 )  # of a command, with their values
 
+LAYER_COLUMNS = (
+    "layer",
+    "shape",
+    "form",
+    "bytes before",
+    "bytes after",
+    "compression_rate",
+    "relative error",
+    "sensitivity",
+)
+
 
 def size(count: int) -> str:
     """Bytes, exact and rounded."""

@@ -1,0 +1,148 @@
+"""Writing rewritten ONNX models once their outputs were compared with the factors' mathematics."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from slrprop.data import Data
+from slrprop.errors import SlrpropError
+from slrprop.factors import Dense, Factors, LowRank, SparseLowRank
+from slrprop.network.onnx import Feed, OnnxNetwork, input_dtype
+from slrprop.network.onnx_file import OnnxFile, Session
+from slrprop.network.onnx_rewrite import rewritten
+
+TOLERANCE = {np.dtype(np.float16): 2e-2}  # of the largest output; sums in another order
+FLOAT_TOLERANCE = 1e-4
+SAMPLES = 16  # compared
+SIDES = (8, 32, 224)  # tried in turn for open axes of made-up inputs
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a written file's outputs are from those of the original graph with the same factors multiplied out.
+
+    ``outputs`` has the largest absolute difference of each output of real numbers; of others, the share of entries
+    that differ.
+    """
+
+    outputs: dict[str, float]
+    tolerance: float
+
+
+def stored_as(form: Factors, dtype: np.dtype) -> Factors:
+    """The factors with the rounding that storing them in the layer's type brings, as float32 for float16."""
+    if dtype != np.float16:
+        return form
+
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor.half().float()
+
+    if isinstance(form, LowRank):
+        return LowRank(rounded(form.left), rounded(form.right))
+    if isinstance(form, SparseLowRank):
+        left, right = (tuple(map(rounded, blocks)) for blocks in (form.left, form.right))
+        return SparseLowRank(left, right, form.row_levels, form.column_levels)
+    return form
+
+
+def write(
+    network: OnnxNetwork,
+    forms: Mapping[str, Factors],
+    new_forms: Mapping[str, Factors],
+    orders: Mapping[str, Tensor],
+    path: str | Path,
+    data: Data | None,
+) -> Parity:
+    """Write the model with new factors, after its outputs were compared with those of the multiplied-out factors.
+
+    Args:
+        forms: the layers' factors, in the original order of neurons.
+        new_forms: what is written, neighbours included, in the order of ``orders``.
+        data: what to compare on, its first samples; made-up inputs without it.
+
+    Raises:
+        SlrpropError: the outputs differ, the model can't be run, or the file can't be written; none is left then.
+    """
+    dtypes = {name: network.graph.constants[network.layer(name).weight].dtype for name in forms}
+    plain = rewritten(
+        network.file,
+        network.graph,
+        {name: Dense(stored_as(form, dtypes[name]).dense()) for name, form in forms.items()},
+        {},
+    )
+    outputs = [value.name for value in network.file.proto.graph.output]
+    if any(value.type.WhichOneof("value") not in (None, "tensor_type") for value in network.file.proto.graph.output):
+        outputs.append(network.graph.main)  # the numbers behind a map of class names
+    feed, want = _example(network, plain.session(outputs), data)
+    del plain
+    tolerance = max((TOLERANCE.get(dtype, FLOAT_TOLERANCE) for dtype in dtypes.values()), default=FLOAT_TOLERANCE)
+    found: dict[str, float] = {}
+    flaw = network.file.flaw()  # the runtime takes models that the checker does not
+
+    def check(file: OnnxFile) -> None:
+        new_flaw = file.flaw()
+        if new_flaw and not flaw:
+            raise SlrpropError(f"the new file does not pass onnx.checker: {new_flaw}; nothing was written")
+        got = file.session(outputs).run(feed)
+        for name in outputs:
+            if isinstance(want[name], np.ndarray):
+                found[name] = _difference(name, want[name], got[name], tolerance)
+
+    rewritten(network.file, network.graph, new_forms, orders).save(path, check)
+    return Parity(found, tolerance)
+
+
+def _difference(name: str, want: np.ndarray, got: np.ndarray, tolerance: float) -> float:
+    if want.shape != got.shape or want.dtype != got.dtype:
+        raise SlrpropError(
+            f"output '{name}' of the new file has shape {got.shape} instead of {want.shape}; nothing was written"
+        )
+    if want.dtype.kind != "f":
+        return float((want != got).mean()) if want.size else 0.0
+    a, b = want.astype(np.float64), got.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        apart = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
+    largest = float(apart.max(initial=0))
+    size = float(np.abs(a[np.isfinite(a)]).max(initial=0))
+    if not largest <= tolerance * max(1.0, size):
+        raise SlrpropError(
+            f"output '{name}' of the new file differs from the factors' values by {largest:.3g}; nothing was written"
+        )
+    return largest
+
+
+def _example(network: OnnxNetwork, session: Session, data: Data | None) -> tuple[Feed, Feed]:
+    """Inputs to compare on, and the outputs for them."""
+    if data is not None:
+        batch = next(iter(data))
+        feed = network.feed(batch)
+        size = network.batch or SAMPLES
+        feed = {name: np.resize(array, (size, *array.shape[1:])) if network.batch and array.ndim else array[:size] for name, array in feed.items()}  # fmt: skip
+        return feed, network.run(session, feed)
+    reasons = []
+    for feed in made_up(network):
+        try:
+            return feed, network.run(session, feed)
+        except SlrpropError as error:
+            reasons.append(str(error))
+    raise SlrpropError(f"{reasons[0]}; give data to compare the outputs on (made-up inputs were tried)")
+
+
+def made_up(network: OnnxNetwork) -> Iterable[Feed]:
+    """Random inputs of the declared types and shapes; open axes are 2 samples and, one after another, some sizes."""
+    for side in SIDES:
+        random, feed = np.random.default_rng(0), {}
+        for value in network.graph.inputs:
+            kind = value.type.tensor_type
+            dtype = input_dtype(value) or np.dtype(np.float32)
+            shape = [
+                item.dim_value if item.dim_value > 0 else side if axis else 2
+                for axis, item in enumerate(kind.shape.dim)
+            ]
+            if np.prod(shape, dtype=object) > 1 << 28:
+                raise SlrpropError(f"input '{value.name}' of shape {tuple(shape)} is too large to make up; give data")
+            feed[value.name] = random.standard_normal(shape).astype(dtype) if dtype.kind == "f" else random.integers(0, 2, shape).astype(dtype)  # fmt: skip
+        yield feed
