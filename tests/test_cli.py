@@ -69,3 +69,8 @@ def test_the_demo_says_what_it_chose(monkeypatch, tmp_path):
     text = runner.invoke(cli.app, ["demo", "--output", str(tmp_path)]).stdout
     assert "svd, rank 2: 10.0x smaller, 5.0x faster, test accuracy 96.0 -> 95.5 %" in text
     assert json.loads(runner.invoke(cli.app, ["demo", "--json"]).stdout)["chosen"] == "svd, rank 2"
+
+
+def test_every_command_prints_json_on_request():
+    for command in cli.app.registered_commands + cli.paper.registered_commands:
+        assert "as_json" in command.callback.__annotations__, command.callback.__name__

@@ -308,7 +308,13 @@ def demo(output: Output = Path("build/demo"), as_json: Json = False) -> None:
 
 
 @paper.command("run")
-def paper_run(name: Name, seeds: Seeds = 10, data: DataFolder = None, run_dir: RunFolder = Path("runs/paper")) -> None:
+def paper_run(
+    name: Name,
+    seeds: Seeds = 10,
+    data: DataFolder = None,
+    run_dir: RunFolder = Path("runs/paper"),
+    as_json: Json = False,
+) -> None:
     """Train and sweep all methods and ranks; a second call goes on where the first one stopped.
 
     Example: slrprop paper run lenet5-mnist --seeds 10
@@ -318,7 +324,9 @@ def paper_run(name: Name, seeds: Seeds = 10, data: DataFolder = None, run_dir: R
     new = importlib.import_module("slrprop.paper.run").run(
         experiment, experiment.load_data(data), run_dir, seeds, store
     )
-    typer.echo(f"{new} new rows; all {len(store.results(name))} of {name} are in {run_dir / 'results.sqlite'}")
+    path, rows = run_dir / "results.sqlite", len(store.results(name))
+    told = {"experiment": name, "new": new, "rows": rows, "database": str(path)}
+    typer.echo(json.dumps(told) if as_json else f"{new} new rows; all {rows} of {name} are in {path}")
 
 
 def _results(name: str, run_dir: Path) -> tuple[Any, Any, Any]:
@@ -336,6 +344,7 @@ def paper_table(
     name: Name,
     output: Annotated[Path | None, typer.Option(help="Also write NAME.csv and NAME.md here.")] = None,
     run_dir: RunFolder = Path("runs/paper"),
+    as_json: Json = False,
 ) -> None:
     """Print our figures, mean ± deviation over seeds, and the published ones in brackets.
 
@@ -343,11 +352,11 @@ def paper_table(
     """
     experiment, found, results = _results(name, run_dir)
     lines = results.table(experiment, found)
-    _print(
-        lines[0],
-        lines[1:],
-        f"{name}: test set, % (published in brackets); rate: compression rate of {experiment.layers[0]}",
-    )
+    if as_json:
+        typer.echo(json.dumps([asdict(result) for result in found]).replace("NaN", "null"))
+    else:
+        title = f"{name}: test set, % (published in brackets); rate: compression rate of {experiment.layers[0]}"
+        _print(lines[0], lines[1:], title)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         results.write_csv(found, output / f"{name}.csv")
@@ -362,7 +371,9 @@ FIGURES = {
 
 
 @paper.command("figures")
-def paper_figures(output: Output = Path("docs/paper"), run_dir: RunFolder = Path("runs/paper")) -> None:
+def paper_figures(
+    output: Output = Path("docs/paper"), run_dir: RunFolder = Path("runs/paper"), as_json: Json = False
+) -> None:
     """Draw Figures 4 and 5 as PNG and SVG.
 
     Example: slrprop paper figures --output docs/paper
@@ -375,7 +386,8 @@ def paper_figures(output: Output = Path("docs/paper"), run_dir: RunFolder = Path
         drawn = results.figure(experiment, found, title)
         for kind in ("png", "svg"):
             drawn.savefig(output / f"{file}.{kind}", dpi=130, metadata={"Date": None} if kind == "svg" else None)
-        typer.echo(f"Written: {output / file}.png, .svg")
+    written = [str(output / f"{file}.{kind}") for file, _ in FIGURES.values() for kind in ("png", "svg")]
+    typer.echo(json.dumps(written) if as_json else f"Written: {', '.join(written)}")
 
 
 def main() -> None:
