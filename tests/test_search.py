@@ -1,6 +1,7 @@
 """Budgets: few evaluations, promises on fresh data, and runs that go on where they were killed."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -14,9 +15,10 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from typer.testing import CliRunner
 
 import slrprop
-from slrprop import BudgetError, SlrpropError, compress
+from slrprop import BudgetError, SlrpropError, cli, compress
 from slrprop.data import Data
 from slrprop.plan import Plan
 from slrprop.search import Candidate, hull
@@ -260,3 +262,69 @@ def test_a_layer_that_runs_slower_stays_dense(trained, fresh, monkeypatch):
     assert [layer.name for layer in found.plan.layers if layer.name == "2"] == []
     assert "0" in {layer.name for layer in found.plan.layers}
     assert found.left_dense["2"].startswith("its form ran 2.00 times as long as the original")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_drop": float("nan")}, "max_drop must be a finite number of points from 0, got nan"),
+        ({"max_drop": -1}, "max_drop must be a finite number of points from 0, got -1"),
+        ({"max_drop": "1"}, "max_drop must be a finite number of points from 0, got '1'"),
+        ({"max_bytes": "9" * 400}, "max_bytes must be a positive number"),
+        ({"max_bytes": "0.0001%"}, "max_bytes must be a positive number"),
+        ({"max_latency_ms": -1}, "max_latency_ms must be a positive number of milliseconds, got -1"),
+        ({"max_drop": 1, "methods": ["svd"]}, "methods must map names to settings"),
+        ({"max_drop": 1, "evaluate": lambda _: math.nan}, "evaluate must give a finite number, got nan"),
+        ({"max_drop": 1, "evaluate": len, "confident": True}, "confident needs an interval"),
+    ],
+)
+def test_budgets_that_make_no_sense_are_refused_at_once(trained, fresh, settings, message):
+    with pytest.raises(SlrpropError, match=message):
+        compress(trained, fresh, **settings)
+
+
+def test_float_targets_are_no_labels(trained, fresh):
+    with pytest.raises(
+        SlrpropError, match=r"targets of shape .* can't be compared with outputs .*; give class labels as integers"
+    ):
+        compress(trained, (fresh[0], fresh[1].float()), max_drop=1)
+    with pytest.raises(SlrpropError, match="metric 'agreement' needs two outputs or more"):
+        compress(
+            nn.Sequential(nn.Linear(64, 30), nn.Tanh(), nn.Linear(30, 1)), fresh[0], max_drop=1, metric="agreement"
+        )
+
+
+def test_methods_skip_what_they_can_not_treat(trained, fresh):
+    found = compress(trained, fresh, max_bytes="60%", methods={"slrprop": {}})
+    assert {layer.method for layer in found.plan.layers} == {"slrprop"}
+    assert len(found.curves["4"]) == 1  # the classifier's own layer
+
+
+def test_a_damaged_run_folder_is_read_as_far_as_it_goes(trained, fresh, tmp_path):
+    (tmp_path / "measured.jsonl").write_bytes(b'[1,2]\n3\nnull\n\xff\xfe\n{"a": {"b": "c"}}\n{"a": 5}\n')
+    assert compress(trained, fresh, max_drop=1.0, run_dir=tmp_path).met
+    with pytest.raises(SlrpropError, match=r"the run folder .* can't be used"):
+        compress(trained, fresh, max_drop=1.0, run_dir=tmp_path / "measured.jsonl" / "below")
+
+
+@pytest.mark.parametrize(
+    ("output", "report", "message"),
+    [
+        ("missing/small.onnx", "r.html", "small.onnx' can't be written: its folder does not exist"),
+        ("small.txt", "r.html", "small.txt' must end in .onnx"),
+        ("small.onnx", "r.pdf", "r.pdf' must end in .html or .md"),
+        ("model.onnx", "r.md", "model.onnx' is the model itself, which stays as it is"),
+    ],
+)
+def test_paths_are_looked_at_before_the_work(files, tmp_path, output, report, message):
+    model, data = files
+    (tmp_path / "model.onnx").hardlink_to(model)
+    command = ["compress", str(tmp_path / "model.onnx"), "--calibration", str(data), "--max-drop", "1"]
+    result = CliRunner().invoke(cli.app, [*command, "-o", str(tmp_path / output), "--report", str(tmp_path / report)])
+    assert message in str(result.exception) and isinstance(result.exception, SlrpropError)
+
+
+def test_latency_of_a_file_with_a_fixed_batch(trained, fresh, tmp_path):
+    slrprop.export_onnx(trained, tmp_path / "eight.onnx", fresh[0][:8], dynamic_batch=False)
+    found = compress(tmp_path / "eight.onnx", fresh, max_latency="1000%")
+    assert found.met and found.latency[0] > 0

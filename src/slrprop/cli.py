@@ -24,7 +24,7 @@ app.add_typer(paper, name="paper")
 
 Name = Annotated[str, typer.Argument(help="lenet5-mnist or room-mlp")]
 DataFolder = Annotated[
-    Path | None, typer.Option("--data", help="Folder with the data sets [default: $SLRPROP_DATA, else download].")
+    Path | None, typer.Option("--data", help="Folder with the data sets; default: $SLRPROP_DATA, else downloaded.")
 ]
 RunFolder = Annotated[Path, typer.Option("--run-dir", help="Folder for trained networks and results.")]
 Output = Annotated[Path, typer.Option("--output", help="Folder to write to.")]
@@ -194,6 +194,18 @@ def measure(
     _print(["file", *next(iter(found.values()))], rows)
 
 
+def _writable(path: Path, suffixes: tuple[str, ...], model: Path) -> None:
+    """Find out before the work whether a file can be written there."""
+    if path.suffix.lower() not in suffixes:
+        raise SlrpropError(f"'{path}' must end in {' or '.join(suffixes)}")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise SlrpropError(
+            f"'{path}' can't be written: {'it is a folder' if path.is_dir() else 'its folder does not exist'}"
+        )
+    if path.exists() and model.exists() and path.samefile(model):
+        raise SlrpropError(f"'{path}' is the model itself, which stays as it is; name another file")
+
+
 @app.command()
 def compress(
     model: OnnxFile,
@@ -214,16 +226,22 @@ def compress(
     report: Annotated[Path | None, typer.Option(help="Write an .html or .md report.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Find the smallest ONNX file within a budget, and prove it on data the search did not see.
+    """Compress an ONNX file within a budget, checked on data the search did not see.
+
+    With --max-drop: the smallest file found. With bytes or latency alone: the plan predicted nearest to the original.
 
     Exit codes: 0 written, 1 a mistake, 2 a misspelt command, 3 the budget can't be met (no ONNX file is written).
 
     Example: slrprop compress model.onnx --calibration data.npz --max-drop 0.5 -o small.onnx --report report.html
     """
-    search = importlib.import_module("slrprop.search")
+    _writable(output, (".onnx",), model)
     if report is not None:
+        _writable(report, (".html", ".md"), model)
+        if report.suffix == ".html":
+            _extra("plotly", "report")
         write_report = importlib.import_module("slrprop.report").write_report
         command = ["slrprop", *sys.argv[1:]]
+    search = importlib.import_module("slrprop.search")
     try:
         found = search.compress(
             model, calibration, max_drop=max_drop, max_bytes=max_bytes, max_latency_ms=max_latency_ms, max_latency=max_latency,
@@ -245,9 +263,7 @@ def compress(
         return
     typer.echo(str(found.plan) or "every layer stays as it is")
     typer.echo(str(found))
-    typer.echo(
-        f"Written: {output}; its outputs are at most {max(parity.outputs.values()):.1e} from the factors' values"
-    )
+    typer.echo(f"Written: {output}; it computes what the plan says to within {max(parity.outputs.values()):.1e}")
     if report is not None:
         typer.echo(f"Report: {report}")
 
@@ -397,3 +413,6 @@ def main() -> None:
     except (SlrpropError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command with the same --run-dir goes on where it stopped", err=True)
+        sys.exit(130)

@@ -146,6 +146,10 @@ class Data:
                 raise SlrpropError(
                     "the DataLoader shuffles, so its samples can't be kept apart; give one with shuffle=False"
                 )
+            if isinstance(self._loader, Sized) and len(self._loader) < 2:
+                raise SlrpropError(
+                    "the data has one batch; a search needs two or more, some to choose by and others to check on"
+                )
             return Data(_EveryOther(self._loader, 0)), Data(_EveryOther(self._loader, 1))
         count = len(next(iter(self._arrays.values())))
         if count < 2:

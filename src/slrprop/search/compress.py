@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from slrprop.data import open_data
 from slrprop.errors import SlrpropError
 from slrprop.methods import Problem
 from slrprop.plan import Plan
-from slrprop.search.judge import Door, Judge, Log, interval_of
+from slrprop.search.judge import Door, Judge, Log
 from slrprop.search.observed import Observed, observed
 from slrprop.search.path import (
     DEFAULT_METHODS,
+    LEAST_STEP,
     Candidate,
     Evaluation,
     Point,
@@ -51,7 +53,9 @@ def compress(
     seed: int = 0,
     run_dir: str | Path | None = None,
 ) -> Compression:
-    """The smallest network within a budget, its promise checked on data that the search did not see.
+    """The network that meets a budget, its promise checked on data that the search did not see.
+
+    With ``max_drop`` the smallest that was found; with bytes or latency alone the one predicted nearest to the original.
 
     Args:
         model: a torch module or the path of an ONNX file; untouched.
@@ -74,6 +78,16 @@ def compress(
         SlrpropError: no budget, unusable data or model.
     """
     start = time.perf_counter()
+    if max_drop is not None and (
+        isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not 0 <= float(max_drop) < math.inf
+    ):
+        raise SlrpropError(f"max_drop must be a finite number of points from 0, got {max_drop!r}")
+    if methods is not None and not isinstance(methods, Mapping):
+        raise SlrpropError(f"methods must map names to settings, like {{'svd': {{}}}}, got {methods!r}")
+    if confident and evaluate:
+        raise SlrpropError(
+            "confident needs an interval, which a measure of your own does not have; leave one of them out"
+        )
     opened = open_data(data)
     search_part, check_part = opened.split(seed)
     door = Door(model, search_part)
@@ -92,6 +106,7 @@ def compress(
     if not str(budget):
         raise SlrpropError("no budget was given; state max_drop, max_bytes or max_latency")
     run.explore(layers)
+    run.confident = confident
     at, feasible = run.choose(budget)
     if budget.max_latency is not None and run.leave_slower_dense(at):
         at, feasible = run.choose(budget)
@@ -105,12 +120,11 @@ def compress(
         evaluations += 1
         after = check.quality(made, outputs)
         drop = after - before if judge.lower_is_better else before - after
-        interval = (
-            (math.nan, math.nan) if evaluate else interval_of(check.drops(outputs), judge.metric != "squared_error")
-        )
+        interval = (math.nan, math.nan) if evaluate else check.interval(outputs)
         within = budget.max_drop is None or (interval[1] if confident else drop) <= budget.max_drop
         tried.add(at)
-        if within or not feasible or len(tried) > BACK_OFFS or at == 0:
+        spent = run.evaluations + evaluations + 1 >= 4 + 2 * max(8, len(run.curves))
+        if within or not feasible or len(tried) > BACK_OFFS or at == 0 or spent:
             break
         at = run.step_back(at)  # the promise did not hold on fresh data: half the damage
         feasible = run.fits(at, budget)
@@ -128,8 +142,8 @@ def compress(
     )  # fmt: skip
     if not result.met:
         raise BudgetError(
-            f"no plan was found for {budget}; the nearest has a drop of {drop:.2f} ({judge.metric}, 95 % interval {interval[0]:.2f} to "
-            f"{interval[1]:.2f}) at {result.bytes[1]:,} bytes; allow more, or give more methods or layers",
+            f"no plan was found for {budget}; the nearest has a drop of {drop:.2f} ({result.metric}{result.between()}) at "
+            f"{result.bytes[1]:,} bytes; allow more, or give more methods or layers",
             result,
         )
     return result
@@ -142,10 +156,11 @@ def parse_size(given: int | float | str, original: float, what: str) -> int:
         value = float(found.group(1)) if found else math.nan
     except ValueError:
         value = math.nan
-    if not value > 0 or found is None:
-        raise SlrpropError(f"{what} must be a positive number, like 300000, '300KB' or '25%', got {given!r}")
-    unit = found.group(2).lower().rstrip("b")
-    return int(value / 100 * original) if unit == "%" else int(value * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[unit])
+    unit = found.group(2).lower().rstrip("b") if found else ""
+    total = value * (original / 100 if unit == "%" else {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[unit])
+    if not 1 <= total < math.inf:
+        raise SlrpropError(f"{what} must be a positive number, like 300000, '300KB' or '25%', got {str(given)[:40]!r}")
+    return int(total)
 
 
 class _Search:
@@ -157,6 +172,7 @@ class _Search:
         self.door, self.judge, self.problem, self.log = door, judge, problem, log
         self.methods, self.seed = methods, seed
         self.evaluations = 1  # the original's
+        self.confident = False
         self.points: list[Point] = []
         self.curves: dict[str, list[Candidate]] = {}
         self.sensitivity: dict[str, float] = {}
@@ -177,8 +193,11 @@ class _Search:
             made = self.door.realise(plan)
             outputs = self.judge.outputs(made)
             quality, divergence = self.judge.quality(made, outputs), self.judge.divergence(outputs)
-            return asdict(Evaluation(quality, divergence, self.door.size(made)))
+            upper = math.nan if self.judge.own else self.judge.interval(outputs)[1]
+            return asdict(Evaluation(quality, divergence, self.door.size(made), upper))
 
+        if self.judge.own is not None:  # nobody knows whether the user's measure is still the same
+            return Evaluation(**measure())  # type: ignore[arg-type]
         return Evaluation(**self.log.get(self._key("quality", plan), measure))  # type: ignore[arg-type]
 
     def latency(self, plan: Plan) -> float:
@@ -190,7 +209,9 @@ class _Search:
         """The stricter of both, in seconds."""
         limits = []
         if milliseconds is not None:
-            limits.append(parse_size(f"{float(milliseconds) * 1e6:.0f}", 0, "max_latency_ms") / 1e9)
+            if not isinstance(milliseconds, Real) or not 0 < float(milliseconds) < math.inf:
+                raise SlrpropError(f"max_latency_ms must be a positive number of milliseconds, got {milliseconds!r}")
+            limits.append(float(milliseconds) / 1e3)
         if share is not None:
             if not str(share).strip().endswith("%"):
                 raise SlrpropError(
@@ -267,7 +288,9 @@ class _Search:
         return found
 
     def drop(self, at: int) -> float:
-        """How much worse than the original a point is on the search part."""
+        """How much worse than the original a point is on the search part; where asked, the upper end of that."""
+        if self.confident:
+            return self.measured(at).upper if self.points[at].plan.layers else 0.0
         change = self.measured(0).quality - self.measured(at).quality
         return -change if self.judge.lower_is_better else change
 
@@ -288,14 +311,16 @@ class _Search:
         """The point to promise, and whether it is in the budget on the search part."""
         last, layers = len(self.points) - 1, len(self.curves)
         if budget.max_drop is not None:
-            steps = 2 + 2 * layers - (layers if layers > 1 else 0)  # original and check are evaluations too
+            steps = 1 + layers if layers > 1 else 3  # the originals, sensitivities and the check are evaluations too
             at = self._bisect(0, last, lambda i: self.drop(i) <= float(budget.max_drop or 0), steps)
             return at, self.fits(at, budget)
         at = 0
         if budget.max_bytes is not None:
             limit = budget.max_bytes
-            at = next((i for i in range(last + 1) if self.points[i].predicted_bytes <= limit), last)
-            while at < last and self.measured(at).bytes > limit:  # the header of the file, and padding
+            # the header of the file differs from the original's, so start a little above
+            near = limit + LEAST_STEP // 2
+            at = next((i for i in range(last + 1) if self.points[i].predicted_bytes <= near), last)
+            while at < last and self.measured(at).bytes > limit:
                 at += 1
         if budget.max_latency is not None:
             slow = self._bisect(-1, last, lambda i: i < 0 or self.timed(i) > float(budget.max_latency or 0), 8)

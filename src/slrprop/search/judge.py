@@ -1,14 +1,18 @@
 """Measuring networks on one part of the data: quality, divergence, bytes, latency; kept on disk as it is made."""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -64,6 +68,10 @@ class Judge:
         self.targets = torch.cat([target for target in targets if target is not None]) if labelled else None
         self.metric = metric or self._usual()
         require_choice("metric", self.metric, METRICS)
+        if self.metric != "squared_error" and self.original.shape[1] < 2:
+            raise SlrpropError(
+                f"metric '{self.metric}' needs two outputs or more, and the network has one; use metric='squared_error'"
+            )
         if self.metric == "accuracy" and self.targets is None:
             raise SlrpropError("metric 'accuracy' needs labels, and the data has none; use metric='agreement'")
 
@@ -75,7 +83,13 @@ class Judge:
     def qualities(self, outputs: Tensor) -> Tensor:
         """The metric of every sample (p,): 100 or 0 for right or wrong answers, else the squared error."""
         if self.metric == "squared_error":
-            goal = self.original if self.targets is None else self.targets.reshape(len(outputs), -1).to(outputs)
+            goal = self.original if self.targets is None else self.targets.to(outputs)
+            if goal.numel() != outputs.numel():
+                raise SlrpropError(
+                    f"targets of shape {tuple(goal.shape)} can't be compared with outputs of shape {tuple(outputs.shape)}; "
+                    "give class labels as integers, or one real target per output"
+                )
+            goal = goal.reshape(outputs.shape)
             return (outputs - goal).square().sum(1).double()
         right = (
             check_labels(self.targets, outputs)
@@ -89,6 +103,10 @@ class Judge:
         change = self.qualities(outputs) - self.qualities(self.original)
         return change if self.metric == "squared_error" else -change
 
+    def interval(self, outputs: Tensor) -> tuple[float, float]:
+        """95 % interval of the drop."""
+        return interval_of(self.drops(outputs), self.metric != "squared_error")
+
     def divergence(self, outputs: Tensor) -> float:
         """Mean KL divergence from the original's outputs; mean squared distance where there are no classes."""
         loss: LossName = "squared" if self.metric == "squared_error" else "kl"
@@ -99,11 +117,17 @@ class Judge:
         if self.own is None:
             return float(self.qualities(outputs).mean())
         if isinstance(model, nn.Module):
-            return float(self.own(model))
+            return self._finite(self.own(model))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
             model.save(path, lambda _: None)
-            return float(self.own(path))
+            return self._finite(self.own(path))
+
+    @staticmethod
+    def _finite(value: Any) -> float:
+        if not isinstance(value, Real) or not math.isfinite(float(value)):
+            raise SlrpropError(f"evaluate must give a finite number, got {value!r}")
+        return float(value)
 
     def outputs(self, model: Any) -> Tensor:
         """The outputs (p x c) of another network on this part."""
@@ -118,13 +142,17 @@ class Log:
         self.known: dict[str, dict[str, float]] = {}
         self.path = None
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
             self.path = folder / "measured.jsonl"
-            for line in self.path.read_text().splitlines() if self.path.exists() else []:
-                try:
-                    self.known |= json.loads(line)
-                except ValueError:  # a line cut off by a kill
-                    continue
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+            except OSError as error:
+                raise SlrpropError(
+                    f"the run folder '{folder}' can't be used ({error.strerror}); name another with run_dir"
+                ) from error
+            for line in lines:
+                with contextlib.suppress(msgspec.MsgspecError):  # a line cut off by a kill
+                    self.known |= msgspec.json.decode(line, type=dict[str, dict[str, float]])
 
     def get(self, key: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """The measurement of that key, made now if it is not known."""
@@ -157,7 +185,7 @@ class Door:
             return sum(path.stat().st_size for path in Path(folder).iterdir())
 
     def latencies(self, plans: Mapping[str, Plan], repetitions: int = 50) -> dict[str, float]:
-        """Seconds for one sample in ONNX Runtime on one thread, all plans interleaved."""
+        """Seconds for one sample (one batch, where the file fixes its size) in ONNX Runtime on one thread, interleaved."""
         with tempfile.TemporaryDirectory() as folder:
             files = {}
             for index, (name, plan) in enumerate(plans.items()):
@@ -169,5 +197,10 @@ class Door:
                     made.save(files[name], lambda _: None)
             network = open_network(self.model, None)
             one = Batch(tuple(x[:1] for x in self.first.inputs), {k: v[:1] for k, v in self.first.named.items()}, None)
-            feed: Any = network.feed(one) if isinstance(network, OnnxNetwork) else [x.numpy() for x in one.inputs]
+            feed: Any = [x.numpy() for x in one.inputs]
+            if isinstance(network, OnnxNetwork):
+                size = network.batch or 1
+                feed = {
+                    name: np.resize(x, (size, *x.shape[1:])) if x.ndim else x for name, x in network.feed(one).items()
+                }
             return latencies(files, feed, repetitions)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slrprop.api import plan_problem
 from slrprop.layers import linear_from
-from slrprop.methods import Problem
+from slrprop.methods import Problem, find_method
 from slrprop.plan import LayerPlan, Plan
 
 DEFAULT_METHODS: dict[str, dict[str, Any]] = {"svd": {}, "slr": {"criterion": "weight"}}
@@ -31,12 +31,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A network, measured on the search part: ``quality`` in the metric's unit, ``divergence`` from the original."""
+    """A network, measured on the search part: ``quality`` in the metric's unit, ``divergence`` from the original.
+
+    ``upper`` is the upper end of the drop's 95 % interval there (NaN: not known).
+    """
 
     quality: float
     divergence: float
     bytes: int
-    latency: float = math.nan
+    upper: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ def candidates_of(problem: Problem, name: str, x: Tensor, methods: Mapping[str, 
     if ranks:
         problem.svd(name, ranks[-1], "auto")  # the lower ranks are parts of it
     for method, settings in methods.items():
+        if name not in find_method(method).settings(**settings).eligible(problem.network):
+            continue  # for example a layer that SLRProp's chain does not reach
         for rank in ranks:
             made = plan_problem(problem, method, [name], rank=rank, **settings)
             for layer in made.layers:

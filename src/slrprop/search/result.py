@@ -76,15 +76,24 @@ class Compression:
         before, after = self.bytes
         lines = [
             f"bytes: {before:,} -> {after:,} ({before / after:.1f}x smaller)",
-            f"{self.metric}: {self.quality[0]:.2f} -> {self.quality[1]:.2f}, a drop of {self.drop:.2f} (95 % interval "
-            f"{self.interval[0]:.2f} to {self.interval[1]:.2f}) on data the search did not see",
+            f"{self.metric}: {self.quality[0]:.2f} -> {self.quality[1]:.2f}, a drop of {self.drop:.2f}{self.between()}"
+            + ("" if math.isnan(self.interval[0]) else ", on data the search did not see"),
         ]
+        if self.budget.max_drop is not None and self.interval[1] > self.budget.max_drop:
+            lines.append(
+                f"note: the interval reaches beyond {self.budget.max_drop:g}; confident (--confident) asks for its upper end too"
+            )
         if not math.isnan(self.latency[1]):
             lines.append(
                 f"latency: {1e3 * self.latency[0]:.3f} -> {1e3 * self.latency[1]:.3f} ms (ONNX Runtime, one sample, one thread)"
             )
         lines.append(f"evaluations: {self.evaluations}, {self.seconds:.1f} s")
         return "\n".join(lines)
+
+    def between(self) -> str:
+        """The interval in words; nothing where none is known."""
+        low, high = self.interval
+        return "" if math.isnan(low) else f", 95 % interval {low:.2f} to {high:.2f}"
 
     def summary(self) -> dict[str, Any]:
         """The facts as JSON; what is not known is null."""
