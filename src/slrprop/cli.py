@@ -5,13 +5,13 @@ import json
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from slrprop.errors import SlrpropError
+from slrprop.paper.commands import paper
+from slrprop.terminal import Json, Output, need_extra, show_table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,47 +19,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make trained networks smaller and faster by rewriting their dense weights.",
 )
-paper = typer.Typer(no_args_is_help=True, help="The experiments of the SLRProp article (Sensors 23(5):2718, 2023).")
 app.add_typer(paper, name="paper")
 
-Name = Annotated[str, typer.Argument(help="lenet5-mnist or room-mlp")]
-DataFolder = Annotated[
-    Path | None, typer.Option("--data", help="Folder with the data sets; default: $SLRPROP_DATA, else downloaded.")
-]
-RunFolder = Annotated[Path, typer.Option("--run-dir", help="Folder for trained networks and results.")]
-Output = Annotated[Path, typer.Option("--output", help="Folder to write to.")]
-Seeds = Annotated[int, typer.Option("--seeds", min=1, help="How many training seeds.")]
 OnnxFile = Annotated[Path, typer.Argument(help="An .onnx file.", show_default=False)]
 Calibration = Annotated[
     Path | None,
     typer.Option("--calibration", help=".npz with one array per input of the model and optional 'targets', or .npy."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def _print(header: list[str], rows: list[list[str]], title: str = "", wrap: tuple[str, ...] = ()) -> None:
-    grid = Table(*[], title=title or None, title_justify="left")
-    for index, name in enumerate(header):
-        grid.add_column(
-            name,
-            justify="left" if index == 0 or name in wrap or not rows or not rows[0][index][:1].isdigit() else "right",
-            no_wrap=name not in wrap,
-        )
-    for row in rows:
-        grid.add_row(*row)
-    width = None if sys.stdout.isatty() else 200
-    Console(width=width).print(grid)
-
-
-def _extra(module: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name and error.name.startswith("slrprop"):
-            raise
-        raise SlrpropError(
-            f"this command needs the package '{error.name}'; install it with: pip install 'slrprop[{extra}]'"
-        ) from error
 
 
 @app.command()
@@ -94,7 +60,7 @@ def methods(as_json: Json = False) -> None:
         for item, method in zip(listed, METHODS.values(), strict=True)
         if isinstance(method_settings := item["settings"], dict)
     ]
-    _print(
+    show_table(
         ["method", "summary", "needs", "settings (default)", "source"],
         rows,
         wrap=("summary", "settings (default)", "source"),
@@ -116,7 +82,7 @@ def inspect(model: OnnxFile, as_json: Json = False) -> None:
          ", ".join(layer.tied_to)]
         for layer in found
     ]  # fmt: skip
-    _print(["layer", "shape", "numbers", "share, %", "highest rank that pays", "weight also used by"], rows)
+    show_table(["layer", "shape", "numbers", "share, %", "highest rank that pays", "weight also used by"], rows)
 
 
 @app.command()
@@ -191,7 +157,7 @@ def measure(
         [file, *(f"{value:,}" if isinstance(value, int) else f"{value:.2f}" for value in item.values())]
         for file, item in found.items()
     ]
-    _print(["file", *next(iter(found.values()))], rows)
+    show_table(["file", *next(iter(found.values()))], rows)
 
 
 def _writable(path: Path, suffixes: tuple[str, ...], model: Path) -> None:
@@ -238,7 +204,7 @@ def compress(
     if report is not None:
         _writable(report, (".html", ".md"), model)
         if report.suffix == ".html":
-            _extra("plotly", "report")
+            need_extra("plotly", "report")
         write_report = importlib.import_module("slrprop.report").write_report
         command = ["slrprop", *sys.argv[1:]]
     search = importlib.import_module("slrprop.search")
@@ -274,7 +240,7 @@ def demo(output: Output = Path("build/demo"), as_json: Json = False) -> None:
 
     Example: slrprop demo --output build/demo
     """
-    _extra("matplotlib", "paper")
+    need_extra("matplotlib", "paper")
     rows, best = importlib.import_module("slrprop.demo").run(output)
     if as_json:
         typer.echo(
@@ -305,7 +271,7 @@ def demo(output: Output = Path("build/demo"), as_json: Json = False) -> None:
         "latency, µs",
         "faster",
     ]
-    _print(
+    show_table(
         header,
         lines,
         "Handwritten digits, 64-768-768-768-10; the two 768 x 768 layers compressed; ONNX Runtime, batch 1, 1 thread",
@@ -321,89 +287,6 @@ def demo(output: Output = Path("build/demo"), as_json: Json = False) -> None:
         f"Next: slrprop compress {output / 'original.onnx'} --calibration {output / 'data.npz'} --max-drop 0.5 "
         "-o small.onnx --report report.html"
     )
-
-
-@paper.command("run")
-def paper_run(
-    name: Name,
-    seeds: Seeds = 10,
-    data: DataFolder = None,
-    run_dir: RunFolder = Path("runs/paper"),
-    as_json: Json = False,
-) -> None:
-    """Train and sweep all methods and ranks; a second call goes on where the first one stopped.
-
-    Example: slrprop paper run lenet5-mnist --seeds 10
-    """
-    store = _extra("slrprop.paper.store", "paper").Store(run_dir / "results.sqlite")
-    experiment = importlib.import_module("slrprop.paper.experiments").find_experiment(name)
-    new = importlib.import_module("slrprop.paper.run").run(
-        experiment, experiment.load_data(data), run_dir, seeds, store
-    )
-    path, rows = run_dir / "results.sqlite", len(store.results(name))
-    told = {"experiment": name, "new": new, "rows": rows, "database": str(path)}
-    typer.echo(json.dumps(told) if as_json else f"{new} new rows; all {rows} of {name} are in {path}")
-
-
-def _results(name: str, run_dir: Path) -> tuple[Any, Any, Any]:
-    results = _extra("slrprop.paper.results", "paper")
-    experiment = importlib.import_module("slrprop.paper.experiments").find_experiment(name)
-    return (
-        experiment,
-        importlib.import_module("slrprop.paper.store").Store(run_dir / "results.sqlite").results(name),
-        results,
-    )
-
-
-@paper.command("table")
-def paper_table(
-    name: Name,
-    output: Annotated[Path | None, typer.Option(help="Also write NAME.csv and NAME.md here.")] = None,
-    run_dir: RunFolder = Path("runs/paper"),
-    as_json: Json = False,
-) -> None:
-    """Print our figures, mean ± deviation over seeds, and the published ones in brackets.
-
-    Example: slrprop paper table room-mlp --output docs/paper
-    """
-    experiment, found, results = _results(name, run_dir)
-    lines = results.table(experiment, found)
-    if as_json:
-        typer.echo(json.dumps([asdict(result) for result in found]).replace("NaN", "null"))
-    else:
-        title = f"{name}: test set, % (published in brackets); rate: compression rate of {experiment.layers[0]}"
-        _print(lines[0], lines[1:], title)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        results.write_csv(found, output / f"{name}.csv")
-        with importlib.import_module("slrprop.files").replacing(output / f"{name}.md") as part:
-            part.write_text(results.markdown(lines))
-
-
-FIGURES = {
-    "lenet5-mnist": ("figure4", "LeNet-5 on MNIST (Figure 4)"),
-    "room-mlp": ("figure5", "Room occupancy, MLP (Figure 5)"),
-}
-
-
-@paper.command("figures")
-def paper_figures(
-    output: Output = Path("docs/paper"), run_dir: RunFolder = Path("runs/paper"), as_json: Json = False
-) -> None:
-    """Draw Figures 4 and 5 as PNG and SVG.
-
-    Example: slrprop paper figures --output docs/paper
-    """
-    _extra("matplotlib", "paper")
-    output.mkdir(parents=True, exist_ok=True)
-    for name, (file, title) in FIGURES.items():
-        experiment, found, results = _results(name, run_dir)
-        results.table(experiment, found)  # refuses where nothing was computed
-        drawn = results.figure(experiment, found, title)
-        for kind in ("png", "svg"):
-            drawn.savefig(output / f"{file}.{kind}", dpi=130, metadata={"Date": None} if kind == "svg" else None)
-    written = [str(output / f"{file}.{kind}") for file, _ in FIGURES.values() for kind in ("png", "svg")]
-    typer.echo(json.dumps(written) if as_json else f"Written: {', '.join(written)}")
 
 
 def main() -> None:

@@ -1,0 +1,101 @@
+"""``slrprop paper``: the experiments of the SLRProp article."""
+
+import importlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from slrprop.terminal import Json, Output, need_extra, show_table
+
+paper = typer.Typer(no_args_is_help=True, help="The experiments of the SLRProp article (Sensors 23(5):2718, 2023).")
+
+Name = Annotated[str, typer.Argument(help="lenet5-mnist or room-mlp")]
+DataFolder = Annotated[
+    Path | None, typer.Option("--data", help="Folder with the data sets; default: $SLRPROP_DATA, else downloaded.")
+]
+RunFolder = Annotated[Path, typer.Option("--run-dir", help="Folder for trained networks and results.")]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="How many training seeds.")]
+FIGURES = {
+    "lenet5-mnist": ("figure4", "LeNet-5 on MNIST (Figure 4)"),
+    "room-mlp": ("figure5", "Room occupancy, MLP (Figure 5)"),
+}
+
+
+@paper.command("run")
+def paper_run(
+    name: Name,
+    seeds: Seeds = 10,
+    data: DataFolder = None,
+    run_dir: RunFolder = Path("runs/paper"),
+    as_json: Json = False,
+) -> None:
+    """Train and sweep all methods and ranks; a second call goes on where the first one stopped.
+
+    Example: slrprop paper run lenet5-mnist --seeds 10
+    """
+    store = need_extra("slrprop.paper.store", "paper").Store(run_dir / "results.sqlite")
+    experiment = importlib.import_module("slrprop.paper.experiments").find_experiment(name)
+    new = importlib.import_module("slrprop.paper.run").run(
+        experiment, experiment.load_data(data), run_dir, seeds, store
+    )
+    path, rows = run_dir / "results.sqlite", len(store.results(name))
+    told = {"experiment": name, "new": new, "rows": rows, "database": str(path)}
+    typer.echo(json.dumps(told) if as_json else f"{new} new rows; all {rows} of {name} are in {path}")
+
+
+def _results(name: str, run_dir: Path) -> tuple[Any, Any, Any]:
+    results = need_extra("slrprop.paper.results", "paper")
+    experiment = importlib.import_module("slrprop.paper.experiments").find_experiment(name)
+    return (
+        experiment,
+        importlib.import_module("slrprop.paper.store").Store(run_dir / "results.sqlite").results(name),
+        results,
+    )
+
+
+@paper.command("table")
+def paper_table(
+    name: Name,
+    output: Annotated[Path | None, typer.Option(help="Also write NAME.csv and NAME.md here.")] = None,
+    run_dir: RunFolder = Path("runs/paper"),
+    as_json: Json = False,
+) -> None:
+    """Print our figures, mean ± deviation over seeds, and the published ones in brackets.
+
+    Example: slrprop paper table room-mlp --output docs/paper
+    """
+    experiment, found, results = _results(name, run_dir)
+    lines = results.table(experiment, found)
+    if as_json:
+        typer.echo(json.dumps([asdict(result) for result in found]).replace("NaN", "null"))
+    else:
+        title = f"{name}: test set, % (published in brackets); rate: compression rate of {experiment.layers[0]}"
+        show_table(lines[0], lines[1:], title)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        results.write_csv(found, output / f"{name}.csv")
+        with importlib.import_module("slrprop.files").replacing(output / f"{name}.md") as part:
+            part.write_text(results.markdown(lines))
+
+
+@paper.command("figures")
+def paper_figures(
+    output: Output = Path("docs/paper"), run_dir: RunFolder = Path("runs/paper"), as_json: Json = False
+) -> None:
+    """Draw Figures 4 and 5 as PNG and SVG.
+
+    Example: slrprop paper figures --output docs/paper
+    """
+    need_extra("matplotlib", "paper")
+    output.mkdir(parents=True, exist_ok=True)
+    for name, (file, title) in FIGURES.items():
+        experiment, found, results = _results(name, run_dir)
+        results.table(experiment, found)  # refuses where nothing was computed
+        drawn = results.figure(experiment, found, title)
+        for kind in ("png", "svg"):
+            drawn.savefig(output / f"{file}.{kind}", dpi=130, metadata={"Date": None} if kind == "svg" else None)
+    written = [str(output / f"{file}.{kind}") for file, _ in FIGURES.values() for kind in ("png", "svg")]
+    typer.echo(json.dumps(written) if as_json else f"Written: {', '.join(written)}")
