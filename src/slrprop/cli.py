@@ -290,12 +290,13 @@ def demo(output: Output = Path("build/demo"), as_json: Json = False) -> None:
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends in one sentence and exit code 1."""
+    """Run the command line; a user's mistake ends in one sentence and exit code 1, Ctrl-C in 130."""
     try:
         app()
     except (SlrpropError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command with the same --run-dir goes on where it stopped", err=True)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of Ctrl-C
+            typer.echo("interrupted; what takes a --run-dir goes on from there at the next call", err=True)
+        raise
