@@ -103,17 +103,19 @@ class Problem:
     def cost(
         self,
         name: str,
-        svd: SVD,
+        rank: int,
+        solver: Solver,
         reduced_rank: int,
         baseline: Baseline,
         loss: LossName | None,
         compressed: dict[str, Factors] | None = None,
     ) -> CostScores:
         """Exact costs of shortening single neurons, where asked with other layers already ``compressed``."""
+        svd = self.svd(name, rank, solver)
         if compressed:
             network = self.network.with_weights({key: form.dense() for key, form in compressed.items()}, self.data)
             return cost_scores(network, self.data, name, svd, reduced_rank, baseline, loss)
-        key = (name, len(svd.s), reduced_rank, baseline, loss)
+        key = (name, rank, solver, reduced_rank, baseline, loss)
         if key not in self._costs:
             self._costs[key] = cost_scores(self.network, self.data, name, svd, reduced_rank, baseline, loss)
         return self._costs[key]

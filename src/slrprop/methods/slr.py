@@ -93,9 +93,10 @@ def cost_of(
     problem: Problem, name: str, settings: ShortenSettings, compressed: dict[str, Factors] | None = None
 ) -> CostScores:
     """The costs of a layer's neurons under these settings."""
-    svd = problem.svd(name, settings.rank, settings.solver)
     before = compressed if settings.order == "sequential" else None
-    return problem.cost(name, svd, settings.reduced_rank, settings.baseline, settings.loss, before)
+    return problem.cost(
+        name, settings.rank, settings.solver, settings.reduced_rank, settings.baseline, settings.loss, before
+    )
 
 
 def shortened(problem: Problem, name: str, settings: ShortenSettings, scores: Scores) -> Decision:

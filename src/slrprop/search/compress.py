@@ -91,12 +91,11 @@ def compress(
     opened = open_data(data)
     search_part, check_part = opened.split(seed)
     door = Door(model, search_part)
-    judge = Judge(model, search_part, metric, evaluate)
-    judge.lower_is_better = lower_is_better if evaluate else judge.metric == "squared_error"
+    judge = Judge(model, search_part, metric, evaluate, lower_is_better)
     problem = Problem(judge.network, search_part)
     empty = Plan(())
     log = Log(None if run_dir is None else Path(run_dir))
-    run = _Search(door, judge, problem, log, dict(methods or DEFAULT_METHODS), seed)
+    run = _Search(door, judge, problem, log, dict(methods or DEFAULT_METHODS), confident)
     original_bytes = door.size(door.realise(empty))
     budget = Budget(
         max_drop,
@@ -106,7 +105,6 @@ def compress(
     if not str(budget):
         raise SlrpropError("no budget was given; state max_drop, max_bytes or max_latency")
     run.explore(layers)
-    run.confident = confident
     at, feasible = run.choose(budget)
     if budget.max_latency is not None and run.leave_slower_dense(at):
         at, feasible = run.choose(budget)
@@ -167,12 +165,11 @@ class _Search:
     """The path of plans and what is known of it."""
 
     def __init__(
-        self, door: Door, judge: Judge, problem: Problem, log: Log, methods: dict[str, dict[str, Any]], seed: int
+        self, door: Door, judge: Judge, problem: Problem, log: Log, methods: dict[str, dict[str, Any]], confident: bool
     ) -> None:
         self.door, self.judge, self.problem, self.log = door, judge, problem, log
-        self.methods, self.seed = methods, seed
+        self.methods, self.confident = methods, confident
         self.evaluations = 1  # the original's
-        self.confident = False
         self.points: list[Point] = []
         self.curves: dict[str, list[Candidate]] = {}
         self.sensitivity: dict[str, float] = {}
@@ -201,9 +198,12 @@ class _Search:
         return Evaluation(**self.log.get(self._key("quality", plan), measure))  # type: ignore[arg-type]
 
     def latency(self, plan: Plan) -> float:
-        """Seconds for one sample; measured beside the original's."""
+        """Seconds for one sample: the original's, times how much longer than it the plan took in one interleaved run."""
         pair = {"original": Plan(()), "plan": plan}
-        return self.log.get(self._key("latency", plan), lambda: self.door.latencies(pair))["plan"]
+        times = self.log.get(self._key("latency", plan), lambda: self.door.latencies(pair))
+        if not plan.layers:
+            return times["original"]
+        return self.latency(Plan(())) * times["plan"] / times["original"]
 
     def latency_limit(self, milliseconds: float | None, share: str | None) -> float | None:
         """The stricter of both, in seconds."""

@@ -22,7 +22,7 @@ from slrprop.data import Batch, Data
 from slrprop.errors import SlrpropError
 from slrprop.export import export_onnx
 from slrprop.latency import latencies
-from slrprop.losses import LossName, check_labels, loss_point, rows_of
+from slrprop.losses import check_labels, loss_point, rows_of
 from slrprop.network import OnnxNetwork, open_network
 from slrprop.plan import Plan
 from slrprop.storage import to_bytes
@@ -50,14 +50,19 @@ def interval_of(differences: Tensor, binary: bool) -> tuple[float, float]:
 class Judge:
     """Measures networks on one part of the data against the original's outputs there."""
 
-    def __init__(self, model: Any, part: Data, metric: str | None, own: "Callable[[Any], float] | None" = None) -> None:
-        self.own = own
-        self.lower_is_better = False
-        self.part = part
+    def __init__(
+        self,
+        model: Any,
+        part: Data,
+        metric: str | None,
+        own: Callable[[Any], float] | None = None,
+        lower_is_better: bool = False,
+    ) -> None:
+        self.own, self.part = own, part
         self.network = open_network(model, part)
         digest, outputs, targets = hashlib.sha256(), [], []
         for flow in self.network.stream((), part):
-            outputs.append(rows_of(self.network.scores(flow.output)))
+            outputs.append(rows_of(flow.output))
             targets.append(flow.batch.targets)
             for tensor in (*flow.batch.inputs, *flow.batch.named.values(), flow.batch.targets, outputs[-1]):
                 if isinstance(tensor, Tensor):
@@ -68,6 +73,7 @@ class Judge:
         self.targets = torch.cat([target for target in targets if target is not None]) if labelled else None
         self.metric = metric or self._usual()
         require_choice("metric", self.metric, METRICS)
+        self.lower_is_better = lower_is_better if own else self.metric == "squared_error"
         if self.metric != "squared_error" and self.original.shape[1] < 2:
             raise SlrpropError(
                 f"metric '{self.metric}' needs two outputs or more, and the network has one; use metric='squared_error'"
@@ -109,8 +115,10 @@ class Judge:
 
     def divergence(self, outputs: Tensor) -> float:
         """Mean KL divergence from the original's outputs; mean squared distance where there are no classes."""
-        loss: LossName = "squared" if self.metric == "squared_error" else "kl"
-        return float(loss_point(loss, outputs, None, self.original).values.double().mean())
+        if self.metric == "squared_error":
+            return float(loss_point("squared", outputs, None, self.original).values.double().mean())
+        scores, original = self.network.scores(outputs), self.network.scores(self.original)
+        return float(loss_point("kl", scores, None, original).values.double().mean())
 
     def quality(self, model: Any, outputs: Tensor) -> float:
         """The metric of a network with these outputs."""
@@ -132,7 +140,7 @@ class Judge:
     def outputs(self, model: Any) -> Tensor:
         """The outputs (p x c) of another network on this part."""
         network = open_network(model, self.part)
-        return torch.cat([rows_of(network.scores(flow.output)) for flow in network.stream((), self.part)])
+        return torch.cat([rows_of(flow.output) for flow in network.stream((), self.part)])
 
 
 class Log:
