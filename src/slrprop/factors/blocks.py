@@ -179,18 +179,21 @@ class SparseLowRank(Factors):
         return rows, columns
 
     def dense(self) -> Tensor:
-        weight = self.left[0].new_zeros(self.shape)
-        for level, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
-            weight[members(self.row_levels, level)[:, None], members(self.column_levels, level)] += left @ right
-        return weight
+        left, right = self.padded()
+        return left @ right
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """The blocks side by side with zeros where a neuron takes no part: factors (m x K) and (K x n)."""
+        m, n = self.shape
+        left, right = [], []
+        for level, (a, b) in enumerate(zip(self.left, self.right, strict=True)):
+            left.append(a.new_zeros(m, a.shape[1]).index_copy(0, members(self.row_levels, level), a))
+            right.append(b.new_zeros(b.shape[0], n).index_copy(1, members(self.column_levels, level), b))
+        return torch.cat(left, 1), torch.cat(right)
 
     def product(self, x: Tensor) -> Tensor:
-        y = x.new_zeros(*x.shape[:-1], self.shape[1])
-        for level, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
-            rows, columns = members(self.row_levels, level), members(self.column_levels, level)
-            part = x if len(rows) == x.shape[-1] else x.index_select(-1, rows)
-            y = y.index_add(-1, columns, part @ left @ right)
-        return y
+        left, right = self.padded()
+        return x @ left @ right
 
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "SparseLowRank":
         left, right, row_levels, column_levels = self.left, self.right, self.row_levels, self.column_levels

@@ -102,13 +102,17 @@ class SVDBasedSettings(RankSettings):
 WIDE_RANKS = 256  # highest rank tried on layers with more than 2048 neurons on both sides
 
 
-def ranks_for(m: int, n: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, ...: up to the break-even rank of an m x n layer."""
-    limit = (m * n - 1) // (m + n)
-    if min(m, n) > 2048:
-        limit = min(limit, WIDE_RANKS)
+def grid(limit: int) -> list[int]:
+    """1, 2, ..., 8, 10, 12, 14, 16, 20, ...: steps of an eighth to a quarter, up to a limit."""
     powers = (2**power for power in range(limit.bit_length()))
-    return sorted({rank for power in powers for rank in (power, power + power // 2) if 1 <= rank <= limit})
+    steps = {power + power * quarter // 4 for power in powers for quarter in range(4)}
+    return sorted(step for step in steps if step <= limit)
+
+
+def ranks_for(m: int, n: int) -> list[int]:
+    """Ranks up to the break-even rank of an m x n layer."""
+    limit = (m * n - 1) // (m + n)
+    return grid(min(limit, WIDE_RANKS) if min(m, n) > 2048 else limit)
 
 
 class Problem:

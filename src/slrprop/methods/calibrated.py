@@ -10,6 +10,7 @@ from torch import Tensor
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense, Factors, Quantized
 from slrprop.methods.base import Decision, Method, Problem, Settings
+from slrprop.plan import LayerPlan
 from slrprop.quantize import quantised, with_bias
 from slrprop.regression import Compressed, Regression
 
@@ -67,23 +68,26 @@ METHOD_OF: dict[str, CalibratedMethod] = {}
 
 
 def in_order(
-    problem: Problem, chosen: Mapping[str, tuple[CalibratedMethod, CalibratedSettings]], head: bool | None = None
+    problem: Problem,
+    chosen: Mapping[str, tuple[CalibratedMethod, CalibratedSettings]],
+    fixed: Mapping[str, LayerPlan] | None = None,
 ) -> Iterator[Decision]:
     """Fit layers one after the other in order of execution, each by its own method and settings.
 
     Args:
-        head: refit the last layer if it is not among them; by default what the layers' settings say.
+        fixed: layers that are compressed already and stay as they are.
     """
     compressed: dict[str, Compressed] = {}
+    for name, layer in (fixed or {}).items():
+        compressed[name] = computed_by(problem, layer)
     names = [name for name in problem.network.order if name in chosen]
     for name in names:
         method, settings = chosen[name]
-        decision, compressed[name] = fit_layer(problem, name, method, settings, compressed)
+        before = {key: value for key, value in compressed.items() if precedes(problem, key, name)}
+        decision, compressed[name] = fit_layer(problem, name, method, settings, before)
         yield decision
-    wanted = (
-        all(settings.refit_head and settings.sequential for _, settings in chosen.values()) if head is None else head
-    )
-    last = head_after(problem, names) if wanted else None
+    wanted = all(settings.refit_head and settings.sequential for _, settings in chosen.values())
+    last = head_after(problem, [*names, *(fixed or {})]) if wanted else None
     if last is not None:
         task = problem.calibration.regression(last, compressed, weighted=False)
         like = problem.weight(last)
@@ -94,11 +98,28 @@ def in_order(
         )  # fmt: skip
 
 
+def precedes(problem: Problem, first: str, second: str) -> bool:
+    """Whether a layer is executed before another."""
+    order = problem.network.order
+    return order.index(first) < order.index(second)
+
+
+def computed_by(problem: Problem, layer: LayerPlan) -> Compressed:
+    """What a planned layer computes."""
+    form = layer.factors
+    assert form is not None
+    own = form.bias if isinstance(form, Quantized) else layer.bias
+    bias = problem.network.bias(layer.name) if own is None else own
+    weight = form.dense().double()
+    return Compressed(weight, weight.new_zeros(weight.shape[1]) if bias is None else bias.detach().double())
+
+
 def head_after(problem: Problem, names: list[str]) -> str | None:
     """The network's last layer, if it comes after these, is none of them, and can be given another weight."""
     network = problem.network
     last = next((name for name in network.order if network.is_last(name)), None)
-    fit = last is not None and names and last not in names and network.order.index(last) > network.order.index(names[0])
+    first = min((network.order.index(name) for name in names), default=len(network.order))
+    fit = last is not None and last not in names and network.order.index(last) > first
     return last if fit and last and network.times_called[last] == 1 and not network.tied[last] else None
 
 
