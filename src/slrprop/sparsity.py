@@ -39,7 +39,7 @@ def largest(scores: Tensor, count: int) -> Tensor:
 def largest_per_output(scores: Tensor, count: int) -> Tensor:
     """Mask of the ``count`` largest scores in each column (output)."""
     mask = torch.zeros_like(scores, dtype=torch.bool)
-    return mask.scatter(0, scores.argsort(0, descending=True, stable=True)[:count], True)
+    return mask.scatter(0, scores.argsort(dim=0, descending=True, stable=True)[:count], True)
 
 
 class SupportedSquares:

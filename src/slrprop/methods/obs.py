@@ -1,14 +1,51 @@
 """OBS: weights are removed by what their removal costs once the others have made up for it."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
+from slrprop.checks import require_choice, require_flag
 from slrprop.errors import SlrpropError
+from slrprop.factors import Sparse
+from slrprop.methods.calibrated import CalibratedSettings, calibrated
+from slrprop.methods.density import DensitySettings
+from slrprop.regression import Regression
 from slrprop.sparsity import SupportedSquares, damped, largest, least_squares, whole_share
 
 STEPS = 10
 BLOCK = 128
 AFFORDABLE = 1024  # inputs per output for which a Hessian is factorised in the first step of the gradual form
+
+VARIANTS = ("gradual", "one_shot", "sparsegpt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OBSSettings(DensitySettings, CalibratedSettings):
+    """OBS: the weights that the others can't make up for stay, and the others do (size only: no faster).
+
+    Args:
+        variant: ``gradual`` removes in steps, with least squares on what is left after each; ``one_shot`` removes once;
+            ``sparsegpt`` goes once over the inputs in blocks of 128 (the layer's own squared error only).
+        sensitivity: weigh outputs by their effect on the network's outputs; without it the layer's own squared error counts.
+    """
+
+    variant: str = "gradual"
+    sensitivity: bool = True
+
+    source: ClassVar[str] = (
+        "Hassibi, Stork, NIPS 1992, Eq 5; layer-wise: Dong, Chen, Pan, NIPS 2017; sparsegpt: Frantar, Alistarh, ICML 2023"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("variant", self.variant, VARIANTS)
+        require_flag("sensitivity", self.sensitivity)
+
+    @property
+    def weighted(self) -> bool:
+        return self.sensitivity and self.variant != "sparsegpt"
 
 
 def saliency(weight: Tensor, hessian: Tensor, metric: Tensor | None = None) -> Tensor:
@@ -71,3 +108,15 @@ def sparsegpt(weight: Tensor, hessian: Tensor, density: float, block: int = BLOC
             found[i + 1 : stop] -= torch.outer(upper[i, i + 1 : stop], errors[i - start])
         found[stop:] -= upper[start:stop, stop:].T @ errors
     return found, support
+
+
+def fit(task: Regression, settings: OBSSettings) -> Sparse:
+    """The kept weights, moved to make up for the others."""
+    hessian, count = damped(task.covariance), settings.stored_numbers(*task.weight.shape)
+    if settings.variant == "sparsegpt":
+        return Sparse.of(*sparsegpt(task.weight, hessian, settings.density))
+    prune = gradual if settings.variant == "gradual" else one_shot
+    return Sparse.of(*prune(task.weight, hessian, count, task.metric))
+
+
+METHOD = calibrated("obs", OBSSettings, fit)
