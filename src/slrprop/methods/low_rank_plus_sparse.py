@@ -67,14 +67,16 @@ def _alternated(
     weight: Tensor,
     hessian: Tensor,
     metric: Tensor,
+    rank: int,
     rounds: int,
-    fit_low_rank: Callable[[Tensor], tuple[Tensor, Tensor]],
     fit_sparse: Callable[[Tensor, int], tuple[Tensor, Tensor]],
 ) -> Parts:
-    """Fit the low rank to what the sparse part leaves, the sparse part to what that leaves, and so on; the best round."""
-    sparse, best = torch.zeros_like(weight), None
+    """The best low rank of what the sparse part leaves, the sparse part of what that leaves, and so on; the best round."""
+    root, sparse, best = torch.linalg.cholesky(metric), torch.zeros_like(weight), None
+    left, right = weight[:, :0], weight[:0]
     for step in range(rounds):
-        left, right = fit_low_rank(weight - sparse)
+        if rank:
+            left, right = reduced_rank(weight - sparse, hessian, root, rank)
         rest = weight - left @ right
         sparse, support = fit_sparse(rest, step)
         error = squared_error(rest, sparse, hessian, metric)
@@ -90,14 +92,13 @@ def grebdec(weight: Tensor, hessian: Tensor, metric: Tensor, rank: int, count: i
     Their objective, ``min |Y - (L + S) X|``, with the low rank in closed form where they take greedy bilateral steps. An entry's size is
     what dropping it adds to the error, ``r^2 H_ii G_jj``.
     """
-    root = torch.linalg.cholesky(metric)
     sizes = hessian.diagonal()[:, None] * metric.diagonal()
 
     def sparse(rest: Tensor, step: int) -> tuple[Tensor, Tensor]:
         support = largest(rest**2 * sizes, count)
         return torch.where(support, rest, 0), support
 
-    return _alternated(weight, hessian, metric, rounds, lambda rest: reduced_rank(rest, hessian, root, rank), sparse)
+    return _alternated(weight, hessian, metric, rank, rounds, sparse)
 
 
 def oats(weight: Tensor, norms: Tensor, rank: int, per_output: int, rounds: int = 80) -> Parts:
@@ -125,18 +126,18 @@ def hassle(weight: Tensor, hessian: Tensor, metric: Tensor, rank: int, count: in
     In the manner of HASSLE-free (Makni, Behdin, Xu, Ponomareva, Mazumder 2025), with gradual OBS as the sparse step, and the
     outputs weighed too. After ``rounds`` the places stay, and both parts are refitted in turn ``refits`` times.
     """
-    support, root = torch.zeros_like(weight, dtype=torch.bool), torch.linalg.cholesky(metric)
+    support = torch.zeros_like(weight, dtype=torch.bool)
+    rounds, refits = (rounds, refits) if rank else (1, 0)
 
     def sparse(rest: Tensor, step: int) -> tuple[Tensor, Tensor]:
         nonlocal support
         if step < rounds:
             steps = obs.STEPS if step == rounds - 1 else 4
-            found, support = obs.gradual(rest, hessian, count, metric, steps, sweeps=1)
+            found, support = obs.gradual(rest, hessian, count, metric, steps)
             return found, support
         return least_squares(hessian, rest, support, metric, 4), support
 
-    fitted = rounds + refits if rank else rounds
-    return _alternated(weight, hessian, metric, fitted, lambda rest: reduced_rank(rest, hessian, root, rank), sparse)
+    return _alternated(weight, hessian, metric, rank, rounds + refits, sparse)
 
 
 def fit(task: Regression, settings: LowRankPlusSparseSettings) -> LowRank | LowRankPlusSparse:

@@ -1,6 +1,8 @@
 """Sparse weights in an ONNX file: packed places and values as initializers, decoded by standard nodes.
 
-All inputs of these nodes are constants, so ONNX Runtime computes the weight once, when it loads the file.
+All inputs of these nodes are constants, so ONNX Runtime computes the weight once, when it loads the file. It does so for
+operators whose output's shape it can tell beforehand only; that is why codes that mark nothing are not left out (NonZero, Compress)
+but written to a place of their own, in front of the weight.
 """
 
 import numpy as np
@@ -12,73 +14,78 @@ from slrprop.network.onnx_rewrite import Writer, product_of
 from slrprop.positions import packed_codes
 
 OPSET = 11  # CumSum and ScatterElements
-REDUCTION_BY_INPUT = 13  # the opset from which ReduceSum takes its axes as an input
 
 
-def _constant(writer: Writer, what: str, *values: int, dtype: type = np.int64) -> str:
-    return writer.tensor(what, np.array(values, dtype))
+class Decoder:
+    """The nodes that make the m x n weight of a sparse form, for one layer."""
 
+    def __init__(self, writer: Writer, form: Sparse) -> None:
+        if writer.opset < OPSET:
+            raise SlrpropError(f"layer '{writer.name}': sparse weights need an ONNX file of opset {OPSET} or later, and this one has {writer.opset}; convert it")  # fmt: skip
+        self.writer, self.form = writer, form
+        self.kind = helper.np_dtype_to_tensor_dtype(writer.dtype)
+        self._constants: dict[tuple[str, str], str] = {}
 
-def _codes(writer: Writer, what: str, stored: np.ndarray, bits: int) -> str:
-    """Packed whole numbers of ``bits`` bits as one row of int32 numbers, with what fills up the last byte."""
-    whole = writer.add("Cast", [writer.tensor(what, stored[:, None])], to=TensorProto.INT32)
-    powers = _constant(writer, "powers", *(1 << np.arange(7, -1, -1)), dtype=np.int32)
-    two = _constant(writer, "two", 2, dtype=np.int32)
-    spread = writer.add("Mod", [writer.add("Div", [whole, powers]), two])  # (bytes, 8)
-    flat = writer.add("Reshape", [spread, _constant(writer, "flat", -1)])
-    used = len(stored) * 8 // bits * bits
-    ends = (_constant(writer, "start", 0), _constant(writer, "stop", used))
-    grouped = writer.add("Reshape", [writer.add("Slice", [flat, *ends]), _constant(writer, "groups", -1, bits)])
-    values = _constant(writer, "values_of_bits", *(1 << np.arange(bits - 1, -1, -1)), dtype=np.int32)
-    weighted = writer.add("Mul", [grouped, values])
-    if writer.opset < REDUCTION_BY_INPUT:
-        return writer.add("ReduceSum", [weighted], axes=[1], keepdims=0)
-    return writer.add("ReduceSum", [weighted, _constant(writer, "axis", 1)], keepdims=0)
+    def constant(self, value: int | list[int], dtype: type = np.int64) -> str:
+        """A constant, stored once."""
+        key = (repr(value), dtype.__name__)
+        if key not in self._constants:
+            self._constants[key] = self.writer.tensor("constant", np.array(value, dtype))
+        return self._constants[key]
 
+    def codes(self, what: str, stored: np.ndarray, bits: int) -> str:
+        """Packed whole numbers of ``bits`` bits as a row of int32 numbers; what fills up the last bytes reads as all ones."""
+        add = self.writer.add
+        filled = np.append(stored, np.full(-len(stored) % bits, 255, np.uint8))
+        whole = add("Cast", [self.writer.tensor(what, filled[:, None])], to=TensorProto.INT32)
+        powers = [1 << place for place in range(15, -1, -1)]
+        spread = add("Div", [whole, self.constant(powers[8:], np.int32)])
+        spread = add("Mod", [spread, self.constant(2, np.int32)])  # (bytes, 8) bits
+        grouped = add("Reshape", [spread, self.constant([-1, bits])])
+        return add("MatMul", [grouped, self.constant(powers[16 - bits :], np.int32)])
 
-def _values(writer: Writer, form: Sparse) -> str:
-    """The values (nnz,); from few bits by Cast and Mul, which ONNX Runtime computes at load, unlike DequantizeLinear."""
-    if writer.quantized is None:
-        return writer.tensor("values", form.values)
-    bits, scale = writer.quantized.bits, writer.quantized.scales["values"]
-    middle = 1 << (bits - 1)
-    stored = packed_codes(form.values.cpu().numpy().astype(np.int64) + middle, bits)
-    codes = _codes(writer, "values", stored, bits)
-    ends = (_constant(writer, "start", 0), _constant(writer, "stop", len(form.values)))
-    codes = writer.add("Sub", [writer.add("Slice", [codes, *ends]), _constant(writer, "middle", middle, dtype=np.int32)])  # fmt: skip
-    kind = helper.np_dtype_to_tensor_dtype(writer.dtype)
-    factor = writer.add("Cast", [writer.tensor("values_scale", scale, exact=True)], to=kind)
-    return writer.add("Mul", [writer.add("Cast", [codes], to=kind), factor])
+    def values(self) -> str:
+        """The values (nnz or more,); from few bits by Cast and Mul: ONNX Runtime leaves DequantizeLinear to every run."""
+        add, quantized = self.writer.add, self.writer.quantized
+        if quantized is None:
+            return self.writer.tensor("values", self.form.values)
+        whole = self.form.values.cpu().numpy().astype(np.int64)
+        if quantized.bits == 8:
+            codes = self.writer.tensor("values", whole.astype(np.int8))
+        else:
+            middle = 1 << (quantized.bits - 1)
+            codes = self.codes("values", packed_codes(whole + middle, quantized.bits), quantized.bits)
+            codes = add("Sub", [codes, self.constant(middle, np.int32)])
+        factor = add("Cast", [self.writer.tensor("scale", quantized.scales["values"], exact=True)], to=self.kind)
+        return add("Mul", [add("Cast", [codes], to=self.kind), factor])
 
-
-def weight_of(writer: Writer, form: Sparse) -> str:
-    """The nodes that make the m x n weight.
-
-    Raises:
-        SlrpropError: the file's opset lacks an operator.
-    """
-    if writer.opset < OPSET:
-        raise SlrpropError(f"layer '{writer.name}': sparse weights need an ONNX file of opset {OPSET} or later, and this one has {writer.opset}; convert it")  # fmt: skip
-    m, n = form.shape
-    codes = _codes(writer, "gaps", form.gaps.cpu().numpy(), form.gap_bits)
-    skip = _constant(writer, "skip", (1 << form.gap_bits) - 1, dtype=np.int32)
-    marks = writer.add("Less", [codes, skip])
-    steps = writer.add("Add", [codes, writer.add("Cast", [marks], to=TensorProto.INT32)])
-    ends = writer.add("CumSum", [writer.add("Cast", [steps], to=TensorProto.INT64), writer.tensor("axis", np.array(0))])
-    places = writer.add("Sub", [writer.add("Compress", [ends, marks], axis=0), _constant(writer, "one", 1)])
-    zero = helper.make_tensor("value", helper.np_dtype_to_tensor_dtype(writer.dtype), [1], [0])
-    empty = writer.add("ConstantOfShape", [_constant(writer, "count", m * n)], value=zero)
-    flat = writer.add("ScatterElements", [empty, places, _values(writer, form)], axis=0)
-    return writer.add("Reshape", [flat, _constant(writer, "shape", m, n)])
+    def weight(self) -> str:
+        """The m x n weight."""
+        add, (m, n) = self.writer.add, self.form.shape
+        zero = helper.make_tensor("value", self.kind, [1], [0])
+        if not len(self.form.values):
+            return add("ConstantOfShape", [self.constant([m, n])], value=zero)
+        codes = self.codes("gaps", self.form.gaps.cpu().numpy(), self.form.gap_bits)
+        marks = add("Less", [codes, self.constant((1 << self.form.gap_bits) - 1, np.int32)])
+        marks = add("Cast", [marks], to=TensorProto.INT32)
+        first = self.constant(0)
+        ends = add("CumSum", [add("Add", [codes, marks]), first])  # one behind a marked place
+        places = add("Mul", [ends, marks])
+        order = add("Mul", [add("CumSum", [marks, first], exclusive=1), marks])
+        values = add("Gather", [self.values(), order])
+        empty = add("ConstantOfShape", [self.constant([m * n + 1])], value=zero)
+        flat = add("ScatterElements", [empty, places, values])
+        flat = add("Slice", [flat, self.constant([1]), self.constant([m * n + 1])])
+        return add("Reshape", [flat, self.constant([m, n])])
 
 
 @product_of.register
 def _(form: Sparse, writer: Writer, x: str, y: str) -> None:
-    writer.product(x, weight_of(writer, form), y)
+    writer.product(x, Decoder(writer, form).weight(), y)
 
 
 @product_of.register
 def _(form: LowRankPlusSparse, writer: Writer, x: str, y: str) -> None:
     low = writer.fresh("low_rank")
     product_of(form.low_rank, writer, x, low)
-    writer.add("Add", [low, writer.product(x, weight_of(writer, form.sparse))], y)
+    writer.add("Add", [low, writer.product(x, Decoder(writer, form.sparse).weight())], y)
