@@ -12,10 +12,11 @@ from slrprop.factors import Sparse
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.methods.density import DensitySettings
 from slrprop.regression import Regression
-from slrprop.sparsity import SupportedSquares, damped, largest, least_squares, whole_share
+from slrprop.sparsity import ITERATIONS, SupportedSquares, damped, largest, least_squares, whole_share
 
 STEPS = 10
 BLOCK = 128
+ROUGHLY = 4  # iterations of the least squares between two steps
 AFFORDABLE = 1024  # inputs per output for which a Hessian is factorised in the first step of the gradual form
 
 VARIANTS = ("gradual", "one_shot", "sparsegpt")
@@ -61,11 +62,11 @@ def _weighted(costs: Tensor, metric: Tensor | None) -> Tensor:
 def one_shot(weight: Tensor, hessian: Tensor, count: int, metric: Tensor | None = None, sweeps: int = 10) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Remove all but ``count`` weights at once, and solve for those; (weight, support)."""
     support = largest(saliency(weight, hessian, metric), count)
-    return least_squares(hessian, weight, support, metric, sweeps), support
+    return least_squares(hessian, weight, support, metric), support
 
 
 def gradual(
-    weight: Tensor, hessian: Tensor, count: int, metric: Tensor | None = None, steps: int = STEPS, sweeps: int = 2
+    weight: Tensor, hessian: Tensor, count: int, metric: Tensor | None = None, steps: int = STEPS
 ) -> tuple[Tensor, Tensor]:
     """Remove weights in ``steps`` steps of equal factors, solve for the others after each; (weight, support).
 
@@ -79,7 +80,7 @@ def gradual(
         share = count if step == steps else round(m * n * first * (count / (m * n * first)) ** (step / steps))
         support = largest(torch.where(support, costs, -1), max(count, min(share, m * n)))
         squares = SupportedSquares(hessian, support)
-        found = squares.solve(weight, metric, sweeps if step < steps else 5 * sweeps, found)
+        found = squares.solve(weight, metric, ROUGHLY if step < steps else ITERATIONS, found)
         if step < steps:
             costs = _weighted(squares.removal_costs(found), metric)
     return found, support
