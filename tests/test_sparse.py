@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sklearn.linear_model import Lasso, MultiTaskLasso
 
 import slrprop
-from slrprop import SlrpropError
+from slrprop import SlrpropError, sparsity
 from slrprop.data import Data
 from slrprop.export import session
 from slrprop.factors import LowRank, LowRankPlusSparse, Quantized, Sparse, restored
@@ -228,6 +228,16 @@ def test_coupled_least_squares_is_the_optimum_of_the_whole():
         squared_error(weight, least_squares(hessian, weight, support, metric, s), hessian, metric) for s in (1, 3, 9)
     ]
     assert errors[0] > errors[1] > errors[2]
+
+
+def test_thin_and_large_supports_are_treated_alike(monkeypatch):
+    weight, _, hessian, metric = problem()
+    support = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.4
+    want = least_squares(hessian, weight, support, metric), SupportedSquares(hessian, support).removal_costs(weight)
+    for name, value in {"THIN": 1, "SMALL": 0, "CHUNK": 3, "KEPT_NUMBERS": 0, "GROUP_NUMBERS": 1}.items():
+        monkeypatch.setattr(sparsity, name, value)
+    torch.testing.assert_close(least_squares(hessian, weight, support, metric), want[0])
+    torch.testing.assert_close(SupportedSquares(hessian, support).removal_costs(weight), want[1])
 
 
 def test_removal_costs_are_the_errors_of_removal():

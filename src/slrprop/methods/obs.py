@@ -12,12 +12,11 @@ from slrprop.factors import Sparse
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.methods.density import DensitySettings
 from slrprop.regression import Regression
-from slrprop.sparsity import ITERATIONS, SupportedSquares, damped, largest, least_squares, whole_share
+from slrprop.sparsity import ITERATIONS, KEPT_NUMBERS, SupportedSquares, damped, largest, least_squares, whole_share
 
 STEPS = 10
 BLOCK = 128
 ROUGHLY = 4  # iterations of the least squares between two steps
-AFFORDABLE = 1024  # inputs per output for which a Hessian is factorised in the first step of the gradual form
 
 VARIANTS = ("gradual", "one_shot", "sparsegpt")
 
@@ -70,10 +69,11 @@ def gradual(
 ) -> tuple[Tensor, Tensor]:
     """Remove weights in ``steps`` steps of equal factors, solve for the others after each; (weight, support).
 
-    Time: least squares on n supports per step. So where that is dear, the first step goes straight to 1024 weights per output.
+    Where the n least squares on all the inputs would be dear (1 GiB, such as 1057 inputs for each of 120 outputs, 183 of 4000), the
+    first step goes straight to supports that are not.
     """
     m, n = weight.shape
-    first = min(1.0, AFFORDABLE / max(m, 1))
+    first = min(1.0, (KEPT_NUMBERS / n) ** 0.5 / m)
     support = torch.ones_like(weight, dtype=torch.bool)
     found, costs = weight, saliency(weight, hessian, metric)
     for step in range(1, steps + 1):
