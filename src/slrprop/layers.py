@@ -222,7 +222,7 @@ class SparseLinear(FactoredLinear):
         self.register_buffer("places", sparse.places.clone(), persistent=False)
 
     def _sparse(self) -> Sparse:
-        return Sparse(self.values, self.gaps, self.gap_bits, (self.in_features, self.out_features))
+        return Sparse(self.values, self.gaps, self.gap_bits, (self.in_features, self.out_features), self.places)
 
     def factors(self) -> Sparse | LowRankPlusSparse:
         return self._sparse()

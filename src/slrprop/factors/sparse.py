@@ -1,8 +1,7 @@
 """Weights of which only some values are stored: smaller files, no faster computation."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -32,10 +31,13 @@ class Sparse(Factors):
     gaps: Tensor
     gap_bits: int
     sides: tuple[int, int]
+    known_places: Tensor | None = field(default=None, repr=False)  # what ``gaps`` say, where that was read before
     kind: ClassVar[str] = "sparse"
     faster: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        if self.known_places is None:
+            object.__setattr__(self, "known_places", decoded(self.gaps, self.gap_bits, self.shape[0] * self.shape[1]))
         if self.values.ndim != 1 or len(self.values) != len(self.places):
             raise SlrpropError(f"a sparse weight with {len(self.places)} marked places takes as many values, got shape {tuple(self.values.shape)}")  # fmt: skip
 
@@ -51,10 +53,11 @@ class Sparse(Factors):
     def shape(self) -> tuple[int, int]:
         return self.sides
 
-    @cached_property
+    @property
     def places(self) -> Tensor:
         """``i * n + j`` of every value, ascending (nnz,) int64."""
-        return decoded(self.gaps, self.gap_bits, self.shape[0] * self.shape[1])
+        assert self.known_places is not None
+        return self.known_places
 
     def support(self) -> Tensor:
         """Where values are stored (bool, m x n)."""
@@ -69,7 +72,7 @@ class Sparse(Factors):
         return {"gaps": self.gaps}
 
     def with_matrices(self, matrices: Mapping[str, Tensor]) -> "Sparse":
-        return Sparse(matrices["values"], self.gaps, self.gap_bits, self.shape)
+        return Sparse(matrices["values"], self.gaps, self.gap_bits, self.shape, self.known_places)
 
     def description(self) -> dict[str, Any]:
         return {"kind": self.kind, "shape": list(self.shape), "gap_bits": self.gap_bits}
