@@ -122,7 +122,7 @@ class Network(ABC):
         return next((element.name for element in self._elements(name) if isinstance(element, Linear)), None)
 
     def feeds_directly(self, name: str) -> str | None:
-        """Like :meth:`next_layer`, where nothing between tells features apart (no batch norm) or reads them."""
+        """Like :meth:`next_layer`, where nothing between tells features apart (no batch norm), counts or reads them."""
         between = itertools.takewhile(lambda element: not isinstance(element, Linear), self._elements(name))
         if name not in self._paths or not self._paths[name].private or any(isinstance(e, Affine) for e in between):
             return None
@@ -131,6 +131,12 @@ class Network(ABC):
     def is_last(self, name: str) -> bool:
         """Whether the network's output is this layer's output, element-wise functions and a final softmax aside."""
         return name in self._paths and self._paths[name].whole and self.next_layer(name) is None
+
+    def activation(self, name: str) -> str:
+        """The element-wise function right behind a layer, batch norm aside; ``identity`` where there is none."""
+        found = (element for element in self._elements(name) if not isinstance(element, Affine))
+        first = next(found, "identity")
+        return first if isinstance(first, str) else "identity"
 
     def activated(self, name: str, y: Tensor) -> Tensor:
         """A layer's output (p x n) after the batch norm and activation that follow it."""

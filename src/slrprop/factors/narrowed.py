@@ -1,0 +1,100 @@
+"""Layers without some of their neurons."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slrprop.errors import SlrpropError
+from slrprop.factors.base import Factors, require_matrix
+
+
+def _bits(mask: Tensor) -> Tensor:
+    """A mask as uint8, eight neurons to a byte, the first in the highest bit."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
+
+
+def _mask(bits: Tensor, count: int) -> Tensor:
+    if bits.dtype != torch.uint8 or bits.shape != (-(-count // 8),):
+        raise SlrpropError(f"{count} neurons take {-(-count // 8)} bytes, got {bits.dtype} {tuple(bits.shape)}")
+    return torch.from_numpy(np.unpackbits(bits.cpu().numpy(), count=count)).bool()
+
+
+def _moved(block: Tensor, mask: Tensor, order: Tensor | None, axis: int) -> tuple[Tensor, Tensor]:
+    """A block and the mask of its neurons once ``order`` says which neurons there are."""
+    if order is None:
+        return block, mask
+    order = order.cpu()
+    place, new = mask.cumsum(0) - 1, mask[order]
+    index = place[order[new]]
+    return block[:, index] if axis else block[index], new
+
+
+@dataclass(frozen=True, eq=False)
+class Narrowed(Factors):
+    """A dense ``block`` between some of the inputs and some of the outputs; all other weights are zero.
+
+    ``rows`` (m,) and ``columns`` (n,) are bool: the neurons that the block's rows and columns serve, in ascending order.
+    """
+
+    block: Tensor
+    rows: Tensor
+    columns: Tensor
+    kind: ClassVar[str] = "narrowed"
+    selects: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for side, mask in (("row", self.rows), ("column", self.columns)):
+            if mask.ndim != 1 or mask.dtype != torch.bool:
+                raise SlrpropError(f"a {side} mask takes one bool per neuron, got {mask.dtype} {tuple(mask.shape)}")
+        require_matrix("the block", self.block, (int(self.rows.sum()), int(self.columns.sum())))
+
+    @classmethod
+    def cut(cls, weight: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> "Narrowed":
+        """A weight (m x n) without the neurons that the masks leave out."""
+        m, n = weight.shape
+        rows = torch.ones(m, dtype=torch.bool) if rows is None else rows.cpu()
+        columns = torch.ones(n, dtype=torch.bool) if columns is None else columns.cpu()
+        return cls(weight[rows][:, columns], rows, columns)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.rows), len(self.columns)
+
+    @property
+    def whole(self) -> bool:
+        """Whether no neuron is left out: the block is the weight then."""
+        return bool(self.rows.all() and self.columns.all())
+
+    def matrices(self) -> dict[str, Tensor]:
+        return {"block": self.block}
+
+    def indices(self) -> dict[str, Tensor]:
+        return {"rows": _bits(self.rows), "columns": _bits(self.columns)}
+
+    def with_matrices(self, matrices: Mapping[str, Tensor]) -> "Narrowed":
+        return Narrowed(matrices["block"], self.rows, self.columns)
+
+    def description(self) -> dict[str, Any]:
+        return {"kind": self.kind, "shape": list(self.shape)}
+
+    @classmethod
+    def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> "Narrowed":
+        m, n = description["shape"]
+        return cls(arrays["block"], _mask(arrays["rows"], m), _mask(arrays["columns"], n))
+
+    def dense(self) -> Tensor:
+        weight = self.block.new_zeros(self.shape)
+        weight[self.rows.nonzero(), self.columns.nonzero()[:, 0]] = self.block
+        return weight
+
+    def read(self) -> Tensor:
+        return self.rows
+
+    def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Narrowed":
+        block, row_mask = _moved(self.block, self.rows, rows, 0)
+        block, column_mask = _moved(block, self.columns, columns, 1)
+        return Narrowed(block, row_mask, column_mask)

@@ -1,0 +1,297 @@
+"""Neurons removed between dense layers: the criteria against their definitions, the removal against zeros."""
+
+import copy
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from scipy.cluster.hierarchy import fcluster, linkage
+from torch import nn
+from torch.nn import functional
+
+import slrprop
+from slrprop import SlrpropError
+from slrprop.data import Data
+from slrprop.factors import Dense, LowRank, Narrowed, SparseLowRank
+from slrprop.methods import METHODS, Problem
+from slrprop.methods.apoz import APoZSettings, shares_active
+from slrprop.methods.lrp import LRPSettings, relevances
+from slrprop.methods.nisp import NISPSettings, importances, infinite_selection
+from slrprop.methods.redundant import clusters
+from slrprop.methods.removal import kept_count, most_relevant, refitted
+from slrprop.methods.taylor import TaylorSettings, taylor_terms
+from slrprop.network import TorchNetwork
+
+REMOVAL = ("apoz", "lrp", "nisp", "redundant", "taylor")
+PAIRS = {"0": "2", "2": "4"}
+
+
+def problem_of(model, data):
+    opened = Data(data)
+    return Problem(TorchNetwork(model, opened), opened)
+
+
+def kept_of(plan):
+    """The neurons that stay between the layers of each pair, as the reading layers say."""
+    return {layer.name: layer.factors.read() for layer in plan.layers}
+
+
+def with_zeros(model, plan):
+    """The original network with the plan's weights multiplied out, zeros and all."""
+    twin = copy.deepcopy(model)
+    for layer in plan.layers:
+        linear = twin.get_submodule(layer.name)
+        linear.weight.data = layer.factors.dense().T.contiguous()
+        if layer.bias is not None:
+            linear.bias.data = layer.bias.to(linear.bias)
+    return twin
+
+
+@pytest.mark.parametrize("method", REMOVAL)
+class TestEveryCriterion:
+    @pytest.fixture
+    def plan(self, method, trained, calibration):
+        return slrprop.plan(trained, calibration, method=method, layers=["0", "2"], keep=0.25)
+
+    def test_neurons_are_really_gone(self, plan, trained, digits):
+        small = slrprop.apply(trained, plan)
+        shapes = [tuple(small[i].weight.shape) for i in (0, 2, 4)]
+        assert shapes == [(24, 64), (20, 24), (10, 20)]
+        assert all(type(small[i]) is nn.Linear for i in (0, 2, 4))
+        assert [layer.numbers for layer in plan.layers] == [small[i].weight.numel() for i in (0, 2, 4)]
+        torch.testing.assert_close(small(digits[0]), with_zeros(trained, plan)(digits[0]), rtol=1e-4, atol=1e-4)
+
+    def test_the_next_layer_is_named_though_not_asked_for(self, method, trained, calibration):
+        made = slrprop.plan(trained, calibration, method=method, layers=["0"], keep=0.25)
+        assert [(layer.name, layer.factors.shape) for layer in made.layers] == [("0", (64, 96)), ("2", (96, 80))]
+        small = slrprop.apply(trained, made)
+        assert [small[i].weight.shape for i in (0, 2, 4)] == [(24, 64), (80, 24), (10, 80)]
+
+    def test_keeping_all_gives_the_original(self, method, trained, calibration, digits):
+        made = slrprop.plan(trained, calibration, method=method, keep=1.0)
+        assert not made.layers and set(made.left_dense) == {"0", "2"}
+        assert torch.equal(slrprop.apply(trained, made)(digits[0]), trained(digits[0]))
+
+    def test_refit_lowers_the_output_error(self, method, trained, calibration):
+        x, _ = calibration
+        with torch.no_grad():
+            want = trained[:3](x)
+            errors = []
+            for refit in (True, False):
+                made = slrprop.plan(trained, calibration, method=method, layers=["0"], keep=0.3, refit=refit)
+                errors.append((slrprop.apply(trained, made)[:3](x) - want).square().mean())
+        assert errors[0] < 0.8 * errors[1]
+
+    def test_the_mean_output_stays(self, plan, trained, calibration):
+        small, (x, _) = slrprop.apply(trained, plan), calibration
+        with torch.no_grad():
+            torch.testing.assert_close(small[:3](x).mean(0), trained[:3](x).mean(0)[kept_of(plan)["4"]], rtol=1e-4, atol=1e-4)  # fmt: skip
+
+    def test_onnx_file_is_really_smaller(self, plan, method, trained, calibration, digits, tmp_path):
+        slrprop.export_onnx(trained, tmp_path / "full.onnx", calibration[0][:4])
+        made = slrprop.plan(tmp_path / "full.onnx", calibration, method=method, keep=0.25)
+        slrprop.apply(tmp_path / "full.onnx", made, tmp_path / "small.onnx")
+        graph = onnx.load(tmp_path / "small.onnx").graph
+        sizes = sorted(int(np.prod(tensor.dims)) for tensor in graph.initializer if len(tensor.dims) == 2)
+        assert sizes == sorted([64 * 24, 24 * 20, 20 * 10])
+        assert not any(node.op_type in ("Gather", "Slice") for node in graph.node)
+        assert (tmp_path / "small.onnx").stat().st_size < 0.3 * (tmp_path / "full.onnx").stat().st_size
+        session = onnxruntime.InferenceSession(tmp_path / "small.onnx")
+        x = digits[0][:50]
+        (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), with_zeros(trained, made_like(made, plan))(x), rtol=1e-3, atol=1e-3)  # fmt: skip
+
+    def test_small_networks_save_and_load(self, plan, trained, digits, tmp_path):
+        small = slrprop.apply(trained, plan)
+        slrprop.save(small, tmp_path / "small.safetensors")
+        loaded = slrprop.load(trained, tmp_path / "small.safetensors")
+        assert torch.equal(loaded(digits[0]), small(digits[0]))
+        slrprop.save(loaded, tmp_path / "again.safetensors")
+        assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "small.safetensors").read_bytes()
+
+    def test_bad_settings_are_named(self, method, trained, calibration):
+        for keep in (0, 1.5, "half", True):
+            with pytest.raises(SlrpropError, match="keep must be above 0 and at most 1, got"):
+                slrprop.plan(trained, calibration, method=method, keep=keep)
+        with pytest.raises(SlrpropError, match="refit must be True or False, got"):
+            slrprop.plan(trained, calibration, method=method, keep=0.5, refit="yes")
+        with pytest.raises(SlrpropError, match=f"method '{method}' can't treat layer '4'"):
+            slrprop.plan(trained, calibration, method=method, layers=["4"], keep=0.5)
+
+    def test_ladder_goes_up(self, method):
+        settings = METHODS[method].settings
+        numbers = [settings(**rung).stored_numbers(100, 50) for rung in settings.ladder(100, 50)]
+        assert numbers == sorted(set(numbers)) and numbers[-1] < 5000
+
+
+def made_like(plan, other):
+    """A plan of an ONNX file's layers under the module's names."""
+    from dataclasses import replace
+
+    layers = tuple(replace(mine, name=theirs.name) for mine, theirs in zip(plan.layers, other.layers, strict=True))
+    return replace(plan, layers=layers)
+
+
+# The criteria.
+
+
+def test_taylor_is_autograd_on_the_plain_module(trained, calibration):
+    x, y = calibration
+    for labels, absolute in ((y, "sample"), (y, "mean"), (None, "sample")):
+        found = taylor_terms(problem_of(trained, (x, labels)), PAIRS, TaylorSettings(absolute=absolute))
+        for name, position in (("0", 2), ("2", 4)):
+            z = trained[:position](x).detach().requires_grad_()
+            outputs = trained[position:](z)
+            functional.cross_entropy(outputs, outputs.argmax(1) if labels is None else labels, reduction="sum").backward()
+            terms = (z.grad * z.detach()).double()
+            want = terms.abs().mean(0) if absolute == "sample" else terms.mean(0).abs()
+            torch.testing.assert_close(found[name], want / want.norm(), rtol=1e-3, atol=1e-6)
+
+
+def test_taylor_is_a_finite_difference(trained, calibration):
+    """The mean loss moves by -t times the signed score when a neuron is turned down by a share t."""
+    model, x, y = copy.deepcopy(trained).double(), calibration[0].double(), calibration[1]
+    found = taylor_terms(problem_of(model, (x, y)), {"2": "4"}, TaylorSettings(absolute="mean"))["2"]
+    z = model[:4](x).detach()
+    moved = []
+    for neuron in range(z.shape[1]):
+        ends = []
+        for step in (1e-5, -1e-5):
+            turned = z.clone()
+            turned[:, neuron] *= 1 - step
+            ends.append(functional.cross_entropy(model[4:](turned), y))
+        moved.append(float(ends[0] - ends[1]) / 2e-5)
+    want = torch.tensor(moved, dtype=torch.float64).abs()
+    torch.testing.assert_close(found, want / want.norm(), rtol=1e-5, atol=1e-7)
+
+
+def naive_z_plus(a, weight, relevance):
+    """One sample, one pair of neurons after another."""
+    back = torch.zeros_like(a)
+    for j in range(weight.shape[1]):
+        parts = [max(float(a[i] * weight[i, j]), 0.0) for i in range(len(a))]
+        total = sum(parts)
+        for i, part in enumerate(parts):
+            back[i] += part / total * relevance[j] if total else 0
+    return back
+
+
+def test_lrp_is_the_z_plus_rule(trained, calibration):
+    x, y = calibration[0][:4].double(), calibration[1][:4]
+    model = copy.deepcopy(trained).double()
+    found = relevances(problem_of(model, (x, y)), PAIRS, LRPSettings())
+    first, second = torch.zeros(96).double(), torch.zeros(80).double()
+    for sample, label in zip(x, y, strict=True):
+        with torch.no_grad():
+            h1, h2, out = model[:2](sample), model[:4](sample), model(sample)
+        start = torch.zeros_like(out)
+        start[label] = out[label]
+        r2 = naive_z_plus(h2, model[4].weight.detach().T, start)
+        second += r2 / len(x)
+        first += naive_z_plus(h1, model[2].weight.detach().T, r2) / len(x)
+    torch.testing.assert_close(found["2"], second)
+    torch.testing.assert_close(found["0"], first)
+
+
+def test_lrp_conserves_relevance(trained, calibration):
+    x, y = calibration
+    found = relevances(problem_of(trained, (x, y)), PAIRS, LRPSettings())
+    with torch.no_grad():
+        logits = trained(x).gather(1, y[:, None]).mean().double()
+    for relevance in found.values():
+        torch.testing.assert_close(relevance.sum(), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_lrp_sees_through_batch_norm(calibration):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 10))
+    model[3].running_var.uniform_(0.5, 2)
+    model[3].weight.data.uniform_(0.5, 2)
+    model.eval()
+    plain = nn.Sequential(model[0], nn.ReLU(), nn.Linear(20, 12), nn.ReLU(), model[5]).eval()
+    scale = (model[3].running_var + model[3].eps).rsqrt() * model[3].weight
+    plain[2].weight.data = model[2].weight.data * scale[:, None]
+    plain[2].bias.data = (model[2].bias - model[3].running_mean) * scale + model[3].bias
+    for score, settings in ((relevances, LRPSettings()), (taylor_terms, TaylorSettings())):
+        folded = score(problem_of(plain, calibration), {"0": "2"}, settings)["0"]
+        torch.testing.assert_close(score(problem_of(model, calibration), {"0": "2"}, settings)["0"], folded)
+
+
+def test_apoz_counts_zeros(trained, calibration):
+    x, _ = calibration
+    found = shares_active(problem_of(trained, calibration), PAIRS, APoZSettings())
+    with torch.no_grad():
+        for name, end in (("0", 2), ("2", 4)):
+            h = trained[:end](x)
+            zeros = [sum(float(h[p, i]) == 0 for p in range(len(h))) / len(h) for i in range(h.shape[1])]
+            torch.testing.assert_close(1 - found[name], torch.tensor(zeros, dtype=torch.float64))
+
+
+def test_apoz_is_for_relu_layers(calibration):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 30), nn.Tanh(), nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 10))
+    made = slrprop.plan(model, calibration, method="apoz", keep=0.5)
+    assert [layer.name for layer in made.layers] == ["2", "4"]
+
+
+def test_nisp_is_its_recursion(trained, calibration):
+    weights = {name: trained.get_submodule(name).weight.detach().T.double() for name in ("2", "4")}
+    problem = problem_of(trained, calibration)
+    by_outputs = importances(problem, PAIRS, NISPSettings(start="outputs"))
+    want = [sum(abs(float(w)) for w in row) for row in weights["4"]]
+    torch.testing.assert_close(by_outputs["2"], torch.tensor(want, dtype=torch.float64))
+    by_responses = importances(problem, PAIRS, NISPSettings())
+    with torch.no_grad():
+        selected = infinite_selection(trained[:4](calibration[0]))
+    torch.testing.assert_close(by_responses["2"], selected)
+    for found in (by_outputs, by_responses):
+        back = [sum(abs(float(w)) * float(s) for w, s in zip(row, found["2"], strict=True)) for row in weights["2"]]
+        torch.testing.assert_close(found["0"], torch.tensor(back, dtype=torch.float64))
+
+
+def test_infinite_selection_sums_paths_of_every_length():
+    torch.manual_seed(0)
+    x = torch.randn(200, 5, dtype=torch.float64)
+    x[:, 4] = 1.0
+    rank = x[:, :4].argsort(0).argsort(0).double()
+    apart = torch.zeros(5, 5, dtype=torch.float64)
+    apart[:4, :4] = 1 - torch.corrcoef(rank.T).abs()
+    deviation = x.std(0)
+    affinity = (torch.maximum(deviation[:, None], deviation) / deviation.max() + apart) / 2
+    step = 0.9 / torch.linalg.eigvals(affinity).abs().max() * affinity
+    power, total = torch.eye(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+    for _ in range(400):
+        power = power @ step
+        total += power.sum(1)
+    torch.testing.assert_close(infinite_selection(x), total)
+    assert infinite_selection(x).argmin() == 4
+
+
+def test_redundant_clusters_are_scipys(trained):
+    vectors = trained[2].weight.detach().double()
+    made = clusters(vectors, 30)
+    theirs = fcluster(linkage(vectors.numpy(), "complete", "cosine"), 30, "maxclust")
+    together = made[:, None] == made
+    assert len(made.unique()) == 30
+    assert torch.equal(together, torch.from_numpy(theirs[:, None] == theirs))
+
+
+def test_redundant_keeps_one_of_each_cluster(trained):
+    """Copies of a neuron at another length: only the longest stays, and nothing is lost."""
+    model = copy.deepcopy(trained)
+    with torch.no_grad():
+        for linear in (model[0],):
+            linear.weight[48:] = 0.5 * linear.weight[:48]
+            linear.bias[48:] = 0.5 * linear.bias[:48]
+    x = torch.rand(400, 64)
+    made = slrprop.plan(model, x, method="redundant", layers=["0"], keep=0.5)
+    assert kept_of(made)["2"].nonzero()[:, 0].tolist() == list(range(48))
+    torch.testing.assert_close(slrprop.apply(model, made)(x), model(x), rtol=1e-2, atol=1e-2)
+
+
+def test_most_relevant_and_ties():
+    assert [kept_count(10, keep) for keep in (0.01, 0.25, 0.5, 1.0)] == [1, 3, 5, 10]
+    assert most_relevant(torch.tensor([1.0, 3.0, 1.0, 2.0]), 0.5).tolist() == [False, True, False, True]
+    assert most_relevant(torch.zeros(4), 0.5).tolist() == [False, False, True, True]
