@@ -11,7 +11,7 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
-from slrprop.factors import Dense, Factors, LowRank, Quantized, SparseLowRank, members
+from slrprop.factors import Dense, Factors, LowRank, Narrowed, Quantized, SparseLowRank, members
 from slrprop.factors.quantized import CODES
 from slrprop.linalg import balanced
 from slrprop.regression import Regression
@@ -120,6 +120,11 @@ def compensated(form: Factors, bits: int, task: Regression) -> Quantized:
 @compensated.register
 def _(form: Dense, bits: int, task: Regression) -> Quantized:
     return _form_of(form, bits, {"weight": rounded(form.weight, 0, bits, task.covariance)})
+
+
+@compensated.register
+def _(form: Narrowed, bits: int, task: Regression) -> Quantized:
+    return _form_of(form, bits, {"block": rounded(form.block, 0, bits, task.covariance[form.rows][:, form.rows])})
 
 
 @compensated.register

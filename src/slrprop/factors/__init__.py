@@ -2,6 +2,18 @@
 
 from slrprop.factors.base import Dense, Factors, LowRank, restored
 from slrprop.factors.blocks import Segment, SparseLowRank, members, span
+from slrprop.factors.narrowed import Narrowed
 from slrprop.factors.quantized import Quantized
 
-__all__ = ["Dense", "Factors", "LowRank", "Quantized", "Segment", "SparseLowRank", "members", "restored", "span"]
+__all__ = [
+    "Dense",
+    "Factors",
+    "LowRank",
+    "Narrowed",
+    "Quantized",
+    "Segment",
+    "SparseLowRank",
+    "members",
+    "restored",
+    "span",
+]

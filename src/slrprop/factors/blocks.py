@@ -18,15 +18,17 @@ def members(levels: Tensor, level: int) -> Tensor:
     return (levels > level).nonzero()[:, 0]
 
 
+def reordered(block: Tensor, members: Tensor, order: Tensor, axis: int) -> Tensor:
+    """A block whose neurons along ``axis`` are those of the bool mask ``members``, once the neurons are ``order``."""
+    place = members.cumsum(0) - 1
+    index = place[order[members[order]]]
+    return block[index] if axis == 0 else block[:, index]
+
+
 def _permute_blocks(
     blocks: tuple[Tensor, ...], levels: Tensor, order: Tensor, axis: int
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    # old members, ascending in their new places
-    moved = tuple(
-        block.index_select(axis, place[members(levels, level)].argsort()) for level, block in enumerate(blocks)
-    )
+    moved = tuple(reordered(block, levels > level, order, axis) for level, block in enumerate(blocks))
     return moved, levels[order]
 
 
@@ -62,6 +64,7 @@ class SparseLowRank(Factors):
     row_levels: Tensor
     column_levels: Tensor
     kind: ClassVar[str] = "sparse_low_rank"
+    selects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.left or len(self.left) != len(self.right):
@@ -140,6 +143,9 @@ class SparseLowRank(Factors):
         for level, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
             weight[members(self.row_levels, level)[:, None], members(self.column_levels, level)] += left @ right
         return weight
+
+    def read(self) -> Tensor:
+        return self.row_levels.cpu() > 0
 
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "SparseLowRank":
         left, right, row_levels, column_levels = self.left, self.right, self.row_levels, self.column_levels

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slrprop.errors import SlrpropError
 from slrprop.factors.base import Factors, require_matrix
+from slrprop.factors.blocks import reordered
 
 
 def _bits(mask: Tensor) -> Tensor:
@@ -21,16 +22,6 @@ def _mask(bits: Tensor, count: int) -> Tensor:
     if bits.dtype != torch.uint8 or bits.shape != (-(-count // 8),):
         raise SlrpropError(f"{count} neurons take {-(-count // 8)} bytes, got {bits.dtype} {tuple(bits.shape)}")
     return torch.from_numpy(np.unpackbits(bits.cpu().numpy(), count=count)).bool()
-
-
-def _moved(block: Tensor, mask: Tensor, order: Tensor | None, axis: int) -> tuple[Tensor, Tensor]:
-    """A block and the mask of its neurons once ``order`` says which neurons there are."""
-    if order is None:
-        return block, mask
-    order = order.cpu()
-    place, new = mask.cumsum(0) - 1, mask[order]
-    index = place[order[new]]
-    return block[:, index] if axis else block[index], new
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +86,9 @@ class Narrowed(Factors):
         return self.rows
 
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Narrowed":
-        block, row_mask = _moved(self.block, self.rows, rows, 0)
-        block, column_mask = _moved(block, self.columns, columns, 1)
+        block, row_mask, column_mask = self.block, self.rows, self.columns
+        if rows is not None:
+            block, row_mask = reordered(block, row_mask, rows.cpu(), 0), row_mask[rows.cpu()]
+        if columns is not None:
+            block, column_mask = reordered(block, column_mask, columns.cpu(), 1), column_mask[columns.cpu()]
         return Narrowed(block, row_mask, column_mask)

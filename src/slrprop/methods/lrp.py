@@ -31,7 +31,7 @@ def z_plus(a: Tensor, weight: Tensor, relevance: Tensor) -> Tensor:
     An output that no input speaks for hands nothing back; all others hand back what they have.
     """
     ups = [(a.clamp_min(0), weight.clamp_min(0)), (a.clamp_max(0), weight.clamp_max(0))]
-    total = sum(part @ up for part, up in ups)
+    total = sum((part @ up for part, up in ups), torch.zeros_like(relevance))
     share = torch.where(total > 0, relevance / total, 0.0)
     return sum((part * (share @ up.T) for part, up in ups), torch.zeros_like(a))
 
@@ -50,7 +50,7 @@ def relevances(problem: Problem, pairs: Mapping[str, str], settings: LRPSettings
     sums: dict[str, Tensor] = {}
     samples = 0
     for flow in chained(problem, pairs):
-        samples += len(flow.output)
+        samples += flow.samples
         for first, seen in flow.layers.items():
             z = seen.chain.values(seen.y)
             relevance = at_outputs(z[-1], flow.targets)

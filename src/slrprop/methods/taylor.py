@@ -50,11 +50,11 @@ def taylor_terms(problem: Problem, pairs: Mapping[str, str], settings: TaylorSet
     sums: dict[str, Tensor] = {}
     samples = 0
     for flow in chained(problem, pairs):
-        samples += len(flow.output)
+        samples += flow.samples
         for first, seen in flow.layers.items():
             y = seen.y.detach().requires_grad_()
             with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(loss_of(flow.outputs_from(seen.chain, y), flow.targets), y)
+                (gradient,) = torch.autograd.grad(loss_of(seen.chain.values(y)[-1], flow.targets), y)
             terms = (gradient @ seen.weight.T) * seen.x
             term = (terms.abs() if settings.absolute == "sample" else terms).sum(0, dtype=torch.float64)
             sums[first] = sums[first] + term if first in sums else term
