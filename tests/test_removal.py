@@ -342,3 +342,9 @@ def test_in_few_bits(method, trained, calibration, digits):
     with torch.no_grad():
         a, b = (slrprop.apply(trained, made)(digits[0]) for made in (plain, small))
     assert (a.argmax(1) == b.argmax(1)).float().mean() > 0.97
+
+
+@pytest.mark.parametrize("method", REMOVAL)
+def test_the_search_refuses(method, trained, calibration):
+    with pytest.raises(SlrpropError, match=f"method '{method}' treats layers together"):
+        slrprop.compress(trained, calibration, max_bytes="25%", methods={method: {}})

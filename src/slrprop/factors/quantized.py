@@ -146,5 +146,5 @@ class Quantized(Factors):
         scales, axes = dict(self.scales), self.codes.scale_axes()
         for name, wide in self.codes.with_matrices(self._wide_scales()).permuted(rows, columns).matrices().items():
             if wide.ndim == 2 and wide.shape[axes[name]]:  # the scales of outputs follow their outputs
-                scales[name] = wide.select(axes[name], 0).half()
+                scales[name] = wide.select(axes[name], 0).half().clone(memory_format=torch.contiguous_format)
         return replace(self, codes=self.codes.permuted(rows, columns), scales=scales, bias_codes=bias)

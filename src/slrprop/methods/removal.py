@@ -5,7 +5,7 @@ layer's weights anew, by least squares; what the removed ones gave on average go
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -154,6 +154,10 @@ def removal(name: str, settings: type[RemovalSettings], score: Score) -> Method:
             fit = partial(narrowed, rows=read.get(layer), columns=made.get(layer))
             return CalibratedMethod(name, settings, decide, None, fit)
 
-        yield from in_order(problem, {layer: (method(layer), chosen) for layer in (*read, *made)})
+        wide = replace(chosen, bits=32)  # for a layer that was not asked for
+        touched = {layer: (method(layer), chosen if layer in layers else wide) for layer in (*read, *made)}
+        for decision in in_order(problem, touched):
+            asked = decision.name in layers or decision.settings is not None
+            yield decision if asked else decision._replace(settings=wide)
 
-    return Method(name, settings, decide, None)
+    return Method(name, settings, decide, None, coupled=True)
