@@ -15,7 +15,7 @@ from slrprop import SlrpropError
 from slrprop.api import planned_layer
 from slrprop.arrange import arranged
 from slrprop.data import Data
-from slrprop.factors import Dense, Factors, LowRank, Narrowed, SparseLowRank, restored
+from slrprop.factors import Dense, Factors, LowRank, Narrowed, Quantized, SparseLowRank, restored
 from slrprop.factors.base import KINDS
 from slrprop.layers import linear_from
 from slrprop.linalg import truncated_svd
@@ -225,8 +225,9 @@ def test_files_lose_neurons_and_what_they_said_of_them(gemm, bits, tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "small.onnx")
     (got,) = session.run(None, {"x": x.numpy()})
     one, two = made.layers
-    biases = [layer.factors.bias if bits == 8 else layer.bias for layer in (one, two)]
-    want = (x @ one.factors.dense() + biases[0]).relu() @ two.factors.dense() + biases[1]
+    bias = one.factors.bias if isinstance(one.factors, Quantized) else one.bias
+    assert isinstance(one.factors, Quantized) == (bits == 8) and isinstance(two.factors, Narrowed)
+    want = (x @ one.factors.dense() + bias).relu() @ two.factors.dense() + two.bias
     torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-4, atol=1e-4)
     assert values["w1"].shape == one.factors.shape
 

@@ -348,3 +348,60 @@ def test_in_few_bits(method, trained, calibration, digits):
 def test_the_search_refuses(method, trained, calibration):
     with pytest.raises(SlrpropError, match=f"method '{method}' treats layers together"):
         slrprop.compress(trained, calibration, max_bytes="25%", methods={method: {}})
+
+
+class Block(nn.Module):
+    """A residual block on tokens, as in transformers: no chain leads from it to the outputs."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.head = nn.Linear(8, 32), nn.Linear(32, 8), nn.Linear(8, 3)
+        self.eval()
+
+    def forward(self, x):
+        return self.head((x + self.down(functional.gelu(self.up(x)))).mean(1))
+
+
+@pytest.mark.parametrize("method", ["nisp", "redundant"])
+def test_inside_residual_blocks(method, tmp_path):
+    model, x = Block(), torch.rand(50, 4, 8, generator=torch.Generator().manual_seed(0))
+    made = slrprop.plan(model, x, method=method, layers="up", keep=0.5, refit_head=False)
+    assert [layer.name for layer in made.layers] == ["up", "down"]
+    small = slrprop.apply(model, made)
+    assert (small.up.out_features, small.down.in_features) == (16, 16)
+    torch.testing.assert_close(small(x), with_zeros(model, made)(x), rtol=1e-4, atol=1e-4)
+    assert slrprop.export_onnx(small, tmp_path / "small.onnx", x[:5]) < 1e-4
+    for criterion in ("taylor", "lrp"):
+        with pytest.raises(SlrpropError, match=f"method '{criterion}' can't treat layer 'up'"):
+            slrprop.plan(model, x, method=criterion, layers=["up"], keep=0.5)
+
+
+def test_batch_norm_between_keeps_the_layer_before(calibration):
+    """What the normalisation sees stays; the reading layer alone gets smaller."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 10)).eval()
+    made = slrprop.plan(model, calibration, method="lrp", keep=0.5)
+    assert [(layer.name, layer.numbers) for layer in made.layers] == [("3", 100)]
+    small = slrprop.apply(model, made)
+    assert small[0] is not model[0] and torch.equal(small[0].weight, model[0].weight)
+    torch.testing.assert_close(small(calibration[0]), with_zeros(model, made)(calibration[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_softmax_at_the_end_is_seen_through(trained, calibration):
+    ended = nn.Sequential(*copy.deepcopy(trained), nn.Softmax(-1))
+    for score, settings in ((taylor_terms, TaylorSettings()), (relevances, LRPSettings())):
+        plain, other = (score(problem_of(model, calibration), PAIRS, settings) for model in (trained, ended))
+        for name in PAIRS:
+            torch.testing.assert_close(plain[name], other[name])
+
+
+def test_taylor_of_networks_without_classes(calibration):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 20), nn.Tanh(), nn.Linear(20, 2)).double(), calibration[0].double()
+    goals = torch.randn(300, 2, dtype=torch.float64)
+    found = taylor_terms(problem_of(model, (x, goals)), {"0": "2"}, TaylorSettings())["0"]
+    z = model[:2](x).detach().requires_grad_()
+    (model[2](z) - goals).square().sum().backward()
+    want = (z.grad * z.detach()).abs().mean(0)
+    torch.testing.assert_close(found, want / want.norm())
