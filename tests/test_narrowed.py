@@ -51,6 +51,8 @@ def test_neurons_can_be_left_out(name):
     everything = torch.randperm(9)
     torch.testing.assert_close(form.permuted(rows=everything).dense(), form.dense()[everything])
     assert not form.dense()[~form.read()].any()
+    x = torch.randn(3, 5, 9)
+    torch.testing.assert_close(form.product(x), x @ form.dense())
 
 
 @pytest.mark.parametrize("name", forms())

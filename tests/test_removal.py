@@ -16,6 +16,7 @@ from slrprop.data import Data
 from slrprop.methods import METHODS, Problem
 from slrprop.methods.removal import kept_count, most_relevant, refitted
 from slrprop.network import TorchNetwork
+from slrprop.tune import tune
 
 REMOVAL = ("apoz", "lrp", "nisp", "redundant", "taylor")
 PAIRS = {"0": "2", "2": "4"}
@@ -239,3 +240,20 @@ def test_batch_norm_between_keeps_the_layer_before(calibration):
     small = slrprop.apply(model, made)
     assert small[0] is not model[0] and torch.equal(small[0].weight, model[0].weight)
     torch.testing.assert_close(small(calibration[0]), with_zeros(model, made)(calibration[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_distillation_takes_what_is_left(trained, calibration):
+    """The smaller layers learn from the original's outputs; no removed neuron comes back."""
+    data = Data(calibration)
+    network = TorchNetwork(trained, data)
+    made = slrprop.plan(trained, calibration, method="lrp", keep=0.15)
+    tuned = tune(network, data, made, quiet=True)
+    before, after = (slrprop.apply(trained, plan) for plan in (made, tuned))
+    assert [before[i].weight.shape for i in (0, 2, 4)] == [after[i].weight.shape for i in (0, 2, 4)]
+    with torch.no_grad():
+        want = trained(calibration[0]).log_softmax(1)
+        worse, better = (
+            functional.kl_div(small(calibration[0]).log_softmax(1), want, reduction="batchmean", log_target=True)
+            for small in (before, after)
+        )
+    assert better < worse
