@@ -26,6 +26,12 @@ def require_flag(what: str, value: Any) -> None:
         raise SlrpropError(f"{what} must be True or False, got {value!r}")
 
 
+def require_keep(keep: Any) -> None:
+    """A share that stays is a number in (0, 1]."""
+    if isinstance(keep, bool) or not isinstance(keep, Real) or not 0 < float(keep) <= 1:
+        raise SlrpropError(f"keep must be above 0 and at most 1, got {keep!r}")
+
+
 def require_choice(what: str, value: Any, choices: Collection[str]) -> None:
     """A word out of a list."""
     if not isinstance(value, str) or value not in choices:

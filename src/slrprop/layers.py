@@ -16,6 +16,7 @@ from slrprop.factors import (
     Factors,
     LowRank,
     LowRankPlusSparse,
+    Narrowed,
     Quantized,
     Sparse,
     SparseLowRank,
@@ -159,6 +160,38 @@ class SparseLowRankLinear(FactoredLinear):
         return self._with_bias(y if self.unsort is None else _gathered(y, self.unsort))
 
 
+class NarrowedLinear(FactoredLinear):
+    """One dense block that reads some of the inputs and makes some of the outputs; the others are the bias alone."""
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, factors: Narrowed, bias: Tensor | None) -> None:
+        super().__init__(factors, bias)
+        self.block = _parameter(factors.block)
+        for name, array in factors.indices().items():
+            self.register_buffer(name, array.clone())
+        self._description = factors.description()
+        index = factors.rows.nonzero()[:, 0]
+        self.row_slice = span(index)
+        self.register_buffer("row_index", index, persistent=False)
+        place = torch.where(factors.columns, factors.columns.cumsum(0) - 1, len(self.block.T))
+        self.register_buffer("place", None if factors.columns.all() else place, persistent=False)
+
+    def factors(self) -> Narrowed:
+        return Narrowed.restored(self._description, {"block": self.block, "rows": self.rows, "columns": self.columns})
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.row_slice is None:
+            x = _gathered(x, self.get_buffer("row_index"))
+        elif self.row_slice != slice(0, self.in_features):
+            x = x[..., self.row_slice]
+        y = x @ self.block
+        if self.place is not None:
+            y = _gathered(torch.cat([y, torch.zeros_like(y[..., :1])], -1), self.get_buffer("place"))
+        return self._with_bias(y)
+
+
 class PackedLinear(FactoredLinear):
     """Factors kept as they are stored, in few bits; they are unpacked when they are first needed.
 
@@ -266,6 +299,16 @@ def _dense_linear(factors: Dense, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
+def note_shape(module: nn.Module, shape: tuple[int, ...]) -> None:
+    """Note that a layer took the place of one of another shape (m, n), before neurons around it were removed."""
+    module.original_shape = shape[0], shape[1]  # type: ignore[assignment]
+
+
+def original_shape(module: nn.Module) -> tuple[int, int] | None:
+    """The shape (m, n) of the layer before neurons around it were removed; None where none were."""
+    return getattr(module, "original_shape", None)
+
+
 LAYERS: dict[str, type[FactoredLinear]] = {}
 
 
@@ -277,6 +320,7 @@ def computes_with(form: type[Factors], layer: type[FactoredLinear]) -> None:
 
 computes_with(LowRank, LowRankLinear)
 computes_with(SparseLowRank, SparseLowRankLinear)
+computes_with(Narrowed, NarrowedLinear)
 computes_with(Quantized, PackedLinear)
 computes_with(Sparse, SparseLinear)
 computes_with(LowRankPlusSparse, LowRankPlusSparseLinear)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slrprop.factors import Dense, Factors, LowRank, Quantized, SparseLowRank, members
+from slrprop.factors import Dense, Factors, LowRank, Narrowed, Quantized, SparseLowRank, members
 from slrprop.factors.quantized import CODES
 from slrprop.linalg import balanced
 from slrprop.regression import Regression, level
@@ -139,6 +139,11 @@ def compensated(form: Factors, bits: int, task: Regression) -> Quantized:
 @compensated.register
 def _(form: Dense, bits: int, task: Regression) -> Quantized:
     return _form_of(form, bits, {"weight": rounded(form.weight, 0, bits, task.covariance)})
+
+
+@compensated.register
+def _(form: Narrowed, bits: int, task: Regression) -> Quantized:
+    return _form_of(form, bits, {"block": rounded(form.block, 0, bits, task.covariance[form.rows][:, form.rows])})
 
 
 @compensated.register

@@ -2,6 +2,7 @@
 
 from slrprop.factors.base import Dense, Factors, LowRank, restored
 from slrprop.factors.blocks import Segment, SparseLowRank, members, span
+from slrprop.factors.narrowed import Narrowed
 from slrprop.factors.quantized import Quantized
 from slrprop.factors.sparse import LowRankPlusSparse, Sparse
 
@@ -10,6 +11,7 @@ __all__ = [
     "Factors",
     "LowRank",
     "LowRankPlusSparse",
+    "Narrowed",
     "Quantized",
     "Segment",
     "Sparse",

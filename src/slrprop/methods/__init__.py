@@ -2,19 +2,24 @@
 
 from slrprop.checks import require_choice
 from slrprop.methods import (
+    apoz,
     dense,
     group_lasso,
     lasso,
     low_rank,
     low_rank_plus_sparse,
+    lrp,
     magnitude,
     nested,
+    nisp,
     obd,
     obs,
+    redundant,
     slr,
     slr_refit,
     slrprop,
     svd,
+    taylor,
     wanda,
 )
 from slrprop.methods.base import Decision, Method, Problem, Settings
@@ -23,9 +28,10 @@ _ALL = (
     svd,
     slr,
     slrprop,
+    slr_refit,
     low_rank,
     nested,
-    slr_refit,
+    low_rank_plus_sparse,
     dense,
     magnitude,
     wanda,
@@ -33,7 +39,11 @@ _ALL = (
     obs,
     lasso,
     group_lasso,
-    low_rank_plus_sparse,
+    nisp,
+    taylor,
+    lrp,
+    apoz,
+    redundant,
 )
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _ALL}
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -212,13 +212,15 @@ class Method:
     """A registered method.
 
     ``decide(problem, layers, settings)`` yields one decision per layer; ``build(weight, layer_plan, settings)`` rebuilds
-    the factors of a saved plan from the weight (None: they are saved with the plan).
+    the factors of a saved plan from the weight (None: they are saved with the plan). ``coupled``: it treats layers together,
+    so that one layer's factors make no sense without the others'.
     """
 
     name: str
     settings: type[Settings]
     decide: Callable[[Problem, tuple[str, ...], Any], Iterator[Decision]]
     build: Callable[[Tensor, LayerPlan, Any], Factors] | None = None
+    coupled: bool = field(default=False, kw_only=True)
 
     @property
     def source(self) -> str:

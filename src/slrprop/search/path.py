@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slrprop.api import plan_problem
+from slrprop.errors import SlrpropError
 from slrprop.factors import Factors, Quantized
 from slrprop.methods import Problem, find_method
 from slrprop.methods.base import ranks_for
@@ -104,6 +105,10 @@ def candidates_of(problem: Problem, name: str, x: Tensor, methods: Sequence[Choi
         problem.svd(name, ranks[-1], "auto")  # the lower ranks are parts of it
     for method, given in methods:
         kind = find_method(method).settings
+        if find_method(method).coupled:
+            raise SlrpropError(
+                f"method '{method}' treats layers together, and the search chooses for each by itself; use slrprop.plan, or leave it out"
+            )
         if name not in kind(**given).eligible(problem.network):
             continue  # for example a layer that SLRProp's chain does not reach
         for step in kind.ladder(m, n):
