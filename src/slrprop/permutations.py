@@ -79,7 +79,7 @@ def unpack(packed: np.ndarray, m: int, n: int) -> np.ndarray:
     return places
 
 
-def _words(seed: int, start: int, count: int) -> np.ndarray:
+def words(seed: int, start: int, count: int) -> np.ndarray:
     """Words ``start`` to ``start + count - 1`` of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), as uint64."""
     with np.errstate(over="ignore"):
         z = np.uint64(seed) + np.arange(start + 1, start + count + 1, dtype=np.uint64) * GOLDEN
@@ -99,5 +99,5 @@ def seeded(seed: int, m: int, n: int) -> np.ndarray:
     require_seed(seed)
     places = np.empty((n, m), np.int32)
     for j in range(n):
-        places[j] = np.argsort(_words(int(seed), j * m, m).view(np.int64))
+        places[j] = np.argsort(words(int(seed), j * m, m).view(np.int64))
     return places
