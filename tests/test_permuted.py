@@ -1,21 +1,26 @@
 """Weights whose columns are permutations of one sequence: packing, seeds, the form, its module and its ONNX nodes."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import helper, numpy_helper
 from torch import nn
 
 import slrprop
 from slrprop import SlrpropError
 from slrprop.factors import Shared
 from slrprop.layers import linear_from
+from slrprop.methods.permuted import PermutedSettings, fit, fitted, refined
 from slrprop.permutations import entry_bits, pack, packed_bytes, seeded, unpack, words
 from slrprop.permuted import PermutedLinear, permute, train
+from slrprop.regression import Regression
 
 
 @st.composite
@@ -178,8 +183,6 @@ def test_exported_layers_equal_the_module_and_their_files_are_small(m, n, way, t
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "folded.onnx"), 3
     onnxruntime.InferenceSession(path, options)
-    import onnx
-
     assert [node.op_type for node in onnx.load(tmp_path / "folded.onnx").graph.node] == ["Gemm"]
 
 
@@ -200,3 +203,96 @@ def test_exported_layers_equal_the_module_and_their_files_are_small(m, n, way, t
 def test_mistakes_are_one_sentence(build, message):
     with pytest.raises(SlrpropError, match=message):
         build()
+
+
+def really_permuted(m, n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sequence, scale, offset = (torch.randn(k, generator=generator, dtype=torch.float64) for k in (m, n, n))
+    places = torch.stack([torch.randperm(m, generator=generator) for _ in range(n)])
+    return Shared.of(sequence.exp(), scale, offset, places).dense()
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 3), (2, 5), (30, 1), (40, 25)])
+def test_a_weight_that_is_permuted_is_fitted_exactly(m, n):
+    """Scales of both signs and offsets included."""
+    weight = really_permuted(m, n)
+    torch.testing.assert_close(fitted(weight).dense(), weight, rtol=1e-9, atol=1e-9)
+    task = Regression("", weight, weight, weight[0], weight[:, 0], torch.eye(m, dtype=torch.float64), weight[0], None, False, None)  # fmt: skip
+    torch.testing.assert_close(fit(task, PermutedSettings(refine=3)).dense(), weight, rtol=1e-8, atol=1e-8)
+
+
+def test_a_permuted_network_is_found_again_through_the_api(calibration):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 10))
+    model[0].weight.data = really_permuted(64, 50).T.float().contiguous() / 8
+    made = slrprop.plan(model, calibration, method="permuted", layers="0", refit_head=False)
+    assert made.layers[0].bytes == 4 * (64 + 2 * 50) + 64 * 50 * 6 // 8
+    x = calibration[0]
+    torch.testing.assert_close(slrprop.apply(model, made)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_fit_is_least_squares_and_refining_never_raises_the_error():
+    torch.manual_seed(0)
+    weight = torch.randn(30, 20, dtype=torch.float64)
+    form = fitted(weight)
+    for j in range(20):  # scale and offset of a column by the definition
+        features = torch.stack([form.sequence[form.places[j].long()], torch.ones(30, dtype=torch.float64)], 1)
+        want = features @ torch.linalg.lstsq(features, weight[:, j : j + 1]).solution
+        torch.testing.assert_close(form.dense()[:, j : j + 1], want)
+    x = torch.randn(100, 30, dtype=torch.float64) * torch.rand(30).square()
+    metric = x.T @ x
+
+    def error(form):
+        off = form.dense() - weight
+        return float((off * (metric @ off)).sum())
+
+    errors = [error(form if not rounds else refined(form, weight, metric, rounds)) for rounds in range(6)]
+    assert all(after <= before for before, after in zip(errors, errors[1:], strict=False)) and errors[-1] < 0.9 * errors[0]
+
+
+def test_the_refined_sequence_solves_its_normal_equations():
+    """After many rounds no change of the sequence, a scale or an offset lowers the error."""
+    torch.manual_seed(0)
+    weight, root = torch.randn(8, 5, dtype=torch.float64), torch.randn(20, 8, dtype=torch.float64)
+    metric = root.T @ root
+    form = refined(fitted(weight), weight, metric, 200)
+    parts = {name: value.clone().requires_grad_() for name, value in form.matrices().items()}
+    off = form.with_matrices(parts).dense() - weight
+    (off * (metric @ off)).sum().backward()
+    for value in parts.values():
+        assert value.grad.abs().max() < 1e-3 * metric.diagonal().sum()
+
+
+def test_layers_that_would_grow_are_left_dense(calibration):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 3), nn.ReLU(), nn.Linear(3, 1)).half().float()
+    made = slrprop.plan(model, calibration[0], method="permuted", refit_head=False)
+    assert [layer.name for layer in made.layers] == ["0"] and "would store" in made.left_dense["2"]
+    with pytest.raises(SlrpropError, match="refine must be a whole number from 0, got -1"):
+        slrprop.plan(model, calibration[0], method="permuted", refine=-1)
+
+
+@pytest.mark.parametrize("opset", [11, 13, 18])
+@pytest.mark.parametrize("way", ["packed", "seed"])
+def test_onnx_files_are_small_and_compute_the_same(opset, way, tmp_path):
+    """Through the writer of files, Gemm with a transposed weight; a seed from opset 18, else packed."""
+    random = np.random.default_rng(0)
+    weight, bias = random.standard_normal((70, 90)).astype(np.float32), random.standard_normal(70).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Gemm", ["x", "w", "b"], ["y"], "dense", transB=1)],
+        "g",
+        [helper.make_tensor_value_info("x", 1, ["batch", 90])],
+        [helper.make_tensor_value_info("y", 1, ["batch", 70])],
+        [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(bias, "b")],
+    )
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=7), path)
+    made = slrprop.plan(path, random.standard_normal((200, 90)).astype(np.float32), method="permuted")
+    if way == "seed":
+        form = Shared(torch.randn(90), torch.randn(70), None, seed=5)
+        made = replace(made, layers=(replace(made.layers[0], factors=form, numbers=form.numbers, bytes=form.bytes),))
+    parity = slrprop.apply(path, made, tmp_path / "small.onnx")
+    assert max(parity.outputs.values()) < 1e-4
+    form = made.layers[0].factors
+    packed = 0 if form.seed is None else packed_bytes(90, 70) * (opset < 18)
+    assert (tmp_path / "small.onnx").stat().st_size < form.bytes + packed + 280 + 5000 < path.stat().st_size
