@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +74,9 @@ class Narrow(LeNet5):
 def dense_part(model: nn.Module) -> tuple[int, int]:
     """Numbers and bytes of the parts called fc..., biases, seeds and permutations counted."""
     parts = [part for name, part in model.named_children() if name.startswith("fc")]
-    return sum(map(stored_numbers, parts)), sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
+    return sum(map(stored_numbers, parts)), sum(
+        tensor.nbytes for part in parts for tensor in part.state_dict().values()
+    )
 
 
 def train_table(name: str, variants: dict, data, seeds: tuple[int, ...], epochs: int, batch: int) -> None:
@@ -102,7 +105,10 @@ def trained_part(args: argparse.Namespace) -> None:
     train_table("LeNet-5, MNIST", lenet, data, SEEDS, 3, 128)
     data = EXPERIMENTS["room-mlp"].load_data(args.data)
     room = {
-        "16-4000-4000-4000-4, fc2 and fc3 permuted": (lambda seed: permute(RoomMLP(), ["fc2", "fc3"], 100 * seed), 1e-3),  # fmt: skip
+        "16-4000-4000-4000-4, fc2 and fc3 permuted": (
+            lambda seed: permute(RoomMLP(), ["fc2", "fc3"], 100 * seed),
+            1e-3,
+        ),
         "dense 16-226-226-226-4": (lambda seed: RoomMLP(226), 1e-3),
     }
     train_table("Room network", room, data, (0,), 4, 128)
@@ -126,7 +132,9 @@ def transfer_part(args: argparse.Namespace) -> None:
     }
     counts = (5, 20, 100, 500)
     found: dict[tuple[str, int], list[float]] = {}
-    sizes = {title: sum(tensor.nbytes for tensor in make(0).state_dict().values()) for title, (make, _) in heads.items()}
+    sizes = {
+        title: sum(tensor.nbytes for tensor in make(0).state_dict().values()) for title, (make, _) in heads.items()
+    }
     for seed in SEEDS:
         torch.manual_seed(seed)
         base = train(LeNet5(5), Shuffled(*digits(data.x_train, data.y_train, 0), 128), 3, 3e-3)
@@ -196,7 +204,7 @@ class Architecture(NamedTuple):
 
     @property
     def layers(self) -> list[tuple[int, int]]:
-        return list(zip(self.dense, self.dense[1:], strict=False))
+        return list(pairwise(self.dense))
 
     @property
     def total(self) -> int:
@@ -208,7 +216,7 @@ def conv(inputs: int, outputs: int, side: int, groups: int = 1, bias: bool = Tru
 
 
 def chain(widths: tuple[int, ...], side: int, **options: bool) -> int:
-    return sum(conv(a, b, side, **options) for a, b in zip(widths, widths[1:], strict=False))
+    return sum(conv(a, b, side, **options) for a, b in pairwise(widths))
 
 
 VGG16 = (3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -247,7 +248,7 @@ def test_the_fit_is_least_squares_and_refining_never_raises_the_error():
         return float((off * (metric @ off)).sum())
 
     errors = [error(form if not rounds else refined(form, weight, metric, rounds)) for rounds in range(6)]
-    assert all(after <= before for before, after in zip(errors, errors[1:], strict=False)) and errors[-1] < 0.9 * errors[0]
+    assert all(after <= before for before, after in pairwise(errors)) and errors[-1] < 0.9 * errors[0]
 
 
 def test_the_refined_sequence_solves_its_normal_equations():

@@ -30,8 +30,7 @@ def packed_bytes(m: int, n: int) -> int:
 
 def pack(places: np.ndarray) -> np.ndarray:
     """The places as one stream of bits, highest bit of an entry first, as uint8 (``packed_bytes(m, n)``,)."""
-    n, m = places.shape
-    bits = entry_bits(m)
+    bits = entry_bits(places.shape[1])
     shifts = np.arange(bits)[::-1].astype(np.uint32)
     flat, parts = places.reshape(-1).astype(np.uint32), []
     step = 1 << 20  # entries at a time: a multiple of 8, so that every part ends at a byte
@@ -89,7 +88,7 @@ def words(seed: int, start: int, count: int) -> np.ndarray:
 
 
 def seeded(seed: int, m: int, n: int) -> np.ndarray:
-    """n random permutations of m places (n x m, int32), the same on every machine and in every release.
+    """Random permutations, n of m places (n x m, int32), the same on every machine and in every release.
 
     Permutation j sorts words j m to (j + 1) m - 1 of the SplitMix64 stream of ``seed``, read as signed numbers, ascending.
     SplitMix64 is integer arithmetic modulo 2^64, so nothing depends on a library's version (NumPy keeps its bit

@@ -176,6 +176,7 @@ def train(
                 if batch.targets is None:
                     raise SlrpropError("training needs labels, and the data has none; give (inputs, labels)")
                 inputs, named, targets = batch.to(device_of(model))
+                assert targets is not None
                 loss = nn.functional.cross_entropy(main_output(model(*inputs, **named)), targets)
                 optimizer.zero_grad()
                 loss.backward()

@@ -3,5 +3,17 @@
 from slrprop.factors.base import Dense, Factors, LowRank, restored
 from slrprop.factors.blocks import Segment, SparseLowRank, members, span
 from slrprop.factors.quantized import Quantized
+from slrprop.factors.shared import Shared
 
-__all__ = ["Dense", "Factors", "LowRank", "Quantized", "Segment", "SparseLowRank", "members", "restored", "span"]
+__all__ = [
+    "Dense",
+    "Factors",
+    "LowRank",
+    "Quantized",
+    "Segment",
+    "Shared",
+    "SparseLowRank",
+    "members",
+    "restored",
+    "span",
+]

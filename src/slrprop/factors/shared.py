@@ -84,7 +84,8 @@ class Shared(Factors):
         return {"packed": self.packed} if self.packed is not None else {"seed": torch.tensor([self.seed])}
 
     def with_matrices(self, matrices: Mapping[str, Tensor]) -> "Shared":
-        return replace(self, **{name: matrices[name] for name in self.matrices()})
+        offset = None if self.offset is None else matrices["offset"]
+        return replace(self, sequence=matrices["sequence"], scale=matrices["scale"], offset=offset)
 
     @classmethod
     def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> "Shared":

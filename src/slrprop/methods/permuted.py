@@ -1,6 +1,8 @@
 """Permuted features fitted to a trained layer: every column a permutation of one sequence."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -82,18 +84,22 @@ def refined(form: Shared, weight: Tensor, metric: Tensor, rounds: int) -> Shared
     Args:
         metric: (m x m), symmetric, positive definite.
     """
-    (m, n), places = form.shape, form.places.long().T  # m x n
+    places = form.places.long().T  # m x n
     seen, ones = metric @ weight, metric.sum(1)
     sequence, scale, offset = form.sequence, form.scale, form.offset
     assert offset is not None
 
     def gathered(columns: Tensor) -> Tensor:
-        """``sum_j scale_j P_j^T columns_j`` (m,)."""
-        return sequence.new_zeros(m).scatter_add_(0, places.reshape(-1), (columns * scale).reshape(-1))
+        """``sum_j P_j^T columns_j`` (m,)."""
+        return sequence.new_zeros(len(weight)).scatter_add_(0, places.reshape(-1), columns.reshape(-1))
+
+    def normal(scale: Tensor, s: Tensor) -> Tensor:
+        """The matrix of the sequence's normal equations times s."""
+        return gathered(metric @ (s[places] * scale) * scale)
 
     for _ in range(rounds):
         sequence = _conjugate_gradients(
-            lambda s: gathered(metric @ (s[places] * scale)), gathered(seen - torch.outer(ones, offset)), sequence
+            partial(normal, scale), gathered((seen - torch.outer(ones, offset)) * scale), sequence
         )
         spread = sequence[places]
         a, b, c = (spread * (metric @ spread)).sum(0), ones @ spread, ones.sum()
@@ -106,7 +112,7 @@ def refined(form: Shared, weight: Tensor, metric: Tensor, rounds: int) -> Shared
     return Shared(sequence, scale, offset, form.packed)
 
 
-def _conjugate_gradients(apply: Any, right: Tensor, start: Tensor) -> Tensor:
+def _conjugate_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, start: Tensor) -> Tensor:
     """``STEPS`` steps towards the solution of ``apply(s) = right``, ``apply`` positive semidefinite, from ``start``."""
     found, residual = start, right - apply(start)
     direction, size = residual, residual @ residual
