@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, nn
 
 import slrprop
-from slrprop.network.torch import stored_numbers
+from slrprop.layers import linear_from
+from slrprop.network.torch import stored_numbers, swapped
 from slrprop.paper.experiments import EXPERIMENTS, trained
 from slrprop.paper.networks import LeNet5, RoomMLP
 from slrprop.permutations import packed_bytes
-from slrprop.permuted import permute, train
+from slrprop.permuted import SharedLinear, permute, train
+from slrprop.quantize import quantised, with_bias
 from slrprop.storage import to_bytes
 
 SEEDS = (0, 1, 2)
@@ -83,15 +85,30 @@ def train_table(name: str, variants: dict, data, seeds: tuple[int, ...], epochs:
     print(f"\n{name}: {epochs} epochs, batch {batch}, AdamW, one cycle, no augmentation, {len(seeds)} seed(s)\n")
     head("network", "highest rate", "dense part, numbers", "dense part, bytes", "file, bytes", "accuracy, %", "seconds a seed")  # fmt: skip
     for title, (make, rate) in variants.items():
-        found, start = [], time.perf_counter()
+        found: dict[int, list[float]] = {}
+        start = time.perf_counter()
         for seed in seeds:
             torch.manual_seed(seed)
             model = make(seed)
             train(model, Shuffled(data.x_train, data.y_train, batch), epochs, rate)
-            found.append(accuracy(model, data.x_test, data.y_test))
-        numbers, size = dense_part(model)
-        seconds = (time.perf_counter() - start) / len(seeds)
-        row(title, rate, f"{numbers:,}", f"{size:,}", f"{len(to_bytes(model)):,}", spread(found), f"{seconds:.0f}")
+            forms = {32: model} | ({8: in_bits(model, 8)} if "permuted" in title else {})
+            for bits, form in forms.items():
+                found.setdefault(bits, []).append(accuracy(form, data.x_test, data.y_test))
+        numbers, seconds = dense_part(model)[0], (time.perf_counter() - start) / len(seeds)
+        for bits, form in forms.items():
+            name = title if bits == 32 else f"the same, permuted layers in {bits} bits"
+            cells = f"{numbers:,}", f"{dense_part(form)[1]:,}", f"{len(to_bytes(form)):,}", spread(found[bits])
+            row(name, rate, *cells, f"{seconds:.0f}")
+
+
+def in_bits(model: nn.Module, bits: int) -> nn.Module:
+    """The permuted layers' numbers rounded after training, biases to 8 bits; the seeds stay."""
+    packed: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SharedLinear):
+            form = quantised(module.factors().with_matrices({key: value.detach() for key, value in module.factors().matrices().items()}), bits)  # fmt: skip
+            packed[name] = linear_from(with_bias(form, module.bias.detach()), None)
+    return swapped(model, packed)
 
 
 def trained_part(args: argparse.Namespace) -> None:
