@@ -277,28 +277,31 @@ ARCHITECTURES = {
 }
 
 
-def stored_bytes(architecture: Architecture, permuted: int, packed: bool, affine: bool = True) -> int:
-    """Bytes with the first ``permuted`` dense layers permuted; without ``affine`` no scale and no offset is stored."""
+def stored_bytes(architecture: Architecture, permuted: int, packed: bool, offset: bool) -> int:
+    """Bytes with the first ``permuted`` dense layers permuted; 4 a number, 8 a seed."""
     total = 4 * architecture.other
     for index, (m, n) in enumerate(architecture.layers):
-        numbers = m + 2 * n * affine + n if index < permuted else m * n + n
-        total += 4 * numbers + ((packed_bytes(m, n) if packed else 8) if index < permuted else 0)
+        if index < permuted:
+            total += 4 * (m + n + n * offset + n) + (packed_bytes(m, n) if packed else 8)
+        else:
+            total += 4 * (m * n + n)
     return total
 
 
 def counted_part(args: argparse.Namespace) -> None:
     print("\nParameters of the whole network before / after, as times smaller; 4 bytes a number, 8 a seed\n")
-    head("network", "parameters", "dense layers' share", "seeds, all dense layers", "the same, no scale or offset", "seeds, all but the classifier", "packed permutations, all")  # fmt: skip
-    best: list[float] = []
+    head("network", "parameters", "dense layers' share", "seeds, all dense layers", "seeds, all but the classifier", "packed permutations, all dense layers")  # fmt: skip
+    ways = {"all dense layers": [], "all but the classifier": [], "packed permutations": []}
     for name, network in ARCHITECTURES.items():
         count, whole = len(network.layers), 4 * network.total
-        cells = [
-            whole / stored_bytes(network, *how)
-            for how in ((count, False), (count, False, False), (count - 1, False), (count, True))
-        ]
-        best.append(cells[0])
+        hows = (count, False, False), (count - 1, False, False), (count, True, True)
+        cells = [whole / stored_bytes(network, *how) for how in hows]
+        for found, cell in zip(ways.values(), cells, strict=True):
+            found.append(cell)
         row(name, f"{network.total:,}", f"{1 - network.other / network.total:.1%}", *(f"{cell:.2f}x" for cell in cells))
-    print(f"\nseeds, all dense layers: {min(best):.2f}x to {max(best):.2f}x, median {statistics.median(best):.2f}x")
+    print()
+    for title, found in ways.items():
+        print(f"{title}: {min(found):.2f}x to {max(found):.2f}x, median {statistics.median(found):.2f}x")
 
 
 def main() -> None:

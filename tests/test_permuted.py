@@ -19,6 +19,7 @@ from slrprop import SlrpropError
 from slrprop.factors import Shared
 from slrprop.layers import linear_from
 from slrprop.methods.permuted import PermutedSettings, fit, fitted, refined
+from slrprop.paper.networks import LeNet5
 from slrprop.permutations import entry_bits, pack, packed_bytes, seeded, unpack, words
 from slrprop.permuted import PermutedLinear, permute, train
 from slrprop.regression import Regression
@@ -297,3 +298,22 @@ def test_onnx_files_are_small_and_compute_the_same(opset, way, tmp_path):
     form = made.layers[0].factors
     packed = 0 if form.seed is None else packed_bytes(90, 70) * (opset < 18)
     assert (tmp_path / "small.onnx").stat().st_size < form.bytes + packed + 280 + 5000 < path.stat().st_size
+
+
+def test_counted_architectures_have_their_known_sizes():
+    """Parameters as their authors' or torchvision's models have them."""
+    from benchmarks.permuted import ARCHITECTURES, stored_bytes
+
+    known = {
+        "LeNet-5": 61_706,
+        "AlexNet (two groups)": 60_965_224,
+        "VGG16, ImageNet": 138_357_544,
+        "ResNet-50": 25_557_032,
+        "MobileNetV2": 3_504_872,
+    }
+    assert {name: ARCHITECTURES[name].total for name in known} == known
+    lenet = ARCHITECTURES["LeNet-5"]
+    assert stored_bytes(lenet, 0, packed=False, offset=False) == 4 * lenet.total
+    model = permute(LeNet5())
+    stored = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert stored == stored_bytes(lenet, 3, packed=False, offset=False)
