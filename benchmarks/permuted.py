@@ -11,6 +11,7 @@ Prints Markdown tables; 1 thread.
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -83,7 +84,7 @@ def dense_part(model: nn.Module) -> tuple[int, int]:
 
 def train_table(name: str, variants: dict, data, seeds: tuple[int, ...], epochs: int, batch: int) -> None:
     print(f"\n{name}: {epochs} epochs, batch {batch}, AdamW, one cycle, no augmentation, {len(seeds)} seed(s)\n")
-    head("network", "highest rate", "dense part, numbers", "dense part, bytes", "file, bytes", "accuracy, %", "seconds a seed")  # fmt: skip
+    head("network", "highest rate", "dense part, numbers", "dense part, bytes", "safetensors, bytes", "ONNX, bytes", "accuracy, %", "seconds a seed")  # fmt: skip
     for title, (make, rate) in variants.items():
         found: dict[int, list[float]] = {}
         start = time.perf_counter()
@@ -97,8 +98,15 @@ def train_table(name: str, variants: dict, data, seeds: tuple[int, ...], epochs:
         numbers, seconds = dense_part(model)[0], (time.perf_counter() - start) / len(seeds)
         for bits, form in forms.items():
             name = title if bits == 32 else f"the same, permuted layers in {bits} bits"
-            cells = f"{numbers:,}", f"{dense_part(form)[1]:,}", f"{len(to_bytes(form)):,}", spread(found[bits])
+            cells = f"{numbers:,}", f"{dense_part(form)[1]:,}", f"{len(to_bytes(form)):,}", f"{onnx_bytes(form, data.x_test):,}", spread(found[bits])  # fmt: skip
             row(name, rate, *cells, f"{seconds:.0f}")
+
+
+def onnx_bytes(model: nn.Module, x: Tensor) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        slrprop.export_onnx(model, path, x[:4])
+        return path.stat().st_size
 
 
 def in_bits(model: nn.Module, bits: int) -> nn.Module:
@@ -124,7 +132,7 @@ def trained_part(args: argparse.Namespace) -> None:
     room = {
         "16-4000-4000-4000-4, fc2 and fc3 permuted": (
             lambda seed: permute(RoomMLP(), ["fc2", "fc3"], 100 * seed),
-            1e-3,
+            3e-4,
         ),
         "dense 16-226-226-226-4": (lambda seed: RoomMLP(226), 1e-3),
     }
