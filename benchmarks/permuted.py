@@ -1,16 +1,18 @@
 """Permuted features (Nagaraju, Chandrachoodan 2023): fitted to trained networks, trained from scratch, as a head, counted.
 
-    python -m benchmarks.permuted [--parts fitted trained transfer counted] [--data FOLDER] [--run-dir runs/paper]
+    python -m benchmarks.permuted [--parts files fitted trained transfer counted] [--data FOLDER] [--run-dir runs/paper]
 
 *fitted*: the method ``permuted`` on LeNet-5 and the room network. *trained*: LeNet-5 (3 seeds) and the room network
 (1 seed) trained from scratch with permuted dense layers, beside the same network dense, and one so narrow that it has as
 many numbers. *transfer*: the convolutions of a LeNet-5 trained on the digits 0 to 4, frozen; heads trained on few samples
-of the digits 5 to 9. *counted*: parameters of published architectures, from the shapes of their layers.
+of the digits 5 to 9. *files*: size and loading of ONNX files. *counted*: parameters of published architectures, from the shapes of their layers.
 Prints Markdown tables; 1 thread.
 """
 
 import argparse
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,7 +29,7 @@ from slrprop.network.torch import stored_numbers, swapped
 from slrprop.paper.experiments import EXPERIMENTS, trained
 from slrprop.paper.networks import LeNet5, RoomMLP
 from slrprop.permutations import packed_bytes
-from slrprop.permuted import SharedLinear, permute, train
+from slrprop.permuted import PermutedLinear, SharedLinear, permute, train
 from slrprop.quantize import quantised, with_bias
 from slrprop.storage import to_bytes
 
@@ -221,6 +223,39 @@ def rounded(model: nn.Module, layers: list[str], bits: int) -> tuple[nn.Module, 
     return fresh.eval(), size
 
 
+LOAD = """
+import sys, time
+from pathlib import Path
+from slrprop.export import session
+import numpy as np
+def highest():  # kB; getrusage's figure would be the parent's
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+before, start = highest(), time.perf_counter()
+loaded = session(sys.argv[1], 1)
+seconds, peak = time.perf_counter() - start, highest() - before
+x = np.ones((1, int(sys.argv[2])), np.float32)
+times = []
+for _ in range(30):
+    start = time.perf_counter()
+    loaded.run(None, {loaded.get_inputs()[0].name: x})
+    times.append(time.perf_counter() - start)
+print(f"{seconds:.1f} | {peak / 1024:.0f} | {1e3 * sorted(times)[15]:.2f}")
+"""
+
+
+def files_part(args: argparse.Namespace) -> None:
+    print("\nONNX files of one 4000 x 4000 layer, ONNX Runtime, 1 thread\n")
+    head("form", "bytes", "seconds to load", "more memory at the peak of loading, MB", "one sample, ms")
+    seeded = PermutedLinear(4000, 4000, seed=0)
+    packed = linear_from(seeded.factors().permuted(torch.arange(4000)), seeded.bias)
+    for name, layer in (("dense", nn.Linear(4000, 4000)), ("packed", packed), ("seed", seeded)):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "layer.onnx"
+            slrprop.export_onnx(layer, path, torch.randn(4, 4000))
+            done = subprocess.run([sys.executable, "-c", LOAD, str(path), "4000"], capture_output=True, text=True, check=True)  # fmt: skip
+            row(name, f"{path.stat().st_size:,}", done.stdout.strip())
+
+
 class Architecture(NamedTuple):
     """Numbers of everything but the dense layers, and the widths of the dense layers (inputs, outputs, outputs, ...)."""
 
@@ -313,7 +348,13 @@ def counted_part(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parts = {"fitted": fitted_part, "trained": trained_part, "transfer": transfer_part, "counted": counted_part}
+    parts = {
+        "files": files_part,
+        "fitted": fitted_part,
+        "trained": trained_part,
+        "transfer": transfer_part,
+        "counted": counted_part,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--data", type=Path)
