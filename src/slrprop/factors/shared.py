@@ -85,7 +85,10 @@ class Shared(Factors):
 
     def with_matrices(self, matrices: Mapping[str, Tensor]) -> "Shared":
         offset = None if self.offset is None else matrices["offset"]
-        return replace(self, sequence=matrices["sequence"], scale=matrices["scale"], offset=offset)
+        made = replace(self, sequence=matrices["sequence"], scale=matrices["scale"], offset=offset)
+        if "places" in vars(self):  # unpacked once for all
+            vars(made)["places"] = self.places.to(made.sequence.device)
+        return made
 
     @classmethod
     def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> "Shared":
