@@ -247,6 +247,8 @@ def files_part(args: argparse.Namespace) -> None:
     print("\nONNX files of one 4000 x 4000 layer, ONNX Runtime, 1 thread\n")
     head("form", "bytes", "seconds to load", "more memory at the peak of loading, MB", "one sample, ms")
     seeded = PermutedLinear(4000, 4000, seed=0)
+    for part in (seeded.scale, seeded.bias):
+        nn.init.normal_(part)  # a trained layer's are no constants
     packed = linear_from(seeded.factors().permuted(torch.arange(4000)), seeded.bias)
     for name, layer in (("dense", nn.Linear(4000, 4000)), ("packed", packed), ("seed", seeded)):
         with tempfile.TemporaryDirectory() as folder:
