@@ -1,6 +1,6 @@
 """slrprop: smaller and faster neural networks by rewriting their dense weights."""
 
-from slrprop import relevance
+from slrprop import permuted, relevance
 from slrprop.api import apply, inspect, plan
 from slrprop.errors import SlrpropError
 from slrprop.export import export_onnx
@@ -21,6 +21,7 @@ __all__ = [
     "inspect",
     "load",
     "measure",
+    "permuted",
     "plan",
     "relevance",
     "save",

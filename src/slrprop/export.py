@@ -76,6 +76,15 @@ def _repack(path: Path, packed: Mapping[str, FactoredLinear], plain: Mapping[str
     rewritten(network.file, network.graph, forms, biases).save(path, lambda _: None)
 
 
+def _strip(path: Path) -> None:
+    """Take out what the exporter notes on every node: stack traces of kilobytes, with this machine's paths."""
+    model = onnx.load(path)
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        del part.metadata_props[:]
+    onnx.save(model, path)
+
+
 def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_batch: bool = True) -> float:
     """Write the model as ONNX, check it, and run it: its outputs must equal the torch model's.
 
@@ -110,7 +119,7 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_
         except Exception as error:  # somebody else's forward
             shapes = ", ".join(str(tuple(item.shape)) for item in inputs)
             raise SlrpropError(f"the model can't take data of shape {shapes}: {first_line(error)}") from error
-        packed = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear) and module.packed}  # fmt: skip
+        packed = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear) and module.repacked}  # fmt: skip
         unpacked: dict[str, nn.Linear] = {name: module.unpacked() for name, module in packed.items()}
         plain = swapped(model, dict(unpacked)) if packed else model
         with replacing(path) as part:
@@ -123,6 +132,7 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_
                         plain, inputs, str(part), dynamo=True, dynamic_shapes=dynamic.dynamic_shapes(plain, inputs) if dynamic_batch else None,
                         external_data=False, opset_version=OPSET, optimize=True, verbose=False,
                     )  # fmt: skip
+                _strip(part)
                 _repack(part, packed, unpacked)
                 onnx.checker.check_model(str(part), full_check=True)
             except OSError:

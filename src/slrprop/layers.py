@@ -33,11 +33,11 @@ def _keep_factored(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 class FactoredLinear(nn.Module):
     """A linear layer held as factors.
 
-    ``packed``: in an ONNX file torch's exporter would make its numbers longer than they are stored, so it is exported as
+    ``repacked``: in an ONNX file torch's exporter would make its numbers longer than they are stored, so it is exported as
     :meth:`unpacked` and then put back as it is stored.
     """
 
-    packed: ClassVar[bool] = False
+    repacked: ClassVar[bool] = False
 
     def __init__(self, factors: Factors, bias: Tensor | None) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ class PackedLinear(FactoredLinear):
     What is packed is not trained, and a change of the module's dtype does not touch it.
     """
 
-    packed = True
+    repacked = True
 
     def __init__(self, factors: Quantized, bias: Tensor | None) -> None:
         super().__init__(factors, None if factors.bias_codes is not None else bias)
@@ -242,7 +242,7 @@ class PackedLinear(FactoredLinear):
 class SparseLinear(FactoredLinear):
     """``y = x @ W + bias`` with the values of a sparse W as parameters; their places stay as they are."""
 
-    packed = True
+    repacked = True
     gaps: Tensor
     places: Tensor
 

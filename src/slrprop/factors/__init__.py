@@ -4,6 +4,7 @@ from slrprop.factors.base import Dense, Factors, LowRank, restored
 from slrprop.factors.blocks import Segment, SparseLowRank, members, span
 from slrprop.factors.narrowed import Narrowed
 from slrprop.factors.quantized import Quantized
+from slrprop.factors.shared import Shared
 from slrprop.factors.sparse import LowRankPlusSparse, Sparse
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Narrowed",
     "Quantized",
     "Segment",
+    "Shared",
     "Sparse",
     "SparseLowRank",
     "members",

@@ -14,6 +14,7 @@ from slrprop.methods import (
     nisp,
     obd,
     obs,
+    permuted,
     redundant,
     slr,
     slr_refit,
@@ -44,6 +45,7 @@ _ALL = (
     lrp,
     apoz,
     redundant,
+    permuted,
 )
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _ALL}
 

@@ -1,0 +1,186 @@
+"""Dense layers whose columns are permutations of one trained sequence: put in the place of others, and trained."""
+
+import math
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from slrprop.checks import suggestion
+from slrprop.data import open_data
+from slrprop.errors import SlrpropError
+from slrprop.factors.shared import Shared
+from slrprop.layers import FactoredLinear, computes_with
+from slrprop.network.onnx_shared import seeded_nodes, unpacked_nodes
+from slrprop.network.torch import dense_modules, device_of, main_output, swapped
+from slrprop.permutations import require_seed
+
+
+class _InGraph:
+    """Nodes in a graph that torch exports."""
+
+    def tensor(self, what: str, value: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(value))
+
+    def add(
+        self, op: str, inputs: list[Tensor], dtype: int, shape: tuple[int, ...], output: int = 0, **attributes: Any
+    ) -> Tensor:
+        dtypes, shapes = [dtype] * (output + 1), [shape] * (output + 1)
+        return torch.onnx.ops.symbolic_multi_out(op, inputs, attributes, dtypes=dtypes, shapes=shapes)[output]
+
+
+class SharedLinear(FactoredLinear):
+    """``y = scale * (x @ S) + offset * sum(x) + bias`` with ``S[i, j] = sequence[places[j, i]]``.
+
+    Sequence, scale, offset and bias are trained; the gradient of a place of the sequence is the sum over the n weights that
+    share it. The permutations (``packed``, or one ``seed``) are stored as they are in :class:`Shared`; unpacked they
+    take 4 bytes an entry in memory.
+    """
+
+    places: Tensor
+    packed: Tensor | None
+    seed: Tensor | None
+
+    def __init__(self, factors: Shared, bias: Tensor | None) -> None:
+        super().__init__(factors, bias)
+        self.sequence, self.scale = (nn.Parameter(part.detach().clone()) for part in (factors.sequence, factors.scale))
+        self.offset = None if factors.offset is None else nn.Parameter(factors.offset.detach().clone())
+        for name in ("packed", "seed"):
+            stored = factors.indices().get(name)
+            self.register_buffer(name, None if stored is None else stored.clone())
+        self.register_buffer("places", factors.places.clone(), persistent=False)
+        self.register_load_state_dict_post_hook(_read_places)
+
+    def factors(self) -> Shared:
+        seed = None if self.seed is None else int(self.seed.item())
+        return Shared(self.sequence, self.scale, self.offset, self.packed, seed)
+
+    @property
+    def weight(self) -> Tensor:
+        return self._scaled(self._spread(self.places))
+
+    def _spread(self, places: Tensor) -> Tensor:
+        """S, out x in."""
+        return self.sequence.index_select(0, places.reshape(-1)).view(self.out_features, self.in_features)
+
+    def _scaled(self, spread: Tensor) -> Tensor:
+        weight = self.scale[:, None] * spread
+        return weight if self.offset is None else weight + self.offset[:, None]
+
+    def _exported_places(self) -> Tensor:
+        """The permutations as nodes over what is stored: the file is as small as the module's."""
+        nodes, m, n = _InGraph(), self.in_features, self.out_features
+        if self.seed is not None:
+            return seeded_nodes(nodes, self.seed, m, n)
+        assert self.packed is not None
+        return unpacked_nodes(nodes, self.packed, m, n)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            spread = self._spread(self._exported_places())
+            return nn.functional.linear(x, self._scaled(spread), self.bias)
+        y = nn.functional.linear(x, self._spread(self.places)) * self.scale
+        return self._with_bias(y if self.offset is None else y + x.sum(-1, keepdim=True) * self.offset)
+
+
+computes_with(Shared, SharedLinear)
+
+
+def _read_places(module: nn.Module, keys: Any) -> None:
+    """After other permutations were loaded, unpack them."""
+    assert isinstance(module, SharedLinear)
+    module.places = module.factors().places.to(module.places.device)
+
+
+class PermutedLinear(SharedLinear):
+    """A linear layer to be trained from scratch: m + n numbers, a bias and a seed instead of m n numbers and a bias.
+
+    The sequence starts as m normal numbers standardised to mean 0 and variance 1 / m, every scale as ``gain``, the bias as
+    0, so that inputs with mean square 1 give outputs with mean square ``gain^2``. There is no offset per output: it would
+    act on the sum of the inputs, m times as strongly as a bias.
+
+    Args:
+        seed: of the permutations (:func:`slrprop.permutations.seeded`); the sequence comes from torch's own generator.
+        bias: whether to add a bias.
+        gain: 1 for a linear layer, sqrt(2) in front of a ReLU (He et al., ICCV 2015).
+    """
+
+    def __init__(self, in_features: int, out_features: int, seed: int, bias: bool = True, gain: float = 1.0) -> None:
+        require_seed(seed)
+        for what, side in (("in_features", in_features), ("out_features", out_features)):
+            if isinstance(side, bool) or not isinstance(side, int) or side < 1:
+                raise SlrpropError(f"{what} must be a whole number from 1, got {side!r}")
+        sequence = torch.randn(in_features)
+        sequence = (sequence - sequence.mean()) / sequence.std(correction=0) if in_features > 1 else torch.ones(1)
+        scale = torch.full((out_features,), float(gain))
+        form = Shared(sequence / math.sqrt(in_features), scale, None, seed=seed)
+        super().__init__(form, torch.zeros(out_features) if bias else None)
+
+
+def permute(model: nn.Module, layers: str | list[str] | tuple[str, ...] | None = None, seed: int = 0) -> nn.Module:
+    """A copy of the model with fresh :class:`PermutedLinear` layers in the place of dense ones, to be trained.
+
+    Args:
+        model: untouched; the weights of the chosen layers are not used, all others are copied.
+        layers: names or glob patterns; None for all dense layers (``nn.Linear``).
+        seed: layer number i of the chosen ones, in the order of the modules, has its permutations from ``seed + i``.
+
+    Raises:
+        SlrpropError: no layer of that name, or none at all.
+    """
+    modules = dense_modules(model)
+    patterns = ["*"] if layers is None else [layers] if isinstance(layers, str) else list(layers)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in modules):
+            raise SlrpropError(
+                f"no dense layer of the model is called '{pattern}'{suggestion(pattern, modules)}; it has {', '.join(modules) or 'none'}"
+            )
+    chosen = [name for name in modules if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    fresh: dict[str, nn.Module] = {}
+    for index, name in enumerate(chosen):
+        old = modules[name]
+        new = PermutedLinear(old.in_features, old.out_features, seed + index, old.bias is not None, math.sqrt(2))
+        fresh[name] = new.to(old.weight.dtype)
+    return swapped(model, fresh)
+
+
+def train(
+    model: nn.Module, data: Any, epochs: int = 5, learning_rate: float = 3e-3, weight_decay: float = 0.01
+) -> nn.Module:
+    """Train a model in place on labels: AdamW, one-cycle learning rate, cross-entropy.
+
+    Parameters that need no gradient (``requires_grad_(False)``) stay as they are. Afterwards the model is in evaluation mode.
+
+    Args:
+        data: samples with labels, anything :class:`slrprop.data.Data` takes; its batches are the steps, in its order: give a
+            ``DataLoader`` with ``shuffle=True`` (arrays are read from first to last).
+
+    Returns:
+        The model.
+
+    Raises:
+        SlrpropError: no labels.
+    """
+    opened = open_data(data)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    steps = epochs * sum(1 for _ in opened)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+    model.train()
+    with tqdm(total=steps, unit="step", mininterval=1) as bar:
+        for _ in range(epochs):
+            for batch in opened:
+                if batch.targets is None:
+                    raise SlrpropError("training needs labels, and the data has none; give (inputs, labels)")
+                inputs, named, targets = batch.to(device_of(model))
+                assert targets is not None
+                loss = nn.functional.cross_entropy(main_output(model(*inputs, **named)), targets)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+    return model.eval()
