@@ -1,0 +1,198 @@
+"""One ADMM for Net-Trim and DDLR: the simplest matrix whose response to the samples stays near a layer's.
+
+Net-Trim (Aghasi, Abdi, Nguyen, Romberg, NIPS 2017) asks for the smallest sum of magnitudes, DDLR (Papadimitriou, Jain,
+arXiv 2107.05787) for the smallest sum of singular values, under the same convex constraints.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slrprop.errors import SlrpropError
+
+Proximal = Callable[[Tensor, float], Tensor]  # (matrix, step) -> argmin_B R(B) step + ||B - matrix||^2 / 2
+
+RELAXATION = 1.6  # over-relaxation, Boyd et al. 2011, section 3.4.3
+BALANCE_EVERY, BALANCE_BEYOND = 10, 3.0  # rho follows the residuals: how often, and from which imbalance
+
+
+def soft_threshold(matrix: Tensor, step: float) -> Tensor:
+    """Proximal step of the sum of magnitudes; exact zeros."""
+    return matrix.sign() * (matrix.abs() - step).clamp_min(0)
+
+
+def singular_value_threshold(matrix: Tensor, step: float) -> Tensor:
+    """Proximal step of the nuclear norm; the lost singular values are zero to rounding.
+
+    Through the Gram matrix of the smaller side: what it loses in precision are singular values far below ``step``.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        return singular_value_threshold(matrix.T, step).T
+    squares, v = torch.linalg.eigh(matrix.T @ matrix)
+    s = squares.clamp_min(0).sqrt()
+    kept = s > step
+    v = v[:, kept]
+    return (matrix @ (v * (1 - step / s[kept]))) @ v.T
+
+
+class Violation(NamedTuple):
+    """How far a solution is outside the constraints, relative to ``||Y||_F``; zero if inside.
+
+    ``error``: ``||(X W + b - Y)_active||_F`` above eps. ``ceiling``: Frobenius norm of what exceeds V elsewhere.
+    """
+
+    error: float
+    ceiling: float
+
+
+@dataclass(frozen=True, eq=False)
+class Programme:
+    """The constraints ``||(X W + b - Y)_active||_F <= eps`` and ``X W + b <= V`` elsewhere, all float64.
+
+    Args:
+        x: X, the layer's inputs (p x m), one sample a row.
+        y: Y, its outputs (p x n).
+        eps: the radius.
+        active: bool (p x n), where the outputs are to be met; None: everywhere (a linear layer).
+        ceiling: V (p x n), or one number.
+    """
+
+    x: Tensor
+    y: Tensor
+    eps: float
+    active: Tensor | None = None
+    ceiling: Tensor | float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.x.ndim != 2 or self.y.ndim != 2 or len(self.x) != len(self.y):
+            raise SlrpropError(
+                f"samples must be two matrices of as many rows, got {tuple(self.x.shape)} and {tuple(self.y.shape)}"
+            )
+        if not (torch.isfinite(self.x).all() and torch.isfinite(self.y).all()):
+            raise SlrpropError("the samples hold NaN or infinite values; repair the model or the data first")
+        if not self.eps >= 0:
+            raise SlrpropError(f"the radius eps must be at least 0, got {self.eps}")
+
+    @classmethod
+    def parallel(cls, x: Tensor, z: Tensor, relu: bool, gain: float) -> "Programme":
+        """Every layer by itself: ``eps = gain ||Y||_F``, V = 0; ``z`` are the original pre-activations."""
+        y = z.relu() if relu else z
+        return cls(x, y, gain * float(y.norm()), y > 0 if relu else None)
+
+    @classmethod
+    def cascade(cls, x: Tensor, z: Tensor, relu: bool, gain: float, response: Tensor) -> "Programme":
+        """A layer behind compressed ones: the original weight's ``response`` (p x n) to x is always allowed.
+
+        ``V = response`` and ``eps = sqrt(1.1) ||(response - Y)_active||_F`` (Net-Trim, section 2.2); where x is not
+        changed, so that this error is nothing, the parallel constraints.
+        """
+        first = cls.parallel(x, z, relu, gain)
+        error = first.distance(response)
+        if error <= 1e-4 * float(first.y.norm()):
+            return first
+        return cls(x, first.y, 1.1**0.5 * error, first.active, response)
+
+    def distance(self, response: Tensor) -> float:
+        """``||(response - Y)_active||_F``."""
+        difference = response - self.y
+        return float((difference if self.active is None else difference * self.active).norm())
+
+    def violation(self, weight: Tensor, bias: Tensor) -> Violation:
+        """Of a weight (m x n) and a bias (n,)."""
+        response = self.x @ weight + bias
+        scale = max(float(self.y.norm()), 1e-300)
+        above = 0.0
+        if self.active is not None:
+            above = float(((response - self.ceiling).clamp_min(0) * ~self.active).norm())
+        return Violation(max(0.0, self.distance(response) - self.eps) / scale, above / scale)
+
+
+class Solution(NamedTuple):
+    """A weight (m x n) and bias (n,) with the state in which the iteration ended.
+
+    ``primal`` and ``dual`` are relative residuals; ``converged`` says that both came below the tolerance.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    violation: Violation
+    iterations: int
+    primal: float
+    dual: float
+    converged: bool
+
+
+def solve(
+    programme: Programme,
+    proximal: Proximal,
+    rho: float = 10.0,
+    iterations: int = 1000,
+    tolerance: float = 1e-4,
+) -> Solution:
+    """``min R(W)`` under the programme's constraints, R given by its proximal step.
+
+    The bias is a weight of one more input that is always 1. It is not penalised: every stored form keeps all n biases
+    anyway, so a zero there saves nothing, and a rank would have to be spent on it.
+
+    The splitting is Net-Trim's: responses (in the constraints) and weight (in R) are copies tied to one variable, whose
+    step is a linear system with ``C = X^T X + I``, factored once; dead inputs and few samples make X^T X singular, C never.
+    X, Y, V and eps are divided by ``0.3 sqrt(max |X^T X|)``, which balances the two copies. ``rho`` is where the
+    penalty starts; it is doubled or halved, in the first half of the iterations, where one relative residual exceeds the other
+    (Boyd et al. 2011, section 3.4.1). C does not depend on it.
+
+    Args:
+        proximal: :func:`soft_threshold` (Net-Trim), :func:`singular_value_threshold` (DDLR), or another.
+        iterations: the limit.
+        tolerance: both relative residuals below this end the iteration.
+
+    Returns:
+        The penalised copy: exactly sparse or exactly of low rank; feasible up to ``violation``.
+    """
+    x = torch.cat((programme.x, programme.x.new_ones(len(programme.x), 1)), 1)
+    scale = 0.3 * max(float((x.T @ x).abs().max()), 1e-300) ** 0.5
+    x, y, eps, ceiling = x / scale, programme.y / scale, programme.eps / scale, programme.ceiling / scale
+    active = programme.active
+    factor = torch.linalg.cholesky(x.T @ x + torch.eye(x.shape[1], dtype=x.dtype))
+    tied = x.new_zeros(x.shape[1], y.shape[1])
+    reached = x @ tied
+    dual_response, dual_weight = torch.zeros_like(reached), torch.zeros_like(tied)
+    primal = dual = float("inf")
+    done = 0
+    for done in range(1, iterations + 1):
+        response = reached - dual_response
+        difference = response - y
+        if active is None:
+            response = y + min(1.0, eps / max(float(difference.norm()), 1e-300)) * difference
+        else:
+            shrink = min(1.0, eps / max(float((difference * active).norm()), 1e-300))
+            response = torch.where(active, y + shrink * difference, response.clamp_max(ceiling))
+        weight = tied - dual_weight
+        weight = torch.cat((proximal(weight[:-1], 1 / rho), weight[-1:]))
+        mixed_response = RELAXATION * response + (1 - RELAXATION) * reached
+        mixed_weight = RELAXATION * weight + (1 - RELAXATION) * tied
+        old = (reached, tied)
+        tied = torch.cholesky_solve(x.T @ (mixed_response + dual_response) + mixed_weight + dual_weight, factor)
+        reached = x @ tied
+        dual_response += mixed_response - reached
+        dual_weight += mixed_weight - tied
+        size = max(_norm(response, weight), _norm(reached, tied), 1e-300)
+        primal = _norm(response - reached, weight - tied) / size
+        dual = _norm(reached - old[0], tied - old[1]) / max(_norm(dual_response, dual_weight), 1e-3 * size)
+        if max(primal, dual) <= tolerance:
+            break
+        if done % BALANCE_EVERY == 0 and done <= iterations // 2:
+            change = 2.0 if primal > BALANCE_BEYOND * dual else 0.5 if dual > BALANCE_BEYOND * primal else 1.0
+            rho *= change
+            dual_response /= change
+            dual_weight /= change
+    found, bias = weight[:-1], weight[-1]
+    return Solution(
+        found, bias, programme.violation(found, bias), done, primal, dual, max(primal, dual) <= tolerance
+    )
+
+
+def _norm(response: Tensor, weight: Tensor) -> float:
+    return float((response.square().sum() + weight.square().sum()).sqrt())
