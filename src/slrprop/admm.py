@@ -16,7 +16,7 @@ from slrprop.errors import SlrpropError
 Proximal = Callable[[Tensor, float], Tensor]  # (matrix, step) -> argmin_B R(B) step + ||B - matrix||^2 / 2
 
 RELAXATION = 1.6  # over-relaxation, Boyd et al. 2011, section 3.4.3
-BALANCE_EVERY, BALANCE_BEYOND = 10, 3.0  # rho follows the residuals: how often, and from which imbalance
+BALANCE_FIRST, BALANCE_GROWTH = 10, 1.5  # rho follows the residuals after 10, 15, 23, ... iterations
 
 
 def soft_threshold(matrix: Tensor, step: float) -> Tensor:
@@ -128,7 +128,7 @@ class Solution(NamedTuple):
 def solve(
     programme: Programme,
     proximal: Proximal,
-    rho: float = 10.0,
+    rho: float = 1.0,
     iterations: int = 1000,
     tolerance: float = 1e-4,
 ) -> Solution:
@@ -140,8 +140,9 @@ def solve(
     The splitting is Net-Trim's: responses (in the constraints) and weight (in R) are copies tied to one variable, whose
     step is a linear system with ``C = X^T X + I``, factored once; dead inputs and few samples make X^T X singular, C never.
     X, Y, V and eps are divided by ``0.3 sqrt(max |X^T X|)``, which balances the two copies. ``rho`` is where the
-    penalty starts; it is doubled or halved, in the first half of the iterations, where one relative residual exceeds the other
-    (Boyd et al. 2011, section 3.4.1). C does not depend on it.
+    penalty starts: at ever longer intervals it is multiplied by the root of the two residuals' quotient (residual
+    balancing, Boyd et al. 2011, section 3.4.1; without the growing intervals it can circle for thousands of iterations).
+    C does not depend on it.
 
     Args:
         proximal: :func:`soft_threshold` (Net-Trim), :func:`singular_value_threshold` (DDLR), or another.
@@ -160,7 +161,7 @@ def solve(
     reached = x @ tied
     dual_response, dual_weight = torch.zeros_like(reached), torch.zeros_like(tied)
     primal = dual = float("inf")
-    done = 0
+    done, balance_at = 0, float(BALANCE_FIRST)
     for done in range(1, iterations + 1):
         response = reached - dual_response
         difference = response - y
@@ -183,15 +184,14 @@ def solve(
         dual = _norm(reached - old[0], tied - old[1]) / max(_norm(dual_response, dual_weight), 1e-3 * size)
         if max(primal, dual) <= tolerance:
             break
-        if done % BALANCE_EVERY == 0 and done <= iterations // 2:
-            change = 2.0 if primal > BALANCE_BEYOND * dual else 0.5 if dual > BALANCE_BEYOND * primal else 1.0
+        if done >= balance_at:
+            balance_at = BALANCE_GROWTH * done
+            change = min(max((primal / max(dual, 1e-300)) ** 0.5, 0.1), 10.0)
             rho *= change
             dual_response /= change
             dual_weight /= change
     found, bias = weight[:-1], weight[-1]
-    return Solution(
-        found, bias, programme.violation(found, bias), done, primal, dual, max(primal, dual) <= tolerance
-    )
+    return Solution(found, bias, programme.violation(found, bias), done, primal, dual, max(primal, dual) <= tolerance)
 
 
 def _norm(response: Tensor, weight: Tensor) -> float:
