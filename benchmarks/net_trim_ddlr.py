@@ -1,4 +1,4 @@
-"""Net-Trim against DDLR: is the low-rank answer to the same constraints smaller and more accurate than the sparse one?
+"""Net-Trim against DDLR: which answer to the same constraints is smaller, and which more accurate.
 
     python -m benchmarks.net_trim_ddlr [--networks lenet5-mnist,lenet300-mnist] [--seeds 3] [--samples 3000]
         [--gains 0.02,...] [--data FOLDER] [--run-dir runs/paper]
@@ -134,7 +134,11 @@ def points(experiment: Experiment, seed: int, args: argparse.Namespace) -> tuple
                 weight, bias = layers[name]
                 m, n = weight.shape
                 part = solution(
-                    args.run_dir.parent / "net_trim_ddlr", f"{experiment.name}-seed{seed}-{name}", *samples[name], method, gain
+                    args.run_dir.parent / "net_trim_ddlr",
+                    f"{experiment.name}-seed{seed}-{name}",
+                    *samples[name],
+                    method,
+                    gain,
                 )
                 new[name] = (part["weight"].float().double(), part["bias"])
                 states.append(part["state"])
@@ -198,7 +202,9 @@ def mean(values: list[float], digits: int = 2) -> str:
 
 def report(name: str, dense: list[float], runs: list[dict[str, list[Point]]]) -> None:
     print(f"\n### {name}: dense {mean(dense)} %, {len(runs)} seeds\n")
-    print("| gain | method | kept (seed 0) | numbers | bytes | accuracy, % | plain, % | violation | iterations | seconds |")
+    print(
+        "| gain | method | kept (seed 0) | numbers | bytes | accuracy, % | plain, % | violation | iterations | seconds |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for index, first in enumerate(runs[0]["net_trim"]):
         for method in PROXIMAL:
@@ -244,7 +250,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/paper"))
     args = parser.parse_args()
-    print(f"{args.samples} samples, tolerance {TOLERANCE}, at most {ITERATIONS} iterations, {torch.get_num_threads()} threads")
+    print(
+        f"{args.samples} samples, tolerance {TOLERANCE}, at most {ITERATIONS} iterations, {torch.get_num_threads()} threads"
+    )
     for name in args.networks.split(","):
         dense, runs = zip(*(points(NETWORKS[name], seed, args) for seed in range(args.seeds)), strict=True)
         report(name, list(dense), list(runs))

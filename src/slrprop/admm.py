@@ -4,6 +4,7 @@ Net-Trim (Aghasi, Abdi, Nguyen, Romberg, NIPS 2017) asks for the smallest sum of
 arXiv 2107.05787) for the smallest sum of singular values, under the same convex constraints.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from slrprop.errors import SlrpropError
 
 Proximal = Callable[[Tensor, float], Tensor]  # (matrix, step) -> argmin_B R(B) step + ||B - matrix||^2 / 2
 
+TINY = 1e-300
+CHECK_EVERY = 10  # iterations between looks at the residuals
 RELAXATION = 1.6  # over-relaxation, Boyd et al. 2011, section 3.4.3
 BALANCE_FIRST, BALANCE_GROWTH = 10, 1.5  # rho follows the residuals after 10, 15, 23, ... iterations
 
@@ -103,7 +106,7 @@ class Programme:
     def violation(self, weight: Tensor, bias: Tensor) -> Violation:
         """Of a weight (m x n) and a bias (n,)."""
         response = self.x @ weight + bias
-        scale = max(float(self.y.norm()), 1e-300)
+        scale = max(float(self.y.norm()), TINY)
         above = 0.0
         if self.active is not None:
             above = float(((response - self.ceiling).clamp_min(0) * ~self.active).norm())
@@ -153,40 +156,43 @@ def solve(
         The penalised copy: exactly sparse or exactly of low rank; feasible up to ``violation``.
     """
     x = torch.cat((programme.x, programme.x.new_ones(len(programme.x), 1)), 1)
-    scale = 0.3 * max(float((x.T @ x).abs().max()), 1e-300) ** 0.5
+    scale = 0.3 * max(float((x.T @ x).abs().max()), TINY) ** 0.5
     x, y, eps, ceiling = x / scale, programme.y / scale, programme.eps / scale, programme.ceiling / scale
     active = programme.active
     factor = torch.linalg.cholesky(x.T @ x + torch.eye(x.shape[1], dtype=x.dtype))
     tied = x.new_zeros(x.shape[1], y.shape[1])
     reached = x @ tied
     dual_response, dual_weight = torch.zeros_like(reached), torch.zeros_like(tied)
+    above = ceiling - y if active is not None else None
     primal = dual = float("inf")
     done, balance_at = 0, float(BALANCE_FIRST)
     for done in range(1, iterations + 1):
-        response = reached - dual_response
-        difference = response - y
-        if active is None:
-            response = y + min(1.0, eps / max(float(difference.norm()), 1e-300)) * difference
-        else:
-            shrink = min(1.0, eps / max(float((difference * active).norm()), 1e-300))
-            response = torch.where(active, y + shrink * difference, response.clamp_max(ceiling))
+        # all passes over p x n arrays in place: they cost as much as the two products
+        step = (reached - dual_response).sub_(y)
+        length = float(step.norm() if active is None else torch.where(active, step, 0).norm())
+        shrink = min(1.0, eps / max(length, TINY))
+        response = (
+            step * shrink if active is None else torch.where(active, step * shrink, step.clamp_max(above))
+        ).add_(y)
         weight = tied - dual_weight
         weight = torch.cat((proximal(weight[:-1], 1 / rho), weight[-1:]))
-        mixed_response = RELAXATION * response + (1 - RELAXATION) * reached
-        mixed_weight = RELAXATION * weight + (1 - RELAXATION) * tied
+        dual_response.add_(torch.lerp(reached, response, RELAXATION))
+        dual_weight.add_(torch.lerp(tied, weight, RELAXATION))
         old = (reached, tied)
-        tied = torch.cholesky_solve(x.T @ (mixed_response + dual_response) + mixed_weight + dual_weight, factor)
+        tied = torch.cholesky_solve(torch.addmm(dual_weight, x.T, dual_response), factor)
         reached = x @ tied
-        dual_response += mixed_response - reached
-        dual_weight += mixed_weight - tied
-        size = max(_norm(response, weight), _norm(reached, tied), 1e-300)
+        dual_response.sub_(reached)
+        dual_weight.sub_(tied)
+        if done % CHECK_EVERY and done < iterations:
+            continue
+        size = max(_norm(response, weight), _norm(reached, tied), TINY)
         primal = _norm(response - reached, weight - tied) / size
         dual = _norm(reached - old[0], tied - old[1]) / max(_norm(dual_response, dual_weight), 1e-3 * size)
         if max(primal, dual) <= tolerance:
             break
         if done >= balance_at:
             balance_at = BALANCE_GROWTH * done
-            change = min(max((primal / max(dual, 1e-300)) ** 0.5, 0.1), 10.0)
+            change = min(max((primal / max(dual, TINY)) ** 0.5, 0.1), 10.0)
             rho *= change
             dual_response /= change
             dual_weight /= change
@@ -195,4 +201,4 @@ def solve(
 
 
 def _norm(response: Tensor, weight: Tensor) -> float:
-    return float((response.square().sum() + weight.square().sum()).sqrt())
+    return math.hypot(float(response.norm()), float(weight.norm()))
