@@ -17,6 +17,7 @@ from slrprop.errors import SlrpropError
 Proximal = Callable[[Tensor, float], Tensor]  # (matrix, step) -> argmin_B R(B) step + ||B - matrix||^2 / 2
 
 TINY = 1e-300
+TOLERANCE = 1e-4  # of both relative residuals
 CHECK_EVERY = 10  # iterations between looks at the residuals
 RELAXATION = 1.6  # over-relaxation, Boyd et al. 2011, section 3.4.3
 BALANCE_FIRST, BALANCE_GROWTH = 10, 1.5  # rho follows the residuals after 10, 15, 23, ... iterations
@@ -133,7 +134,7 @@ def solve(
     proximal: Proximal,
     rho: float = 1.0,
     iterations: int = 1000,
-    tolerance: float = 1e-4,
+    tolerance: float = TOLERANCE,
 ) -> Solution:
     """``min R(W)`` under the programme's constraints, R given by its proximal step.
 
