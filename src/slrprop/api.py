@@ -1,11 +1,11 @@
 """The few verbs a user needs: inspect, plan, apply."""
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 from torch import Tensor, nn
 
@@ -13,9 +13,9 @@ from slrprop.arrange import arranged
 from slrprop.checks import require_choice, suggestion
 from slrprop.data import open_data
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Factors
+from slrprop.factors import Dense, Factors, Quantized
 from slrprop.layers import linear_from
-from slrprop.methods import METHODS, Method, Problem, Settings, find_method
+from slrprop.methods import METHODS, Decision, Method, Problem, Settings, find_method
 from slrprop.network import open_network
 from slrprop.network.base import Network, fingerprint
 from slrprop.network.onnx import OnnxNetwork
@@ -24,6 +24,8 @@ from slrprop.network.onnx_parity import Parity, write
 from slrprop.network.onnx_rewrite import rewritten
 from slrprop.network.torch import dense_modules, swapped
 from slrprop.plan import LayerPlan, Plan, pack
+from slrprop.quantize import quantised, with_bias
+from slrprop.statistics import QUANTITIES
 
 Model = nn.Module | str | Path
 
@@ -72,8 +74,8 @@ def plan(
         data: calibration samples, anything :class:`slrprop.data.Data` takes; None for methods that need none.
         method: see ``slrprop methods``.
         layers: names or glob patterns; None for all dense layers that the method can treat.
-        rank, sparsity_rate, reduction_rate: settings of the method; the rates are read by methods that shorten
-            neurons and ignored by the others.
+        rank, sparsity_rate, reduction_rate: settings of the method, ignored by methods that keep no rank or shorten no
+            neurons.
         settings: further settings of the method, see its settings class.
 
     Returns:
@@ -102,31 +104,57 @@ def plan_problem(
         if reason:
             left_dense[name] = reason
     wanted = tuple(name for name in network.order if name in names and name not in left_dense)
-    if not wanted and choices.rank > max(min(network.shape(name)) for name in names):
-        raise SlrpropError(
-            f"rank {choices.rank} is above the smaller side of every layer asked for ({', '.join(names)}); choose a lower rank"
-        )
-    planned = {}
+    if not wanted and all(choices.refusal(*network.shape(name)) for name in names):
+        reasons = ", ".join(f"{name}: {left_dense[name]}" for name in names)
+        raise SlrpropError(f"{chosen.name} can treat none of the layers asked for ({reasons}); choose other settings")
+    planned: dict[str, LayerPlan] = {}
     if wanted:
-        problem.collect(wanted, tuple(need for need in choices.needs() if need != "cost"))
+        problem.collect(wanted, tuple(need for need in choices.needs() if need in QUANTITIES))
         for decision in chosen.decide(problem, wanted, choices):
-            planned[decision.name] = LayerPlan(
-                name=decision.name,
-                shape=decision.factors.shape,
-                fingerprint=network.fingerprint(decision.name),
-                method=method,
-                settings={field.name: getattr(choices, field.name) for field in fields(choices)},
-                numbers=decision.factors.numbers,
-                kept_rows="" if decision.kept_rows is None else pack(decision.kept_rows),
-                kept_columns="" if decision.kept_columns is None else pack(decision.kept_columns),
-                factors=decision.factors,
-            )
+            layer = planned_layer(problem, decision, chosen, choices)
+            small = layer.bytes < network.weight(layer.name).nbytes or layer.name not in wanted
+            if small:
+                planned[layer.name] = layer
+            else:
+                left_dense[layer.name] = (
+                    f"{method} would store {layer.bytes:,} bytes instead of {network.weight(layer.name).nbytes:,}"
+                )
+    return finished(network, planned, left_dense)
+
+
+def finished(network: Network, planned: Mapping[str, LayerPlan], left_dense: dict[str, str]) -> Plan:
+    """The plan of these layers, in order of execution."""
+    wanted = tuple(name for name in network.order if name in planned)
     return Plan(tuple(planned[name] for name in wanted), left_dense, feeds_between(network, wanted))
+
+
+def planned_layer(problem: Problem, decision: Decision, method: Method, settings: Settings) -> LayerPlan:
+    """A decision as the layer of a plan."""
+    network, settings = problem.network, decision.settings or settings
+    factors, bias = decision.factors, network.bias(decision.name)
+    if settings.bits < 32 and not isinstance(factors, Quantized):
+        factors = quantised(factors, settings.bits)
+        factors = factors if bias is None else with_bias(factors, bias)
+    layer = LayerPlan(
+        name=decision.name,
+        shape=factors.shape,
+        fingerprint=network.fingerprint(decision.name),
+        method=decision.method or method.name,
+        settings={field.name: getattr(settings, field.name) for field in fields(settings)},
+        numbers=factors.numbers,
+        bytes=factors.bytes,
+        kept_rows="" if decision.kept_rows is None else pack(decision.kept_rows),
+        kept_columns="" if decision.kept_columns is None else pack(decision.kept_columns),
+        notes=decision.notes or {},
+        factors=factors,
+        bias=decision.bias,
+    )
+    return layer.sealed() if method.build is None or isinstance(factors, Quantized) else layer
 
 
 def _settings(method: Method, **given: Any) -> Settings:
     known = {field.name for field in fields(method.settings)}
-    shared = {"sparsity_rate", "reduction_rate"}
+    shared = {"rank", "sparsity_rate", "reduction_rate"}
     for name in given:
         if name not in known and name not in shared:
             raise SlrpropError(
@@ -178,14 +206,15 @@ def _why_dense(network: Network, name: str, settings: Settings, must: bool) -> s
         if must:
             raise SlrpropError(f"layer '{name}' can't be factored: {reason}; untie them first, or leave it out")
         return reason
-    if settings.rank > min(m, n):
+    if reason := settings.refusal(m, n):
         if must:
-            raise SlrpropError(
-                f"rank {settings.rank} was asked of layer '{name}' ({m} x {n}); it has at most {min(m, n)}"
-            )
-        return f"rank {settings.rank} is above its smaller side {min(m, n)}"
-    numbers = settings.stored_numbers(m, n)
-    return f"rank {settings.rank} would store {numbers:,} numbers instead of {m * n:,}" if numbers >= m * n else ""
+            raise SlrpropError(f"layer '{name}' ({m} x {n}) can't be treated: {reason}; choose other settings")
+        return reason
+    numbers, own = settings.stored_numbers(m, n), 8 * network.weight(name).itemsize
+    if numbers * min(settings.bits, own) < m * n * own:
+        return ""
+    size = ", ".join(f"{key} {getattr(settings, key)}" for key in ("rank", "density") if hasattr(settings, key))
+    return f"{size or 'it'} would store {numbers:,} numbers instead of {m * n:,}"
 
 
 def feeds_between(network: Network, wanted: tuple[str, ...]) -> dict[str, str]:
@@ -230,8 +259,9 @@ def apply(model: Model, plan: Plan, output: str | Path | None = None, data: Any 
     if output is None:
         raise SlrpropError("an ONNX file was given, so apply needs the path of the file to write")
     network = OnnxNetwork(model, None)
-    forms, moved, orders = _file_forms(network, plan)
-    return write(network, forms, moved, orders, output, None if data is None else open_data(data))
+    done = _file_forms(network, plan)
+    samples = None if data is None else open_data(data)
+    return write(network, done.forms, done.biases, done.moved, done.moved_biases, output, samples)
 
 
 def realised(model: Model, plan: Plan) -> nn.Module | OnnxFile:
@@ -239,25 +269,32 @@ def realised(model: Model, plan: Plan) -> nn.Module | OnnxFile:
     if isinstance(model, nn.Module):
         return _apply_module(model, plan)
     network = OnnxNetwork(model, None)
-    _, moved, orders = _file_forms(network, plan)
-    return rewritten(network.file, network.graph, moved, orders)
+    done = _file_forms(network, plan)
+    return rewritten(network.file, network.graph, done.moved, done.moved_biases)
 
 
-def _file_forms(network: OnnxNetwork, plan: Plan) -> tuple[dict[str, Factors], dict[str, Factors], dict[str, Tensor]]:
-    """The planned layers' factors; those of all layers that change once neurons are arranged, and the new orders."""
+class _Done(NamedTuple):
+    """A plan carried out: ``moved`` are all layers that change once neurons are put in another order."""
 
+    forms: dict[str, Factors]
+    biases: dict[str, Tensor]
+    moved: dict[str, Factors]
+    moved_biases: dict[str, Tensor]
+
+
+def _file_forms(network: OnnxNetwork, plan: Plan) -> _Done:
     def dense(name: str) -> Dense:
         if name not in network.names:
             raise _foreign(name, network.names)
         return Dense(network.weight(name))
 
-    forms, moved, orders = _carried_out(plan, dense)
+    done = _carried_out(plan, dense, network.bias)
     for first, second in plan.feeds.items():
         if first not in network.names or network.feeds_directly(first) != second:
             raise SlrpropError(
                 f"the plan says that '{first}' feeds '{second}', which it does not in this model; it was made for another model"
             )
-    return forms, moved, orders
+    return done
 
 
 def _foreign(name: str, names: Collection[str]) -> SlrpropError:
@@ -274,27 +311,35 @@ def _apply_module(model: nn.Module, plan: Plan) -> nn.Module:
             raise _foreign(name, modules)
         return Dense(modules[name].weight.detach().T)
 
-    _, forms, orders = _carried_out(plan, dense)
-    biases = {name: None if modules[name].bias is None else modules[name].bias.detach() for name in forms}
-    moved = {name: bias[orders[name]] if bias is not None and name in orders else bias for name, bias in biases.items()}
-    swaps = {name: linear_from(form, moved[name]).to(modules[name].weight.dtype) for name, form in forms.items()}
+    def bias(name: str) -> Tensor | None:
+        return None if modules[name].bias is None else modules[name].bias.detach()
+
+    done = _carried_out(plan, dense, bias)
+    swaps = {
+        name: linear_from(form, done.moved_biases.get(name, bias(name))).to(modules[name].weight.dtype)
+        for name, form in done.moved.items()
+    }
     return swapped(model, swaps)
 
 
-def _carried_out(
-    plan: Plan, dense: Callable[[str], Dense]
-) -> tuple[dict[str, Factors], dict[str, Factors], dict[str, Tensor]]:
-    """The planned layers' factors; those of all layers that change once neurons are arranged, and the new orders."""
+def _carried_out(plan: Plan, dense: Callable[[str], Dense], bias: Callable[[str], Tensor | None]) -> _Done:
     for name, times in Counter(layer.name for layer in plan.layers).items():
         if times > 1:
             raise SlrpropError(f"the plan treats layer '{name}' twice; the file is damaged")
     forms = {layer.name: build(layer, dense(layer.name).weight) for layer in plan.layers}
+    biases = {layer.name: layer.bias for layer in plan.layers if layer.bias is not None}
+    biases |= {name: form.bias for name, form in forms.items() if isinstance(form, Quantized) and form.bias is not None}
     moved, orders = arranged(forms, plan.feeds, dense)
+    moved_biases = dict(biases)
+    for name, order in orders.items():
+        value = biases.get(name, bias(name))
+        if value is not None:
+            moved_biases[name] = value[order]
     if plan.is_damaged():
         raise SlrpropError(
             "the plan is damaged: it differs from its checksum; plan again, or take 'sha256' out of a file that you edited"
         )
-    return forms, moved, orders
+    return _Done(forms, biases, moved, moved_biases)
 
 
 def build(layer: LayerPlan, weight: Tensor) -> Factors:
@@ -315,6 +360,10 @@ def build(layer: LayerPlan, weight: Tensor) -> Factors:
         return layer.factors
     require_choice("the plan's method", layer.method, METHODS)
     method = METHODS[layer.method]
+    if method.build is None or layer.settings.get("bits", 32) < 32:
+        raise SlrpropError(
+            f"the plan lacks the fitted factors of layer '{layer.name}'; the file is damaged, or its 'fitted' was taken out"
+        )
     known = {field.name for field in fields(method.settings)}
     if set(layer.settings) != known:
         raise SlrpropError(

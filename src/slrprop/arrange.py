@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Factors, SparseLowRank
+from slrprop.factors import Factors, Quantized, SparseLowRank
 
 
 def arranged(
@@ -27,7 +27,7 @@ def arranged(
     """
     forms, orders = dict(forms), {}
     for first, second in feeds.items():
-        if not any(isinstance(forms.get(name), SparseLowRank) for name in (first, second)):
+        if not any(isinstance(blocks_of(forms.get(name)), SparseLowRank) for name in (first, second)):
             continue
         if first == second:
             raise SlrpropError(f"the plan says that layer '{first}' feeds itself; the file is damaged")
@@ -43,11 +43,17 @@ def arranged(
     return forms, orders
 
 
+def blocks_of(form: Factors | None) -> Factors | None:
+    """The form whose neurons have levels: quantised factors have those of their whole numbers."""
+    return form.codes if isinstance(form, Quantized) else form
+
+
 def _common_order(first: Factors, second: Factors) -> Tensor:
     """An order of the neurons between two layers in which both layers' sets are slices (for two levels each)."""
     count = first.shape[1]
-    made = first.column_levels.long() if isinstance(first, SparseLowRank) else torch.zeros(count, dtype=torch.long)
-    read = second.row_levels.long() if isinstance(second, SparseLowRank) else torch.zeros(count, dtype=torch.long)
+    made_by, read_by = blocks_of(first), blocks_of(second)
+    made = made_by.column_levels.long() if isinstance(made_by, SparseLowRank) else torch.zeros(count, dtype=torch.long)
+    read = read_by.row_levels.long() if isinstance(read_by, SparseLowRank) else torch.zeros(count, dtype=torch.long)
     top = made == made.max()
     key = (made.max() - made) * 1024 + torch.where(top, read, read.max() - read)
     return key.argsort(stable=True)

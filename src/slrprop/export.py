@@ -16,11 +16,16 @@ from torch import Tensor, nn
 
 from slrprop.data import as_tensor
 from slrprop.errors import SlrpropError, first_line
+from slrprop.factors import Quantized
 from slrprop.files import replacing
-from slrprop.network.torch import evaluating
+from slrprop.layers import PackedLinear
+from slrprop.network.base import fingerprint
+from slrprop.network.onnx import OnnxNetwork
+from slrprop.network.onnx_rewrite import rewritten
+from slrprop.network.torch import evaluating, swapped
 
 RELATIVE, ABSOLUTE = 1e-3, 1e-4  # float32 sums in another order
-OPSET = 18
+OPSET = 21
 
 
 def session(path: str | Path, threads: int = 0) -> onnxruntime.InferenceSession:
@@ -53,6 +58,22 @@ def _tensors(result: Any) -> list[Tensor]:
         )
     values = list(result.values()) if isinstance(result, Mapping) else list(result)
     return [tensor for value in values if value is not None for tensor in _tensors(value)]
+
+
+def _repack(path: Path, packed: Mapping[str, PackedLinear]) -> None:
+    """Put packed layers, exported as dense ones, back into the file as they are stored."""
+    if not packed:
+        return
+    network = OnnxNetwork(path, None)
+    places = {network.fingerprint(name): name for name in network.names}
+    forms = {}
+    for name, layer in packed.items():
+        place = places.get(fingerprint(layer.factors().dense().T.to(torch.float32)))
+        if place is None:
+            raise SlrpropError(f"layer '{name}' was not found again in the exported graph")
+        forms[place] = layer.factors()
+    biases = {name: form.bias for name, form in forms.items() if isinstance(form, Quantized) and form.bias is not None}
+    rewritten(network.file, network.graph, forms, biases).save(path, lambda _: None)
 
 
 def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_batch: bool = True) -> float:
@@ -89,6 +110,8 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_
         except Exception as error:  # somebody else's forward
             shapes = ", ".join(str(tuple(item.shape)) for item in inputs)
             raise SlrpropError(f"the model can't take data of shape {shapes}: {first_line(error)}") from error
+        packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+        plain = swapped(model, {name: module.unpacked() for name, module in packed.items()}) if packed else model
         with replacing(path) as part:
             dynamic = torch.export.ShapesCollection()
             for item in inputs:
@@ -96,9 +119,10 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_
             try:
                 with _quiet():
                     torch.onnx.export(
-                        model, inputs, str(part), dynamo=True, dynamic_shapes=dynamic.dynamic_shapes(model, inputs) if dynamic_batch else None,
+                        plain, inputs, str(part), dynamo=True, dynamic_shapes=dynamic.dynamic_shapes(plain, inputs) if dynamic_batch else None,
                         external_data=False, opset_version=OPSET, optimize=True, verbose=False,
                     )  # fmt: skip
+                _repack(part, packed)
                 onnx.checker.check_model(str(part), full_check=True)
             except OSError:
                 raise

@@ -3,11 +3,15 @@
 They take (..., m) and give (..., n), can be fine-tuned, and export to ONNX as plain matrix products.
 """
 
+from collections.abc import Mapping
+from functools import singledispatch
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Factors, LowRank, SparseLowRank, members, span
+from slrprop.factors import Dense, Factors, LowRank, Quantized, SparseLowRank, members, restored, span
 
 
 def _keep_factored(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -16,8 +20,6 @@ def _keep_factored(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 class FactoredLinear(nn.Module):
     """A linear layer held as factors."""
-
-    kind: str
 
     def __init__(self, factors: Factors, bias: Tensor | None) -> None:
         super().__init__()
@@ -28,6 +30,11 @@ class FactoredLinear(nn.Module):
     def factors(self) -> Factors:
         """The factors as they are now."""
         raise NotImplementedError
+
+    @classmethod
+    def stored(cls, description: Mapping[str, Any], state: Mapping[str, Tensor]) -> Factors:
+        """The factors that a saved state of this module holds, from their description; values may be placeholders."""
+        return restored(description, state)
 
     @property
     def weight(self) -> Tensor:
@@ -47,8 +54,6 @@ def _parameter(block: Tensor) -> nn.Parameter:
 
 class LowRankLinear(FactoredLinear):
     """``y = (x @ left) @ right + bias``."""
-
-    kind = LowRank.kind
 
     def __init__(self, factors: LowRank, bias: Tensor | None) -> None:
         super().__init__(factors, bias)
@@ -75,7 +80,6 @@ class SparseLowRankLinear(FactoredLinear):
     elsewhere it is gathered. ``segments[i]`` holds all blocks' columns of the i-th segment, stacked.
     """
 
-    kind = SparseLowRank.kind
     row_levels: Tensor
     column_levels: Tensor
     unsort: Tensor | None
@@ -108,6 +112,13 @@ class SparseLowRankLinear(FactoredLinear):
             start += left.shape[1]
         return SparseLowRank(tuple(self.left), tuple(right), self.row_levels, self.column_levels)
 
+    @classmethod
+    def stored(cls, description: Mapping[str, Any], state: Mapping[str, Tensor]) -> SparseLowRank:
+        left = [state[f"left.{level}"] for level in range(sum(key.startswith("left.") for key in state))]
+        columns = state["column_levels"]
+        right = tuple(block.new_zeros(block.shape[1], len(members(columns, level))) for level, block in enumerate(left))
+        return SparseLowRank(tuple(left), right, state["row_levels"], columns)
+
     def _rows(self, x: Tensor, level: int) -> Tensor:
         span = self.row_slices[level]
         if span is None:
@@ -124,17 +135,77 @@ class SparseLowRankLinear(FactoredLinear):
         return self._with_bias(y if self.unsort is None else _gathered(y, self.unsort))
 
 
+class PackedLinear(FactoredLinear):
+    """Factors kept as they are stored, in few bits; they are unpacked when they are first needed.
+
+    What is packed is not trained, and a change of the module's dtype does not touch it.
+    """
+
+    def __init__(self, factors: Quantized, bias: Tensor | None) -> None:
+        super().__init__(factors, None if factors.bias_codes is not None else bias)
+        self._description = factors.description()
+        for name, array in factors.arrays().items():
+            self.register_buffer(f"packed_{name}", array.clone())
+        self._names = tuple(factors.arrays())
+        self._unpacked: list[nn.Module] = []  # in a list: no part of the module's state
+
+    def factors(self) -> Factors:
+        return restored(self._description, {name: self.get_buffer(f"packed_{name}") for name in self._names})
+
+    @classmethod
+    def stored(cls, description: Mapping[str, Any], state: Mapping[str, Tensor]) -> Factors:
+        return restored(description, {name.removeprefix("packed_"): array for name, array in state.items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._unpacked or self._unpacked[0].like != (x.dtype, x.device):
+            factors = self.factors()
+            assert isinstance(factors, Quantized)
+            module = linear_from(factors.plain(), factors.bias).to(x).requires_grad_(False)
+            module.like = x.dtype, x.device  # type: ignore[assignment]
+            self._unpacked[:] = [module]
+        return self._with_bias(self._unpacked[0](x))
+
+    def unpacked(self) -> nn.Module:
+        """An ``nn.Linear`` that computes the same."""
+        factors = self.factors()
+        assert isinstance(factors, Quantized)
+        bias = self.bias if factors.bias is None else factors.bias
+        return linear_from(Dense(factors.dense().to(torch.float32)), bias)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "PackedLinear":
+        self._unpacked.clear()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._unpacked.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+@singledispatch
 def linear_from(factors: Factors, bias: Tensor | None) -> nn.Module:
-    """The module that computes with these factors; ``bias`` is (n,) or None."""
-    if isinstance(factors, Dense):
-        m, n = factors.shape
-        linear = nn.utils.skip_init(nn.Linear, m, n, bias=bias is not None)
-        linear.weight = _parameter(factors.weight.T)
-        if bias is not None:
-            linear.bias = _parameter(bias)
-        return linear
-    if isinstance(factors, LowRank):
-        return LowRankLinear(factors, bias)
-    if isinstance(factors, SparseLowRank):
-        return SparseLowRankLinear(factors, bias)
+    """The module that computes with these factors; ``bias`` is (n,) or None. A new form registers its own."""
     raise SlrpropError(f"no torch layer computes with {type(factors).__name__} factors")
+
+
+@linear_from.register
+def _(factors: Dense, bias: Tensor | None) -> nn.Module:
+    m, n = factors.shape
+    linear = nn.utils.skip_init(nn.Linear, m, n, bias=bias is not None)
+    linear.weight = _parameter(factors.weight.T)
+    if bias is not None:
+        linear.bias = _parameter(bias)
+    return linear
+
+
+LAYERS: dict[str, type[FactoredLinear]] = {}
+
+
+def computes_with(form: type[Factors], layer: type[FactoredLinear]) -> None:
+    """Make a module class the one that computes with a form."""
+    LAYERS[form.kind] = layer
+    linear_from.register(form, layer)
+
+
+computes_with(LowRank, LowRankLinear)
+computes_with(SparseLowRank, SparseLowRankLinear)
+computes_with(Quantized, PackedLinear)

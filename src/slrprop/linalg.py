@@ -13,6 +13,7 @@ from slrprop.errors import SlrpropError
 FULL_BELOW = 512  # "auto": up to this smaller side the full decomposition is fast enough
 OVERSAMPLING = 16
 POWER_ITERATIONS = 12
+DENSE_BELOW = 1024  # symmetric matrices up to this size are decomposed whole
 
 
 class SVD(NamedTuple):
@@ -116,3 +117,50 @@ def truncated_svd(w: Tensor, rank: int, solver: Solver = "auto") -> SVD:
     peak = u.gather(0, u.abs().argmax(0, keepdim=True))[0]
     sign = torch.where(peak < 0, -1, 1).to(u)
     return SVD((u * sign).contiguous(), s, (vt * sign[:, None]).contiguous())
+
+
+def top_eigenvectors(apply: Callable[[Tensor], Tensor], size: int, rank: int, dtype: torch.dtype) -> Tensor:
+    """Eigenvectors (size x rank) of the largest eigenvalues of a symmetric positive semi-definite operator.
+
+    Below ``DENSE_BELOW`` or for high ranks the whole matrix is decomposed; else block subspace iteration with
+    Rayleigh-Ritz (Halko, Martinsson, Tropp 2011), from a fixed start.
+
+    Args:
+        apply: multiplies a (size x j) matrix by the operator.
+    """
+    if size <= DENSE_BELOW or rank + OVERSAMPLING > size // 4:
+        vectors = torch.linalg.eigh(apply(torch.eye(size, dtype=dtype)))[1]
+        return vectors[:, -rank:].flip(1)
+    start = torch.Generator().manual_seed(0)
+    basis = torch.randn(size, rank + OVERSAMPLING, dtype=dtype, generator=start)
+    for _ in range(POWER_ITERATIONS):
+        basis = torch.linalg.qr(apply(basis))[0]
+    vectors = torch.linalg.eigh(basis.T @ apply(basis))[1]
+    return (basis @ vectors[:, -rank:]).flip(1)
+
+
+def reduced_rank(target: Tensor, covariance: Tensor, root: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors A (m x k), B (k x n) that minimise ``||C^.5 (T - A B) L||_F``: reduced-rank regression in two metrics.
+
+    The rank-k projection onto the principal directions of the weighed output, ``C^.5 T L`` (methods: DRONE 2021,
+    SVD-LLM 2024 for L = I). Nothing is inverted but L, so C may be singular.
+
+    Args:
+        target: T (m x n).
+        covariance: C (m x m).
+        root: lower Cholesky factor L (n x n) of the outputs' metric; None for the identity.
+        rank: k, at most min(m, n).
+    """
+    wide = target if root is None else target @ root
+    vectors = top_eigenvectors(lambda v: wide.T @ (covariance @ (wide @ v)), wide.shape[1], rank, wide.dtype)
+    right = vectors.T if root is None else torch.linalg.solve_triangular(root, vectors.T, upper=False, left=False)
+    return wide @ vectors, right
+
+
+def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with orthogonal components whose two sides have the same length."""
+    qa, ra = torch.linalg.qr(left)
+    qb, rb = torch.linalg.qr(right.T)
+    u, s, vt = torch.linalg.svd(ra @ rb.T, full_matrices=False)
+    root = s.sqrt()
+    return (qa @ u) * root, root[:, None] * (vt @ qb.T)

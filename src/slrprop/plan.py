@@ -3,16 +3,18 @@
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Factors
+from slrprop.factors import Factors, restored
 from slrprop.files import replacing
 
 FORMAT = "slrprop-plan"
@@ -20,8 +22,25 @@ VERSION = 1
 MAX_PLAN_BYTES = 256 << 20
 
 
+def _size_of(settings: dict[str, Any]) -> str:
+    """The settings that say how much is kept, in words."""
+    told = [f"{key} {settings[key]:g}" for key in ("rank", "density", "keep", "gain") if settings.get(key) is not None]
+    if settings.get("bits", 32) != 32:
+        told.append(f"{settings['bits']} bits")
+    return "".join(f", {part}" for part in told)
+
+
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _arrays_digest(form: dict[str, Any], arrays: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(form, sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        array = array.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(array.shape)} {array.dtype}".encode())
+        digest.update(array.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def pack(kept: Tensor) -> str:
@@ -42,8 +61,10 @@ def unpack(text: str, count: int) -> Tensor:
 class LayerPlan:
     """One layer: its method and settings, and the neurons that keep the full rank (hexadecimal bits).
 
-    ``shape`` is (m, n), inputs x outputs; ``fingerprint`` the SHA-256 of the original weight; ``factors`` are what
-    the method built, kept in memory only.
+    ``shape`` is (m, n), inputs x outputs; ``fingerprint`` the SHA-256 of the original weight; ``numbers`` and ``bytes`` are
+    what the factors store; ``notes`` what else the method reports. ``factors`` are what the method built and ``bias`` (n,) is
+    the layer's new bias, if it changes. Factors that were fitted to data can't be rebuilt from the weight: ``form`` is their
+    description, ``fitted`` the SHA-256 of it and of their arrays, which are saved beside the plan.
     """
 
     name: str
@@ -52,9 +73,29 @@ class LayerPlan:
     method: str
     settings: dict[str, Any]
     numbers: int
+    bytes: int = 0
     kept_rows: str = ""
     kept_columns: str = ""
+    notes: dict[str, float] = field(default_factory=dict)
+    form: dict[str, Any] = field(default_factory=dict)
+    fitted: str = ""
     factors: Factors | None = field(default=None, compare=False, repr=False)
+    bias: Tensor | None = field(default=None, compare=False, repr=False)
+
+    def arrays(self) -> dict[str, Tensor]:
+        """What is saved beside the plan: the fitted factors' arrays, and the new bias."""
+        assert self.factors is not None
+        return self.factors.arrays() | ({} if self.bias is None else {"new_bias": self.bias})
+
+    def sealed(self) -> "LayerPlan":
+        """The same layer with the description and checksum of its fitted factors.
+
+        Raises:
+            SlrpropError: the plan was read without its factors.
+        """
+        assert self.factors is not None
+        form = self.factors.description()
+        return replace(self, form=form, fitted=_arrays_digest(form, self.arrays()))
 
 
 @dataclass(frozen=True)
@@ -86,7 +127,7 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [
-            f"{layer.name}: {layer.shape[0]} x {layer.shape[1]}, {layer.method}, rank {layer.settings['rank']}, {layer.numbers:,} numbers, "
+            f"{layer.name}: {layer.shape[0]} x {layer.shape[1]}, {layer.method}{_size_of(layer.settings)}, {layer.numbers:,} numbers, "
             f"compression_rate {layer.numbers / (layer.shape[0] * layer.shape[1]):.4f}"
             for layer in self.layers
         ]
@@ -112,7 +153,8 @@ class Plan:
                 "format": self.format,
                 "version": self.version,
                 "layers": [
-                    {key: value for key, value in vars(layer).items() if key != "factors"} for layer in self.layers
+                    {key: value for key, value in vars(layer).items() if key not in ("factors", "bias")}
+                    for layer in self.layers
                 ],
                 "left_dense": self.left_dense,
                 "feeds": self.feeds,
@@ -121,8 +163,16 @@ class Plan:
         return content
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
+        """Write the plan as JSON; factors that were fitted to data beside it, as safetensors of the same name.
+
+        Raises:
+            SlrpropError: a file can't be written, or the plan was read without its factors.
+        """
         text = self.to_json()
+        fitted = {f"{layer.name}/{name}": array.detach().cpu().contiguous() for layer in self.layers if layer.fitted for name, array in layer.arrays().items()}  # fmt: skip
+        if fitted:
+            with replacing(beside(path)) as part:
+                part.write_bytes(safetensors.torch.save(fitted))
         with replacing(path) as part:
             part.write_text(text)
 
@@ -147,6 +197,37 @@ class Plan:
                 raise SlrpropError(
                     f"'{path}' has plan version {head.get('version')!r}; this slrprop reads version {VERSION}"
                 )
-            return msgspec.convert(head, cls)
+            plan = msgspec.convert(head, cls)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise SlrpropError(f"'{path}' is not a readable plan: {error}") from error
+        return replace(plan, layers=tuple(_with_factors(layer, beside(path)) for layer in plan.layers))
+
+
+def beside(path: str | Path) -> Path:
+    """Where the fitted factors of the plan at ``path`` are."""
+    return Path(path).with_suffix(".safetensors")
+
+
+def _with_factors(layer: LayerPlan, path: Path) -> LayerPlan:
+    """A loaded layer with its fitted factors, if it has such."""
+    if not layer.fitted:
+        return layer
+    prefix = f"{layer.name}/"
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            arrays = {
+                name.removeprefix(prefix): file.get_tensor(name)
+                for name in sorted(file.keys())
+                if name.startswith(prefix)
+            }
+    except (OSError, safetensors.SafetensorError) as error:
+        raise SlrpropError(
+            f"the factors of layer '{layer.name}' can't be read from '{path}', which belongs beside the plan: {error}"
+        ) from error
+    if _arrays_digest(layer.form, arrays) != layer.fitted:
+        raise SlrpropError(f"the factors of layer '{layer.name}' in '{path}' are not those of this plan; the file is damaged or another's")  # fmt: skip
+    bias = arrays.pop("new_bias", None)
+    factors = restored(layer.form, arrays)
+    if factors.shape != layer.shape or (bias is not None and bias.shape != layer.shape[1:]):
+        raise SlrpropError(f"the factors of layer '{layer.name}' in '{path}' are of another shape; the file is damaged")
+    return replace(layer, factors=factors, bias=bias)

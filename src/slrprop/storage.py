@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -10,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import KINDS, Factors, LowRank, SparseLowRank, members
 from slrprop.files import replacing
-from slrprop.layers import FactoredLinear, linear_from
+from slrprop.layers import LAYERS, FactoredLinear
 from slrprop.network.torch import dense_modules, swapped
 
 FORMAT = "slrprop-model"
@@ -35,7 +35,11 @@ def _unique_state(model: nn.Module) -> dict[str, Tensor]:
 
 def to_bytes(model: nn.Module) -> bytes:
     """The content of the file that :func:`save` writes."""
-    kinds = {name: module.kind for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+    kinds = {
+        name: module.factors().description()
+        for name, module in model.named_modules()
+        if isinstance(module, FactoredLinear)
+    }
     state = _unique_state(model)
     head = {"format": FORMAT, "version": VERSION, "layers": json.dumps(kinds)}
     return safetensors.torch.save(state, head | {"sha256": _digest(state, head["layers"])})
@@ -82,7 +86,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         if isinstance(error, SlrpropError):
             raise
         raise SlrpropError(f"'{path}' can't be read as a safetensors file: {error}") from error
-    if not isinstance(kinds, dict) or not all(isinstance(kind, str) for kind in kinds.values()):
+    if not isinstance(kinds, dict) or not all(isinstance(kind, dict) for kind in kinds.values()):
         raise SlrpropError(f"the header of '{path}' names no layers; the file is damaged")
     if header.get("sha256") != _digest(state, header["layers"]):
         raise SlrpropError(f"'{path}' is damaged: its tensors differ from their checksum; save it again")
@@ -99,28 +103,19 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     return loaded
 
 
-def _skeleton(model: nn.Module, name: str, kind: str, state: dict[str, Tensor]) -> nn.Module:
+def _skeleton(model: nn.Module, name: str, description: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     """A factored layer of the shapes that the file has for it; its values are loaded later."""
-    linear = dense_modules(model).get(name)
-    if linear is None or kind not in KINDS:
+    linear, kind = dense_modules(model).get(name), str(description.get("kind"))
+    if linear is None or kind not in LAYERS:
         raise SlrpropError(f"the file has a {kind} layer '{name}', but this model has no dense layer of that name")
     prefix = f"{name}." if name else ""
     own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
     try:
-        factors = _factors_like(kind, own)
+        factors = LAYERS[kind].stored(description, own)
     except (KeyError, IndexError, SlrpropError) as error:
         raise SlrpropError(f"the tensors of layer '{name}' make no {kind} layer: {error}") from error
     if factors.shape != (linear.in_features, linear.out_features):
         raise SlrpropError(
             f"layer '{name}' is {linear.in_features} x {linear.out_features} in this model, but {factors.shape[0]} x {factors.shape[1]} in the file"
         )
-    return linear_from(factors, own.get("bias"))
-
-
-def _factors_like(kind: str, own: dict[str, Tensor]) -> Factors:
-    if kind == LowRank.kind:
-        return LowRank(own["left"], own["right"])
-    left = [own[f"left.{level}"] for level in range(sum(key.startswith("left.") for key in own))]
-    columns = own["column_levels"]
-    right = tuple(block.new_zeros(block.shape[1], len(members(columns, level))) for level, block in enumerate(left))
-    return SparseLowRank(tuple(left), right, own["row_levels"], columns)
+    return LAYERS[kind](factors, own.get("bias"))

@@ -1,15 +1,17 @@
 """The methods, one file each. A new one is registered by adding its ``METHOD`` here."""
 
 from slrprop.checks import require_choice
-from slrprop.methods import slr, slrprop, svd
+from slrprop.methods import dense, low_rank, nested, slr, slr_refit, slrprop, svd
 from slrprop.methods.base import Decision, Method, Problem, Settings
 
-__all__ = ["METHODS", "Decision", "Method", "Problem", "Settings", "find_method"]
-
-METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in (svd, slr, slrprop)}
+_ALL = (svd, slr, slrprop, low_rank, nested, slr_refit, dense)
+METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _ALL}
 
 
 def find_method(name: str) -> Method:
     """The method of that name."""
     require_choice("method", name, METHODS)
     return METHODS[name]
+
+
+__all__ = ["METHODS", "Decision", "Method", "Problem", "Settings", "find_method"]

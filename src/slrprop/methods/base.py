@@ -11,10 +11,12 @@ from slrprop.checks import require_choice, require_rank
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Factors
+from slrprop.factors.quantized import BITS
 from slrprop.linalg import SOLVERS, SVD, Solver, truncated_svd
 from slrprop.losses import LOSSES, LossName
 from slrprop.network.base import Network
 from slrprop.plan import LayerPlan
+from slrprop.regression import Calibration
 from slrprop.relevance.cost import Baseline, CostScores, cost_scores
 from slrprop.relevance.simple import Scores, weight_scores
 from slrprop.statistics import collect
@@ -25,32 +27,88 @@ class Settings(ABC):
     """Settings that every method has.
 
     Args:
-        rank: k, the number of singular triplets kept.
-        solver: how the SVD is computed, see :func:`slrprop.linalg.truncated_svd`.
+        bits: of every stored number: 32 (as the layer's own), 8 or 4.
     """
 
-    rank: int = 16
-    solver: Solver = "auto"
+    bits: int = 32
 
     source: ClassVar[str]
 
     def __post_init__(self) -> None:
-        require_rank(self.rank)
-        object.__setattr__(self, "rank", int(self.rank))  # numpy's numbers are no JSON
-        if not callable(self.solver):
-            require_choice("solver", self.solver, ("auto", *SOLVERS))
+        if isinstance(self.bits, bool) or self.bits not in (32, *BITS):
+            raise SlrpropError(f"bits must be 32, 8 or 4, got {self.bits!r}")
 
     @abstractmethod
     def stored_numbers(self, m: int, n: int) -> int:
-        """Numbers that an m x n weight (m, n >= rank) takes under these settings."""
+        """Numbers that an m x n weight takes under these settings."""
+
+    @classmethod
+    @abstractmethod
+    def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
+        """Settings for an m x n weight that a search may try, from the smallest result to the largest."""
+
+    def refusal(self, m: int, n: int) -> str:
+        """Why an m x n weight can't be treated; empty if it can."""
+        return ""
 
     def needs(self) -> tuple[str, ...]:
-        """What the method must be told: any of ``statistics.QUANTITIES``, and ``cost``."""
+        """What the method must be told: any of ``statistics.QUANTITIES``, ``cost``, ``inputs`` and ``sensitivity``."""
         return ()
 
     def eligible(self, network: Network) -> tuple[str, ...]:
         """The layers this method can treat, in order of execution."""
         return network.order
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSettings(Settings):
+    """Settings of methods that keep a rank.
+
+    Args:
+        rank: k, the number of components kept.
+    """
+
+    rank: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_rank(self.rank)
+        object.__setattr__(self, "rank", int(self.rank))  # numpy's numbers are no JSON
+
+    def refusal(self, m: int, n: int) -> str:
+        return f"rank {self.rank} is above its smaller side {min(m, n)}" if self.rank > min(m, n) else ""
+
+    @classmethod
+    def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
+        return [{"rank": rank} for rank in ranks_for(m, n)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SVDBasedSettings(RankSettings):
+    """Settings of methods that cut the weight's singular value decomposition.
+
+    Args:
+        solver: how it is computed, see :func:`slrprop.linalg.truncated_svd`.
+    """
+
+    solver: Solver = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not callable(self.solver):
+            require_choice("solver", self.solver, ("auto", *SOLVERS))
+
+
+WIDE_RANKS = 256  # highest rank tried on layers with more than 2048 neurons on both sides
+
+
+def ranks_for(m: int, n: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, ...: up to the break-even rank of an m x n layer."""
+    limit = (m * n - 1) // (m + n)
+    if min(m, n) > 2048:
+        limit = min(limit, WIDE_RANKS)
+    powers = (2**power for power in range(limit.bit_length()))
+    return sorted({rank for power in powers for rank in (power, power + power // 2) if 1 <= rank <= limit})
 
 
 class Problem:
@@ -65,6 +123,14 @@ class Problem:
         self._svds: dict[tuple[Any, ...], SVD] = {}
         self._statistics: dict[tuple[str, str], Tensor] = {}
         self._costs: dict[tuple[Any, ...], CostScores] = {}
+        self._calibration: Calibration | None = None
+
+    @property
+    def calibration(self) -> Calibration:
+        """The layers' regressions on the calibration data."""
+        if self._calibration is None:
+            self._calibration = Calibration(self.network, self.data)
+        return self._calibration
 
     @property
     def data(self) -> Data:
@@ -122,12 +188,19 @@ class Problem:
 
 
 class Decision(NamedTuple):
-    """A layer's factors, and the masks of neurons that keep the full rank where some do not."""
+    """A layer's factors; the masks of neurons that keep the full rank where some do not; a new bias (n,) if it changes.
+
+    ``method`` is the one that was really used where it is another than asked for; ``settings`` likewise.
+    """
 
     name: str
     factors: Factors
     kept_rows: Tensor | None = None
     kept_columns: Tensor | None = None
+    bias: Tensor | None = None
+    notes: dict[str, float] | None = None
+    method: str | None = None
+    settings: "Settings | None" = None
 
 
 @dataclass(frozen=True)
@@ -135,13 +208,13 @@ class Method:
     """A registered method.
 
     ``decide(problem, layers, settings)`` yields one decision per layer; ``build(weight, layer_plan, settings)`` rebuilds
-    the factors of a saved plan.
+    the factors of a saved plan from the weight (None: they are saved with the plan).
     """
 
     name: str
     settings: type[Settings]
     decide: Callable[[Problem, tuple[str, ...], Any], Iterator[Decision]]
-    build: Callable[[Tensor, LayerPlan, Any], Factors]
+    build: Callable[[Tensor, LayerPlan, Any], Factors] | None = None
 
     @property
     def source(self) -> str:

@@ -11,7 +11,7 @@ from slrprop.checks import require_choice, require_rate, share
 from slrprop.factors import Factors, SparseLowRank
 from slrprop.linalg import truncated_svd
 from slrprop.losses import LossName
-from slrprop.methods.base import Decision, Method, Problem, Settings, require_loss
+from slrprop.methods.base import Decision, Method, Problem, SVDBasedSettings, require_loss
 from slrprop.plan import LayerPlan, unpack
 from slrprop.relevance.cost import Baseline, CostScores
 from slrprop.relevance.simple import Scores, combined
@@ -21,7 +21,7 @@ ORDERS = ("independent", "sequential")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShortenSettings(Settings):
+class ShortenSettings(SVDBasedSettings):
     """Settings of every method that shortens neurons.
 
     Args:

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from slrprop.factors import LowRank
 from slrprop.linalg import truncated_svd
-from slrprop.methods.base import Decision, Method, Problem, Settings
+from slrprop.methods.base import Decision, Method, Problem, SVDBasedSettings
 from slrprop.plan import LayerPlan
 
 
 @dataclass(frozen=True, kw_only=True)
-class SVDSettings(Settings):
+class SVDSettings(SVDBasedSettings):
     """Truncated SVD: the best rank-k approximation of the weight itself."""
 
     source: ClassVar[str] = "Eckart and Young, Psychometrika 1, 1936"

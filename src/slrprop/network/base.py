@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Self
 
 import torch
@@ -78,8 +78,10 @@ class Network(ABC):
         """
 
     @abstractmethod
-    def with_weights(self, weights: dict[str, Tensor], data: Data) -> Self:
-        """A copy of the network whose named layers have these dense weights (m x n)."""
+    def with_weights(
+        self, weights: Mapping[str, Tensor], data: Data, biases: Mapping[str, Tensor] | None = None
+    ) -> Self:
+        """A copy of the network whose named layers have these dense weights (m x n), some of them other biases (n,)."""
 
     def shape(self, name: str) -> tuple[int, int]:
         """(m, n) of a layer's weight."""
@@ -132,6 +134,30 @@ class Network(ABC):
         """Whether the network's output is this layer's output, element-wise functions and a final softmax aside."""
         return name in self._paths and self._paths[name].whole and self.next_layer(name) is None
 
+    def activation(self, name: str) -> str | None:
+        """The activation that takes a layer's output, None where it is not known."""
+        after = next((element for element in self._elements(name) if not isinstance(element, Affine)), None)
+        return after if isinstance(after, str) else None
+
+    def gradients(self, name: str, data: Data, probes: int) -> Iterator[Tensor]:
+        """Batch by batch the gradients (d, p, n) of the outputs along d directions, in a layer's p outputs of n numbers.
+
+        The directions' outer products sum to centring over classes (for more than ``probes`` classes: on average). Nothing
+        is given where no chain follows the layer and the network has no gradient of its own.
+        """
+        chain = self.chain(name)
+        if chain is None:
+            return
+        for flow in self.stream((name,), data):
+            for _, y in flow.calls[name]:
+                y = y.detach().requires_grad_()
+                with torch.enable_grad():
+                    output = chain.values(y)[-1]
+                    along = directions(output, probes).to(output)
+                    yield torch.stack(
+                        [torch.autograd.grad(output, y, d.expand_as(output), retain_graph=True)[0] for d in along]
+                    )
+
     def activated(self, name: str, y: Tensor) -> Tensor:
         """A layer's output (p x n) after the batch norm and activation that follow it."""
         for element in self._elements(name):
@@ -145,6 +171,17 @@ class Network(ABC):
 
     def _elements(self, name: str) -> list[Element]:
         return self._paths[name].elements if name in self._paths else []
+
+
+def directions(output: Tensor, probes: int) -> Tensor:
+    """Directions (d, c) in the space of outputs (p, c): see :meth:`Network.gradients`."""
+    classes = output.shape[-1]
+    if classes == 1:
+        return torch.ones(1, 1)
+    if classes <= probes:
+        return torch.eye(classes) - 1 / classes
+    signs = torch.randint(0, 2, (probes, classes), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    return (signs - signs.mean(1, keepdim=True)) / probes**0.5
 
 
 def require_finite(output: Tensor) -> None:

@@ -1,6 +1,6 @@
 """ONNX models: stream what flows through them on ONNX Runtime, run what follows a layer on changed outputs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,9 +108,11 @@ class OnnxNetwork(Network):
             bias = self.graph.bias(self.layer(name))
         return None if bias is None else tensor_of(bias)
 
-    def with_weights(self, weights: dict[str, Tensor], data: Data) -> "OnnxNetwork":
+    def with_weights(
+        self, weights: Mapping[str, Tensor], data: Data, biases: Mapping[str, Tensor] | None = None
+    ) -> "OnnxNetwork":
         forms = {name: DenseFactors(weight) for name, weight in weights.items()}
-        return OnnxNetwork(rewritten(self.file, self.graph, forms, {}), data)
+        return OnnxNetwork(rewritten(self.file, self.graph, forms, biases or {}), data)
 
     def _fixed_batch(self) -> int | None:
         """The batch size that the model insists on; None where it is open."""

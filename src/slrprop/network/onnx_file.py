@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from weakref import WeakValueDictionary
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -22,6 +23,7 @@ import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from slrprop.errors import SlrpropError, first_line
+from slrprop.factors.quantized import packed
 from slrprop.files import replacing
 from slrprop.network.onnx_tensors import (
     GRAPH,
@@ -156,10 +158,12 @@ class OnnxFile:
         for name, array in new.items():
             array = np.ascontiguousarray(array)
             tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
-            if array.nbytes < LARGE:
+            if array.dtype == ml_dtypes.int4:
+                tensor.raw_data = packed(torch.from_numpy(array.astype(np.int8)), 4).numpy().tobytes()
+            elif array.nbytes < LARGE:
                 tensor.raw_data = array.tobytes()
             else:
-                stored[name] = Stored(array.nbytes, array.shape, array.dtype, external=external, array=array)
+                stored[name] = Stored(array.nbytes, tuple(tensor.dims), array.dtype, external=external, array=array)
                 mark(tensor, stored[name])
             proto.graph.initializer.append(tensor)
         return OnnxFile(self.path, proto, stored, self._read)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Factors, LowRank, SparseLowRank
+from slrprop.factors import Dense, Factors, Quantized
 from slrprop.network.onnx import Feed, OnnxNetwork, input_dtype
 from slrprop.network.onnx_file import OnnxFile, Session
 from slrprop.network.onnx_rewrite import rewritten
@@ -37,30 +37,25 @@ def stored_as(form: Factors, dtype: np.dtype) -> Factors:
     if dtype != np.float16:
         return form
 
-    def rounded(tensor: Tensor) -> Tensor:
-        return tensor.half().float()
-
-    if isinstance(form, LowRank):
-        return LowRank(rounded(form.left), rounded(form.right))
-    if isinstance(form, SparseLowRank):
-        left, right = (tuple(map(rounded, blocks)) for blocks in (form.left, form.right))
-        return SparseLowRank(left, right, form.row_levels, form.column_levels)
-    return form
+    if isinstance(form, Quantized):
+        return form
+    return form.with_matrices({name: matrix.half().float() for name, matrix in form.matrices().items()})
 
 
 def write(
     network: OnnxNetwork,
     forms: Mapping[str, Factors],
+    biases: Mapping[str, Tensor],
     new_forms: Mapping[str, Factors],
-    orders: Mapping[str, Tensor],
+    new_biases: Mapping[str, Tensor],
     path: str | Path,
     data: Data | None,
 ) -> Parity:
     """Write the model with new factors, after its outputs were compared with those of the multiplied-out factors.
 
     Args:
-        forms: the layers' factors, in the original order of neurons.
-        new_forms: what is written, neighbours included, in the order of ``orders``.
+        forms, biases: the layers' factors and new biases, in the original order of neurons.
+        new_forms, new_biases: what is written, neighbours included, in another order.
         data: what to compare on, its first samples; made-up inputs without it.
 
     Raises:
@@ -71,7 +66,7 @@ def write(
         network.file,
         network.graph,
         {name: Dense(stored_as(form, dtypes[name]).dense()) for name, form in forms.items()},
-        {},
+        biases,
     )
     outputs = [value.name for value in network.file.proto.graph.output]
     if any(value.type.WhichOneof("value") not in (None, "tensor_type") for value in network.file.proto.graph.output):
@@ -91,7 +86,7 @@ def write(
             if isinstance(want[name], np.ndarray):
                 found[name] = _difference(name, want[name], got[name], tolerance)
 
-    rewritten(network.file, network.graph, new_forms, orders).save(path, check)
+    rewritten(network.file, network.graph, new_forms, new_biases).save(path, check)
     return Parity(found, tolerance)
 
 

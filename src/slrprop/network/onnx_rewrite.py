@@ -1,19 +1,22 @@
 """ONNX models whose chosen layers compute with factors, as plain standard nodes."""
 
 from collections.abc import Mapping
+from functools import singledispatch
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import torch
 from onnx import GraphProto, NodeProto, helper
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Factors, LowRank, SparseLowRank, members, span
+from slrprop.factors import Dense, Factors, LowRank, Quantized, SparseLowRank, members, span
 from slrprop.network.onnx_file import OnnxFile
 from slrprop.network.onnx_graph import Graph
 
 
-class _Writer:
+class Writer:
     """Nodes and initializers that take the place of one layer."""
 
     def __init__(self, graph: Graph, name: str, opset: int, taken: set[str], new: dict[str, np.ndarray]) -> None:
@@ -22,6 +25,7 @@ class _Writer:
         self.dtype = self.graph.constants[self.layer.weight].dtype
         self.opset = opset
         self.nodes: list[NodeProto] = []
+        self.quantized: Quantized | None = None  # the form being written, if its numbers are in few bits
         self._taken, self._new = taken, new
         self._rank = 2 if self.node.op_type == "Gemm" else self.graph.rank(self.layer.x)
         self.last_axis = -1 if self.opset >= 11 or self._rank is None else self._rank - 1
@@ -36,11 +40,11 @@ class _Writer:
         self._taken.add(name)
         return name
 
-    def tensor(self, what: str, value: Tensor | np.ndarray) -> str:
-        """A new initializer; real numbers take the layer's type."""
+    def tensor(self, what: str, value: Tensor | np.ndarray, exact: bool = False) -> str:
+        """A new initializer; real numbers take the layer's type unless they must stay ``exact``."""
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
         name = self.fresh(what)
-        self._new[name] = array.astype(self.dtype, copy=False) if array.dtype.kind == "f" else array
+        self._new[name] = array.astype(self.dtype, copy=False) if array.dtype.kind == "f" and not exact else array
         return name
 
     def add(self, op: str, inputs: list[str], output: str | None = None, **attributes: Any) -> str:
@@ -49,10 +53,12 @@ class _Writer:
         self.nodes.append(helper.make_node(op, inputs, [output], self.fresh(f"{op}_node"), **attributes))
         return output
 
-    def slice(self, x: str, part: slice) -> str:
+    def slice(self, x: str, part: slice, axis: int | None = None) -> str:
+        """``x[..., part]``, or a part along another axis."""
+        axis = self.last_axis if axis is None else axis
         if self.opset < 10:
-            return self.add("Slice", [x], axes=[self.last_axis], starts=[part.start], ends=[part.stop])
-        numbers = (("start", part.start), ("stop", part.stop), ("axis", self.last_axis))
+            return self.add("Slice", [x], axes=[axis], starts=[part.start], ends=[part.stop])
+        numbers = (("start", part.start), ("stop", part.stop), ("axis", axis))
         return self.add("Slice", [x, *(self.tensor(what, np.array([number])) for what, number in numbers)])
 
     def gather(self, x: str, index: Tensor, output: str | None = None) -> str:
@@ -73,71 +79,166 @@ class _Writer:
     def product(self, x: str, weight: str, output: str | None = None) -> str:
         return self.add("MatMul", [x, weight], output)
 
-    def dense(self, form: Dense, moved: Tensor | None) -> None:
-        """The same node with another weight."""
+    def dense(self, form: Dense, bias: Tensor | None) -> None:
+        """The same node with another weight, and another bias where its own is replaced."""
         node = NodeProto()
         node.CopyFrom(self.node)
         weight = form.weight.T if self.layer.trans_b else form.weight
         node.input[1] = self.tensor("weight", weight.contiguous())
         if self.layer.alpha != 1:
             next(item for item in node.attribute if item.name == "alpha").f = 1.0
-        if moved is not None and self.layer.bias is not None and self.layer.adder == self.layer.index:
-            node.input[2] = self.bias(moved, 1.0)
+        if bias is not None and self.node.op_type == "Gemm":
+            self._gemm_bias(node, bias)
+        elif bias is not None and self.layer.bias is None:
+            node.output[0] = self.fresh("product")
+            self.nodes.append(node)
+            self.add("Add", [node.output[0], self.tensor("bias", bias)], self.node.output[0])
+            return
         self.nodes.append(node)
 
-    def bias(self, moved: Tensor | None, beta: float) -> str:
-        """The bias times beta in the new order of the outputs; the old one where nothing changes."""
-        name = self.layer.bias
-        assert name is not None
-        value = self.graph.constants[name].load()
-        if (moved is None or value.size == 1) and beta == 1:
-            return name
-        value = value if moved is None or value.size == 1 else value[..., moved.numpy()]
-        return self.tensor("bias", value * np.asarray(beta, value.dtype))
+    def _gemm_bias(self, node: NodeProto, bias: Tensor) -> None:
+        """Put a bias into a Gemm."""
+        inputs = [*node.input[:2], self.tensor("bias", bias)]
+        del node.input[:]
+        node.input.extend(inputs)
+        for item in node.attribute:
+            if item.name == "beta":
+                item.f = 1.0
 
-    def factored(self, form: Factors, moved: Tensor | None) -> None:
+    def factored(self, form: Factors, bias: Tensor | None) -> None:
         """Smaller products in the place of the node; a Gemm's bias becomes an Add."""
         out, layer = self.node.output[0], self.layer
         x = self.add("Transpose", [layer.x], perm=[1, 0]) if layer.trans_a else layer.x
-        with_bias = layer.bias is not None and layer.adder == layer.index
-        y = self.fresh("product") if with_bias else out
-        if isinstance(form, LowRank):
-            self.product(self.product(x, self.tensor("left", form.left)), self.tensor("right", form.right), y)
-        elif isinstance(form, SparseLowRank):
-            self._blocks(form, x, y)
-        else:
-            raise SlrpropError(f"no ONNX nodes compute with {type(form).__name__} factors")
-        if with_bias:
-            self.add("Add", [y, self.bias(moved, layer.beta)], out)
+        has_adder = layer.adder is not None and layer.adder != layer.index
+        added = "" if has_adder or (bias is None and layer.bias is None) else self.bias_tensor(form, bias)
+        y = self.fresh("product") if added else out
+        product_of(form, self, x, y)
+        if added:
+            self.add("Add", [y, added], out)
 
-    def _blocks(self, form: SparseLowRank, x: str, y: str) -> None:
+    def bias_tensor(self, form: Factors, bias: Tensor | None) -> str:
+        """The name of the layer's bias: a new one where given (the form's own, if it carries that), else the old one."""
+        if isinstance(form, Quantized) and form.bias_codes is not None and form.bias_scale is not None:
+            return self.scaled("bias", form.bias_codes, form.bias_scale, 8, None)
+        if bias is not None:
+            return self.tensor("bias", bias)
+        name = self.layer.bias
+        assert name is not None
+        if self.layer.beta == 1:
+            return name
+        value = self.graph.constants[name].load()
+        return self.tensor("bias", value * np.asarray(self.layer.beta, value.dtype))
+
+    def number(self, what: str, value: Tensor, parts: tuple[str, ...] = ()) -> str:
+        """A matrix of the form being written; where that is quantised, through its scales.
+
+        Args:
+            parts: names of the form's matrices that ``value`` stacks along its first axis; ``what`` itself by default.
+        """
+        if self.quantized is None:
+            return self.tensor(what, value)
+        names, axes = parts or (what,), self.quantized.codes.scale_axes()
+        scale = torch.cat([self.quantized.scales[name] for name in names])
+        axis = None if value.ndim == 1 else 1 - axes[names[0]]
+        return self.scaled(what, value, scale, self.quantized.bits, axis)
+
+    def scaled(self, what: str, codes: Tensor, scale: Tensor, bits: int, axis: int | None) -> str:
+        """Whole numbers as an initializer of ``bits`` bits, and the nodes that make real numbers of them.
+
+        The nodes have constant inputs only, so the runtime runs them once, when it loads the file. DequantizeLinear would be
+        merged into its product instead, which rounds the inputs to 8 bits too and was slower (docs/quantisation.md).
+
+        Args:
+            scale: float16, one for all (axis None) or one for each entry along ``axis``.
+        """
+        whole = codes.cpu().numpy().astype(np.int8)
+        to = helper.np_dtype_to_tensor_dtype(self.dtype)
+        if bits == 4 and self.opset < 21:
+            number = self._halves(what, whole)
+        else:
+            number = self.add(
+                "Cast", [self.tensor(what, whole.astype(ml_dtypes.int4 if bits == 4 else np.int8))], to=to
+            )
+        wide = scale if axis is None or axis == codes.ndim - 1 else scale[:, None]
+        factor = self.tensor(f"{what}_scale", wide.cpu().numpy(), exact=True)
+        if self.dtype != np.float16:
+            factor = self.add("Cast", [factor], to=to)
+        return self.add("Mul", [number, factor])
+
+    def _halves(self, what: str, whole: np.ndarray) -> str:
+        """Whole numbers of 4 bits for operator sets that have none: two in one byte, taken apart by arithmetic."""
+        flat = whole.reshape(-1) + 8
+        count = -(-len(flat) // 2)
+        later = np.concatenate([flat[count:], np.zeros(2 * count - len(flat), np.int8)])
+        stored = self.tensor(what, (flat[:count] | later << 4).view(np.uint8))
+        both = self.add("Cast", [stored], to=helper.np_dtype_to_tensor_dtype(self.dtype))
+        sixteen, eight = (self.tensor(str(value), np.array(value, self.dtype)) for value in (16, 8))
+        high = self.add("Floor", [self.add("Div", [both, sixteen])])
+        low = self.add("Sub", [both, self.add("Mul", [high, sixteen])])
+        if len(later) > len(flat) - count:
+            high = self.slice(high, slice(0, len(flat) - count), axis=0)
+        joined = self.add("Concat", [low, high], axis=0)
+        shaped = self.add("Reshape", [joined, self.tensor("shape", np.array(whole.shape, np.int64))])
+        return self.add("Sub", [shaped, eight])
+
+    def blocks(self, form: SparseLowRank, x: str, y: str) -> None:
+        """One product per row set, one per segment of columns."""
         hidden = []
         for level, left in enumerate(form.left):
             index = members(form.row_levels, level)
             piece = span(index)
             whole = len(index) == form.shape[0]
             seen = x if whole else self.gather(x, index) if piece is None else self.slice(x, piece)
-            hidden.append(self.product(seen, self.tensor(f"left_{level}", left)))
+            hidden.append(self.product(seen, self.number(f"left_{level}", left)))
         segments, order = form.segments()
         parts = []
         only = len(segments) == 1 and order is None
         for segment in segments:
             if segment.level:
-                source, right = self.join(hidden[: segment.level]), segment.right
+                names = tuple(f"right_{level}" for level in range(segment.level))
+                source, right = self.join(hidden[: segment.level]), self.number("right", segment.right, names)
             else:
-                source, right = self.slice(hidden[0], slice(0, 1)), form.left[0].new_zeros(1, len(segment.columns))
-            parts.append(self.product(source, self.tensor("right", right), y if only else None))
+                source = self.slice(hidden[0], slice(0, 1))
+                right = self.tensor("right", form.left[0].new_zeros(1, len(segment.columns)))
+            parts.append(self.product(source, right, y if only else None))
         if not only:
             joined = self.join(parts, y if order is None else None)
             if order is not None:
                 self.gather(joined, order, y)
 
 
-def rewritten(file: OnnxFile, layers: Graph, forms: Mapping[str, Factors], orders: Mapping[str, Tensor]) -> OnnxFile:
+@singledispatch
+def product_of(form: Factors, writer: Writer, x: str, y: str) -> None:
+    """Write the nodes that make ``y`` of ``x`` by a form, the last one making ``y``. A new form registers its own."""
+    raise SlrpropError(f"no ONNX nodes compute with {type(form).__name__} factors")
+
+
+@product_of.register
+def _(form: Dense, writer: Writer, x: str, y: str) -> None:
+    writer.product(x, writer.number("weight", form.weight), y)
+
+
+@product_of.register
+def _(form: LowRank, writer: Writer, x: str, y: str) -> None:
+    writer.product(writer.product(x, writer.number("left", form.left)), writer.number("right", form.right), y)
+
+
+@product_of.register
+def _(form: SparseLowRank, writer: Writer, x: str, y: str) -> None:
+    writer.blocks(form, x, y)
+
+
+@product_of.register
+def _(form: Quantized, writer: Writer, x: str, y: str) -> None:
+    writer.quantized = form
+    product_of(form.codes, writer, x, y)
+
+
+def rewritten(file: OnnxFile, layers: Graph, forms: Mapping[str, Factors], biases: Mapping[str, Tensor]) -> OnnxFile:
     """The model with the layers' factors in the place of their weights; the rest stays as it is.
 
     Args:
-        orders: for layers whose outputs were put in another order, that order (n,).
+        biases: for layers whose bias is another one, or in another order, that bias (n,).
     """
 
     def edit(graph: GraphProto) -> dict[str, np.ndarray]:
@@ -146,19 +247,20 @@ def rewritten(file: OnnxFile, layers: Graph, forms: Mapping[str, Factors], order
         new: dict[str, np.ndarray] = {}
         nodes: dict[int, list[NodeProto]] = {}
         for name, form in forms.items():
-            writer, moved = _Writer(layers, name, file.opset, taken, new), orders.get(name)
+            writer, bias = Writer(layers, name, file.opset, taken, new), biases.get(name)
             if isinstance(form, Dense):
-                writer.dense(form, moved)
+                writer.dense(form, bias)
             else:
-                writer.factored(form, moved)
+                writer.factored(form, bias)
             nodes[writer.layer.index] = writer.nodes
             adder = writer.layer.adder
-            if moved is not None and adder is not None and adder != writer.layer.index:
-                added = NodeProto()
+            if bias is not None and adder is not None and adder != writer.layer.index:
+                added, count = NodeProto(), len(writer.nodes)
                 added.CopyFrom(writer.graph.nodes[adder])
                 place = list(added.input).index(writer.layer.bias or "")
-                added.input[place] = writer.bias(moved, 1.0)
-                nodes[adder] = [added]
+                added.input[place] = writer.bias_tensor(form, bias)
+                nodes[adder] = [*writer.nodes[count:], added]
+                del writer.nodes[count:]
         result = [new_node for i, node in enumerate(graph.node) for new_node in nodes.get(i, [node])]
         copies = [NodeProto.FromString(node.SerializeToString()) for node in result]
         del graph.node[:]

@@ -14,7 +14,7 @@ from slrprop.errors import SlrpropError, first_line
 from slrprop.factors import Dense
 from slrprop.layers import linear_from
 from slrprop.losses import rows_of
-from slrprop.network.base import Flow, Layer, Network, require_finite
+from slrprop.network.base import Flow, Layer, Network, directions, require_finite
 from slrprop.network.chain import fold
 from slrprop.network.trace import Trace, dense_modules
 
@@ -186,6 +186,31 @@ class TorchNetwork(Network):
             require_finite(output)
             yield Flow(batch, output, calls)
 
+    def gradients(self, name: str, data: Data, probes: int) -> Iterator[Tensor]:
+        """By the chain that follows, else by automatic differentiation of the whole module."""
+        if self.chain(name) is not None:
+            yield from super().gradients(name, data, probes)
+            return
+        for batch in data:
+            seen: list[Tensor] = []
+
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor, seen: list[Tensor] = seen) -> Tensor:
+                seen.append(y.detach().requires_grad_())
+                return seen[-1]
+
+            handle = self.modules[name].register_forward_hook(hook, prepend=True)
+            try:
+                with evaluating(self.model), torch.enable_grad():
+                    output = rows_of(main_output(self.call(batch.to(self.device))))
+                    along = directions(output, probes).to(output)
+                    found = [torch.autograd.grad(output, seen, d.expand_as(output), retain_graph=True, allow_unused=True) for d in along]  # fmt: skip
+            finally:
+                handle.remove()
+            for index, y in enumerate(seen):
+                yield torch.stack(
+                    [torch.zeros_like(y) if part[index] is None else part[index] for part in found]
+                ).flatten(1, -2)
+
     def outputs_with(self, name: str, flow: Flow, layer: Layer, candidates: Tensor) -> Tensor:
         """Vectorised with ``torch.vmap``; a network that ``vmap`` can't batch runs one candidate at a time."""
 
@@ -209,9 +234,12 @@ class TorchNetwork(Network):
         except RuntimeError:
             return torch.stack([output(candidate) for candidate in candidates])
 
-    def with_weights(self, weights: dict[str, Tensor], data: Data) -> "TorchNetwork":
+    def with_weights(
+        self, weights: Mapping[str, Tensor], data: Data, biases: Mapping[str, Tensor] | None = None
+    ) -> "TorchNetwork":
+        known = biases or {}
         modules = {
-            name: linear_from(Dense(weight), self.bias(name)).to(self.modules[name].weight.dtype)
+            name: linear_from(Dense(weight), known.get(name, self.bias(name))).to(self.modules[name].weight.dtype)
             for name, weight in weights.items()
         }
         return TorchNetwork(swapped(self.model, modules), data)

@@ -12,12 +12,12 @@ from torch import Tensor
 from slrprop.api import plan_problem
 from slrprop.layers import linear_from
 from slrprop.methods import Problem, find_method
+from slrprop.methods.base import ranks_for
 from slrprop.plan import LayerPlan, Plan
 
 DEFAULT_METHODS: dict[str, dict[str, Any]] = {"svd": {}, "slr": {"criterion": "weight"}}
 CALIBRATION_ROWS = 512  # inputs of each layer that predictions are made from
 LEAST_STEP = 4096  # bytes between two points of one layer: more than a file needs around its numbers
-WIDE_RANKS = 256  # highest rank tried on layers with more than 2048 neurons on both sides
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,6 @@ class Point:
     predicted_damage: float
     measured: Evaluation | None = None
     latency: float = math.nan
-
-
-def ranks_for(m: int, n: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, ...: up to the break-even rank of an m x n layer."""
-    limit = (m * n - 1) // (m + n)
-    if min(m, n) > 2048:
-        limit = min(limit, WIDE_RANKS)
-    powers = (2**power for power in range(limit.bit_length()))
-    return sorted({rank for power in powers for rank in (power, power + power // 2) if 1 <= rank <= limit})
 
 
 def layer_inputs(problem: Problem, names: tuple[str, ...]) -> dict[str, Tensor]:

@@ -1,124 +1,16 @@
-"""What a dense weight can become. Every form knows its stored numbers, bytes, multiplications and dense value.
+"""Sparse low rank as nested dense blocks."""
 
-All matrices are in the articles' orientation: a weight is ``m x n`` = inputs (rows) x outputs (columns),
-``y = x @ W + b``, the transpose of ``torch.nn.Linear.weight``.
-"""
-
-from abc import ABC, abstractmethod
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
+from slrprop.factors.base import Factors, require_matrix
 from slrprop.linalg import SVD
-
-
-class Factors(ABC):
-    """A weight in a stored form."""
-
-    kind: ClassVar[str]
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, int]:
-        """(m, n): inputs, outputs."""
-
-    @abstractmethod
-    def matrices(self) -> dict[str, Tensor]:
-        """The stored number arrays, by name."""
-
-    @abstractmethod
-    def dense(self) -> Tensor:
-        """The ``m x n`` matrix these factors stand for."""
-
-    @abstractmethod
-    def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Self:
-        """The factors of ``W[rows][:, columns]``, without loss."""
-
-    def indices(self) -> dict[str, Tensor]:
-        """The stored arrays that say which neurons a block serves, by name."""
-        return {}
-
-    @property
-    def numbers(self) -> int:
-        """Stored numbers; singular values are folded into the left factor, so they count nothing."""
-        return sum(matrix.numel() for matrix in self.matrices().values())
-
-    @property
-    def multiplications(self) -> int:
-        """Multiplications for one sample."""
-        return self.numbers  # every stored number of a block is used once
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of everything stored, indices included."""
-        return sum(array.nbytes for array in (*self.matrices().values(), *self.indices().values()))
-
-
-def _require_matrix(what: str, value: Tensor, shape: tuple[int | None, int | None]) -> None:
-    if value.ndim != 2 or any(want is not None and got != want for got, want in zip(value.shape, shape, strict=True)):
-        wanted = " x ".join("any" if side is None else str(side) for side in shape)
-        raise SlrpropError(f"{what} must have shape {wanted}, got {tuple(value.shape)}")
-
-
-@dataclass(frozen=True, eq=False)
-class Dense(Factors):
-    """The weight itself (m x n)."""
-
-    weight: Tensor
-    kind: ClassVar[str] = "dense"
-
-    def __post_init__(self) -> None:
-        _require_matrix("a dense weight", self.weight, (None, None))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
-
-    def matrices(self) -> dict[str, Tensor]:
-        return {"weight": self.weight}
-
-    def dense(self) -> Tensor:
-        return self.weight
-
-    def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Dense":
-        weight = self.weight if rows is None else self.weight[rows]
-        return Dense(weight if columns is None else weight[:, columns])
-
-
-@dataclass(frozen=True, eq=False)
-class LowRank(Factors):
-    """``W = left @ right`` with ``left`` (m x k) and ``right`` (k x n)."""
-
-    left: Tensor
-    right: Tensor
-    kind: ClassVar[str] = "low_rank"
-
-    def __post_init__(self) -> None:
-        _require_matrix("the left factor", self.left, (None, None))
-        _require_matrix("the right factor", self.right, (self.left.shape[1], None))
-
-    @classmethod
-    def from_svd(cls, svd: SVD) -> "LowRank":
-        """Truncated SVD with the singular values folded into the left factor."""
-        return cls(svd.left, svd.vt)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.left.shape[0], self.right.shape[1]
-
-    def matrices(self) -> dict[str, Tensor]:
-        return {"left": self.left, "right": self.right}
-
-    def dense(self) -> Tensor:
-        return self.left @ self.right
-
-    def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "LowRank":
-        return LowRank(
-            self.left if rows is None else self.left[rows], self.right if columns is None else self.right[:, columns]
-        )
 
 
 def members(levels: Tensor, level: int) -> Tensor:
@@ -182,8 +74,8 @@ class SparseLowRank(Factors):
                     f"{side} levels must be one uint8 per neuron, at most {len(self.left)}; got {levels.dtype} {tuple(levels.shape)}"
                 )
         for level, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
-            _require_matrix(f"left block {level}", left, (len(members(self.row_levels, level)), None))
-            _require_matrix(f"right block {level}", right, (left.shape[1], len(members(self.column_levels, level))))
+            require_matrix(f"left block {level}", left, (len(members(self.row_levels, level)), None))
+            require_matrix(f"right block {level}", right, (left.shape[1], len(members(self.column_levels, level))))
 
     @classmethod
     def shorten(cls, svd: SVD, reduced_rank: int, short_rows: Tensor, short_columns: Tensor) -> "SparseLowRank":
@@ -228,6 +120,18 @@ class SparseLowRank(Factors):
         named = [(f"left_{level}", block) for level, block in enumerate(self.left)]
         return dict(named + [(f"right_{level}", block) for level, block in enumerate(self.right)])
 
+    def with_matrices(self, matrices: Mapping[str, Tensor]) -> "SparseLowRank":
+        left, right = (
+            tuple(matrices[f"{side}_{level}"] for level in range(len(self.left))) for side in ("left", "right")
+        )
+        return SparseLowRank(left, right, self.row_levels, self.column_levels)
+
+    @classmethod
+    def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> "SparseLowRank":
+        levels = range(next(level for level in itertools.count() if f"left_{level}" not in arrays))
+        left, right = (tuple(arrays[f"{side}_{level}"] for level in levels) for side in ("left", "right"))
+        return cls(left, right, arrays["row_levels"], arrays["column_levels"])
+
     def indices(self) -> dict[str, Tensor]:
         return {"row_levels": self.row_levels, "column_levels": self.column_levels}
 
@@ -244,6 +148,3 @@ class SparseLowRank(Factors):
         if columns is not None:
             right, column_levels = _permute_blocks(right, column_levels, columns, 1)
         return SparseLowRank(left, right, row_levels, column_levels)
-
-
-KINDS: dict[str, type[Factors]] = {form.kind: form for form in (Dense, LowRank, SparseLowRank)}

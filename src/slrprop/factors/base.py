@@ -1,0 +1,180 @@
+"""What a dense weight can become. Every form knows its stored numbers, bytes, multiplications and dense value.
+
+All matrices are in the articles' orientation: a weight is ``m x n`` = inputs (rows) x outputs (columns),
+``y = x @ W + b``, the transpose of ``torch.nn.Linear.weight``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+from slrprop.errors import SlrpropError
+from slrprop.linalg import SVD
+
+
+class Factors(ABC):
+    """A weight in a stored form."""
+
+    kind: ClassVar[str]  # the name that stored files give it
+    faster: ClassVar[bool] = True  # False: the file is smaller, the computation is not
+
+    def __init_subclass__(cls) -> None:
+        KINDS[cls.kind] = cls
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(m, n): inputs, outputs."""
+
+    @abstractmethod
+    def matrices(self) -> dict[str, Tensor]:
+        """The stored number arrays, by name."""
+
+    @abstractmethod
+    def with_matrices(self, matrices: Mapping[str, Tensor]) -> Self:
+        """The same form with other numbers of the same shapes."""
+
+    @classmethod
+    @abstractmethod
+    def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Self:
+        """The form that :meth:`description` and :meth:`arrays` tell of.
+
+        Raises:
+            KeyError, SlrpropError: they do not belong together.
+        """
+
+    def description(self) -> dict[str, Any]:
+        """What :meth:`restored` needs besides the arrays, as JSON-like values."""
+        return {"kind": self.kind}
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Everything stored, by name."""
+        return self.matrices() | self.indices()
+
+    def scale_axes(self) -> dict[str, int]:
+        """For each matrix the axis along which numbers share one scale when they are quantised."""
+        return {name: 1 if name.startswith("right") else 0 for name in self.matrices()}
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The ``m x n`` matrix these factors stand for."""
+
+    @abstractmethod
+    def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Self:
+        """The factors of ``W[rows][:, columns]``, without loss."""
+
+    def indices(self) -> dict[str, Tensor]:
+        """The stored arrays that say which neurons a block serves, by name."""
+        return {}
+
+    @property
+    def numbers(self) -> int:
+        """Stored numbers; singular values are folded into the left factor, so they count nothing."""
+        return sum(matrix.numel() for matrix in self.matrices().values())
+
+    @property
+    def multiplications(self) -> int:
+        """Multiplications for one sample."""
+        return self.numbers  # every stored number of a block is used once
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of everything stored, indices included."""
+        return sum(array.nbytes for array in self.arrays().values())
+
+
+KINDS: dict[str, type[Factors]] = {}
+
+
+def restored(description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Factors:
+    """The form that a description and arrays tell of.
+
+    Raises:
+        SlrpropError: they tell of none.
+    """
+    try:
+        return KINDS[description["kind"]].restored(description, arrays)
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError, RuntimeError) as error:
+        raise SlrpropError(f"the stored arrays make no layer: {type(error).__name__} {error}") from error
+
+
+def require_matrix(what: str, value: Tensor, shape: tuple[int | None, int | None]) -> None:
+    """Refuse what is no matrix of this shape (None: any side)."""
+    if value.ndim != 2 or any(want is not None and got != want for got, want in zip(value.shape, shape, strict=True)):
+        wanted = " x ".join("any" if side is None else str(side) for side in shape)
+        raise SlrpropError(f"{what} must have shape {wanted}, got {tuple(value.shape)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Factors):
+    """The weight itself (m x n)."""
+
+    weight: Tensor
+    kind: ClassVar[str] = "dense"
+
+    def __post_init__(self) -> None:
+        require_matrix("a dense weight", self.weight, (None, None))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def matrices(self) -> dict[str, Tensor]:
+        return {"weight": self.weight}
+
+    def with_matrices(self, matrices: Mapping[str, Tensor]) -> "Dense":
+        return Dense(matrices["weight"])
+
+    @classmethod
+    def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> "Dense":
+        return cls(arrays["weight"])
+
+    def dense(self) -> Tensor:
+        return self.weight
+
+    def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Dense":
+        weight = self.weight if rows is None else self.weight[rows]
+        return Dense(weight if columns is None else weight[:, columns])
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Factors):
+    """``W = left @ right`` with ``left`` (m x k) and ``right`` (k x n)."""
+
+    left: Tensor
+    right: Tensor
+    kind: ClassVar[str] = "low_rank"
+
+    def __post_init__(self) -> None:
+        require_matrix("the left factor", self.left, (None, None))
+        require_matrix("the right factor", self.right, (self.left.shape[1], None))
+
+    @classmethod
+    def from_svd(cls, svd: SVD) -> "LowRank":
+        """Truncated SVD with the singular values folded into the left factor."""
+        return cls(svd.left, svd.vt)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[0], self.right.shape[1]
+
+    def matrices(self) -> dict[str, Tensor]:
+        return {"left": self.left, "right": self.right}
+
+    def with_matrices(self, matrices: Mapping[str, Tensor]) -> "LowRank":
+        return LowRank(matrices["left"], matrices["right"])
+
+    @classmethod
+    def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> "LowRank":
+        return cls(arrays["left"], arrays["right"])
+
+    def dense(self) -> Tensor:
+        return self.left @ self.right
+
+    def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "LowRank":
+        return LowRank(
+            self.left if rows is None else self.left[rows], self.right if columns is None else self.right[:, columns]
+        )

@@ -1,0 +1,133 @@
+"""Factors in few bits: whole numbers and scales."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from slrprop.errors import SlrpropError
+from slrprop.factors.base import Factors, restored
+
+BITS = (4, 8)
+CODES = {4: (-8, 7), 8: (-128, 127)}
+
+
+def packed(codes: Tensor, bits: int) -> Tensor:
+    """Whole numbers as uint8 bytes: one each, or two in one byte, the first in its lower half."""
+    flat = codes.reshape(-1).to(torch.int8).view(torch.uint8)
+    if bits == 8:
+        return flat
+    if len(flat) % 2:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    return (flat[0::2] & 15) | (flat[1::2] << 4)
+
+
+def unpacked(stored: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """The float32 whole numbers that :func:`packed` stored."""
+    count = int(torch.Size(shape).numel())
+    if stored.dtype != torch.uint8 or stored.ndim != 1 or len(stored) != -(-count * bits // 8):
+        raise SlrpropError(f"{count} numbers of {bits} bits take {-(-count * bits // 8)} bytes, got {stored.dtype} {tuple(stored.shape)}")  # fmt: skip
+    if bits == 4:
+        both = torch.stack([stored & 15, stored >> 4], 1).reshape(-1)[:count].to(torch.int16)
+        return torch.where(both > 7, both - 16, both).float().reshape(shape)
+    return stored.view(torch.int8).float().reshape(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized(Factors):
+    """Factors whose matrices are whole numbers times scales, and the layer's bias.
+
+    Numbers that belong to one rank component (of a dense weight: to one output) share a scale, so neurons can be put in
+    any order. ``codes`` is the form filled with whole numbers of ``bits`` bits; ``scales`` has for every matrix a float16
+    vector along its other axis (one number for a vector). The bias (n,), where there is one, takes eight bits a number and
+    a scale of its own: ``bias_codes`` float32 whole numbers, ``bias_scale`` float16 (1,).
+    """
+
+    codes: Factors
+    scales: dict[str, Tensor]
+    bits: int
+    bias_codes: Tensor | None = None
+    bias_scale: Tensor | None = None
+    kind: ClassVar[str] = "quantized"
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise SlrpropError(f"quantised factors take 4 or 8 bits a number, got {self.bits!r}")
+        for name, matrix in self.codes.matrices().items():
+            scale = self.scales.get(name)
+            if scale is None or scale.dtype != torch.float16 or scale.shape != self._scale_shape(name, matrix):
+                raise SlrpropError(f"matrix '{name}' of shape {tuple(matrix.shape)} takes float16 scales of shape {self._scale_shape(name, matrix)}, got {None if scale is None else tuple(scale.shape)}")  # fmt: skip
+
+    def _scale_shape(self, name: str, matrix: Tensor) -> tuple[int, ...]:
+        return (1,) if matrix.ndim == 1 else (matrix.shape[1 - self.codes.scale_axes()[name]],)
+
+    @property
+    def faster(self) -> bool:  # type: ignore[override]
+        return self.codes.faster
+
+    def plain(self) -> Factors:
+        """The factors as float32 numbers."""
+        made = {}
+        for name, matrix in self.codes.matrices().items():
+            scale = self.scales[name].to(torch.float32)
+            made[name] = matrix * (scale if matrix.ndim == 1 else scale.unsqueeze(self.codes.scale_axes()[name]))
+        return self.codes.with_matrices(made)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias (n,) as float32."""
+        if self.bias_codes is None or self.bias_scale is None:
+            return None
+        return self.bias_codes * self.bias_scale.float()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape
+
+    def matrices(self) -> dict[str, Tensor]:
+        return self.codes.matrices()
+
+    def with_matrices(self, matrices: Mapping[str, Tensor]) -> "Quantized":
+        return replace(self, codes=self.codes.with_matrices(matrices))
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Packed whole numbers, the scales' bits as int16 (so that no change of dtype touches them), and the indices."""
+        found = {name: packed(matrix, self.bits) for name, matrix in self.codes.matrices().items()}
+        found |= {f"{name}_scale": scale.view(torch.int16) for name, scale in self.scales.items()}
+        if self.bias_codes is not None and self.bias_scale is not None:
+            found["bias_codes"] = packed(self.bias_codes, 8)
+            found["bias_scale"] = self.bias_scale.view(torch.int16)
+        return found | self.codes.indices()
+
+    def description(self) -> dict[str, Any]:
+        shapes = {name: list(matrix.shape) for name, matrix in self.codes.matrices().items()}
+        return {"kind": self.kind, "bits": self.bits, "of": self.codes.description(), "shapes": shapes}
+
+    @classmethod
+    def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> "Quantized":
+        bits, shapes = description["bits"], description["shapes"]
+        if bits not in BITS or not all(
+            isinstance(side, int) and side >= 0 for shape in shapes.values() for side in shape
+        ):
+            raise SlrpropError(f"the shapes or the {bits!r} bits of a quantised layer are no whole numbers in range")
+        known = dict(arrays) | {name: unpacked(arrays[name], bits, tuple(shape)) for name, shape in shapes.items()}
+        scales = {name: arrays[f"{name}_scale"].view(torch.float16) for name in shapes}
+        bias_codes = unpacked(arrays["bias_codes"], 8, arrays["bias_codes"].shape) if "bias_codes" in arrays else None
+        bias_scale = arrays["bias_scale"].view(torch.float16) if "bias_scale" in arrays else None
+        return cls(restored(description["of"], known), scales, bits, bias_codes, bias_scale)
+
+    def indices(self) -> dict[str, Tensor]:
+        return self.codes.indices()
+
+    @property
+    def multiplications(self) -> int:
+        return self.codes.multiplications
+
+    def dense(self) -> Tensor:
+        return self.plain().dense()
+
+    def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Quantized":
+        bias = self.bias_codes if columns is None or self.bias_codes is None else self.bias_codes[columns]
+        return replace(self, codes=self.codes.permuted(rows, columns), bias_codes=bias)

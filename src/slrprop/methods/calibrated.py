@@ -1,0 +1,128 @@
+"""Methods that fit a layer's factors to calibration data: what they share."""
+
+from abc import ABC
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from slrprop.errors import SlrpropError
+from slrprop.factors import Dense, Factors, Quantized
+from slrprop.methods.base import Decision, Method, Problem, Settings
+from slrprop.quantize import quantised, with_bias
+from slrprop.regression import Compressed, Regression
+
+Fit = Callable[[Regression, Any], Factors]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedSettings(Settings, ABC):
+    """Settings of every method that fits factors to data.
+
+    Args:
+        sequential: calibrate each layer on the outputs of the layers already compressed, not on the original ones.
+        bias_correction: a new bias makes each layer's mean output right.
+        refit_head: where the network's last layer stays dense and only planned layers and activations lead to it, its weight
+            is refitted to the original outputs by least squares.
+    """
+
+    sequential: bool = True
+    bias_correction: bool = True
+    refit_head: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("sequential", "bias_correction", "refit_head"):
+            if not isinstance(getattr(self, name), bool):
+                raise SlrpropError(f"{name} must be True or False, got {getattr(self, name)!r}")
+
+    @property
+    def weighted(self) -> bool:
+        """Whether errors of the outputs are weighed by what they do to the network's outputs."""
+        return False
+
+    def needs(self) -> tuple[str, ...]:
+        return ("inputs", "sensitivity") if self.weighted else ("inputs",)
+
+
+@dataclass(frozen=True)
+class CalibratedMethod(Method):
+    """A method whose ``fit(task, settings)`` gives one layer's factors (float)."""
+
+    fit: Fit | None = None
+
+
+def calibrated(name: str, settings: type[CalibratedSettings], fit: Fit) -> CalibratedMethod:
+    """A method from the function that fits one layer."""
+
+    def decide(problem: Problem, layers: tuple[str, ...], chosen: Any) -> Iterator[Decision]:
+        yield from in_order(problem, dict.fromkeys(layers, (METHOD_OF[name], chosen)))
+
+    METHOD_OF[name] = CalibratedMethod(name, settings, decide, None, fit)
+    return METHOD_OF[name]
+
+
+METHOD_OF: dict[str, CalibratedMethod] = {}
+
+
+def in_order(
+    problem: Problem, chosen: Mapping[str, tuple[CalibratedMethod, CalibratedSettings]], head: bool | None = None
+) -> Iterator[Decision]:
+    """Fit layers one after the other in order of execution, each by its own method and settings.
+
+    Args:
+        head: refit the last layer if it is not among them; by default what the layers' settings say.
+    """
+    compressed: dict[str, Compressed] = {}
+    names = [name for name in problem.network.order if name in chosen]
+    for name in names:
+        method, settings = chosen[name]
+        decision, compressed[name] = fit_layer(problem, name, method, settings, compressed)
+        yield decision
+    wanted = (
+        all(settings.refit_head and settings.sequential for _, settings in chosen.values()) if head is None else head
+    )
+    last = head_after(problem, names) if wanted else None
+    if last is not None:
+        task = problem.calibration.regression(last, compressed, weighted=False)
+        like = problem.weight(last)
+        weight = task.weight.to(like)
+        yield Decision(
+            last, Dense(weight), bias=task.corrected_bias(weight.double()).to(like), method="dense",
+            settings=METHOD_OF["dense"].settings(bits=32),
+        )  # fmt: skip
+
+
+def head_after(problem: Problem, names: list[str]) -> str | None:
+    """The network's last layer, if it comes after these, is none of them, and can be given another weight."""
+    network = problem.network
+    last = next((name for name in network.order if network.is_last(name)), None)
+    fit = last is not None and names and last not in names and network.order.index(last) > network.order.index(names[0])
+    return last if fit and last and network.times_called[last] == 1 and not network.tied[last] else None
+
+
+def fit_layer(
+    problem: Problem,
+    name: str,
+    method: CalibratedMethod,
+    settings: CalibratedSettings,
+    compressed: Mapping[str, Compressed],
+) -> tuple[Decision, Compressed]:
+    """One layer's factors, rounded if so asked, and its bias; and what it computes by now."""
+    assert method.fit is not None
+    before = compressed if settings.sequential else {}
+    task = problem.calibration.regression(name, before, settings.weighted)
+    form, like = method.fit(task, settings), problem.weight(name)
+    bias: Tensor | None = None
+    if settings.bits < 32:
+        form = quantised(form, settings.bits, task)
+        if settings.bias_correction or problem.network.bias(name) is not None:
+            exact = task.corrected_bias(form.dense().double()) if settings.bias_correction else task.bias
+            form = with_bias(form, exact)
+    else:
+        form = form.with_matrices({key: matrix.to(like).contiguous() for key, matrix in form.matrices().items()})
+        bias = task.corrected_bias(form.dense().double()).to(like) if settings.bias_correction else None
+    made = form.bias if isinstance(form, Quantized) else bias
+    now = task.bias if made is None else made.double()
+    return Decision(name, form, bias=bias), Compressed(form.dense().double(), now)

@@ -1,0 +1,49 @@
+"""Low rank fitted to calibration data."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from slrprop.checks import require_choice
+from slrprop.factors import LowRank
+from slrprop.linalg import balanced, reduced_rank
+from slrprop.methods.base import RankSettings
+from slrprop.methods.calibrated import CalibratedSettings, calibrated
+from slrprop.regression import Regression
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankSettings(RankSettings, CalibratedSettings):
+    """Low rank of least error on the data, outputs weighed by what they do to the network's.
+
+    Args:
+        metric: ``two_sided`` weighs inputs by their covariance and outputs by the Gauss-Newton metric; ``inputs`` all
+            outputs alike (whitened SVD).
+    """
+
+    metric: str = "two_sided"
+
+    source: ClassVar[str] = (
+        "Chen et al., DRONE, NeurIPS 2021; Wang et al., SVD-LLM, ICLR 2025; Hsu et al., FWSVD, ICLR 2022"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("metric", self.metric, ("two_sided", "inputs"))
+
+    @property
+    def weighted(self) -> bool:
+        return self.metric == "two_sided"
+
+    def stored_numbers(self, m: int, n: int) -> int:
+        return self.rank * (m + n)
+
+
+def fit(task: Regression, settings: LowRankSettings) -> LowRank:
+    """Reduced-rank regression in both metrics."""
+    root = None if task.metric is None else torch.linalg.cholesky(task.metric)
+    return LowRank(*balanced(*reduced_rank(task.weight, task.covariance, root, settings.rank)))
+
+
+METHOD = calibrated("low_rank", LowRankSettings, fit)

@@ -1,0 +1,69 @@
+"""SLR's pattern with refitted factors: the two-level case of nested sparse low rank."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from slrprop.factors import SparseLowRank
+from slrprop.methods.base import Decision, Problem
+from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
+from slrprop.methods.nested import Refit
+from slrprop.methods.slr import SLRSettings, kept, scores_of
+from slrprop.regression import Regression
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLRRefitSettings(SLRSettings, CalibratedSettings):
+    """SLR with its factors refitted to the data: neurons are shortened as in SLR, then both blocks fit in turn.
+
+    Args:
+        sweeps: how often both blocks are refitted.
+    """
+
+    sweeps: int = 10
+
+    source: ClassVar[str] = (
+        "Swaminathan, Garg, Kannan, Andres, Neurocomputing 398, 2020, for the pattern; refit: slrprop, 2026"
+    )
+
+    @property
+    def weighted(self) -> bool:
+        return True
+
+    def needs(self) -> tuple[str, ...]:
+        return (*SLRSettings.needs(self), *CalibratedSettings.needs(self))
+
+
+def refitted(task: Regression, settings: SLRRefitSettings, rows: Tensor, columns: Tensor) -> SparseLowRank:
+    """Factors of SLR's pattern; masks (m,) and (n,) say who keeps the full rank."""
+    m, n = task.weight.shape
+    refit, short = Refit(task), settings.reduced_rank
+    sets = [(torch.arange(m), torch.arange(n), short)] if short else []
+    kept_rows, kept_columns = (mask.nonzero()[:, 0] for mask in (rows, columns))
+    rest = min(settings.rank - short, len(kept_rows), len(kept_columns))
+    for block in [*sets, (kept_rows, kept_columns, rest)]:
+        refit.add(*block)
+    for _ in range(settings.sweeps if len(refit.blocks) > 1 else 0):
+        refit.sweep()
+    return refit.factors()
+
+
+def decide(problem: Problem, layers: tuple[str, ...], settings: SLRRefitSettings) -> Iterator[Decision]:
+    """Patterns by the criterion on the original network, then factors in order of execution."""
+    chosen = {}
+    for name in layers:
+        rows, columns = (kept(side, settings.sparsity_rate) for side in scores_of(problem, name, settings))
+
+        def fit(
+            task: Regression, settings: SLRRefitSettings, rows: Tensor = rows, columns: Tensor = columns
+        ) -> SparseLowRank:
+            return refitted(task, settings, rows, columns)
+
+        chosen[name] = (replace(METHOD, fit=fit), settings)
+    yield from in_order(problem, chosen)
+
+
+METHOD = CalibratedMethod("slr_refit", SLRRefitSettings, decide)

@@ -1,0 +1,161 @@
+"""Factors in 8 or 4 bits: scales by clip search, rounding that compensates its own error on the calibration data.
+
+Rounding one row of a matrix leaves an error; the rows not rounded yet take up what they can of it, as the covariance of
+the inputs says (Frantar et al., GPTQ, ICLR 2023, after optimal brain surgery). Between the two factors of a product the
+second is fitted anew once the first is rounded.
+"""
+
+from dataclasses import replace
+from functools import singledispatch
+
+import torch
+from torch import Tensor
+
+from slrprop.factors import Dense, Factors, LowRank, Quantized, SparseLowRank, members
+from slrprop.factors.quantized import CODES
+from slrprop.linalg import balanced
+from slrprop.regression import Regression
+
+CLIPS = torch.arange(1.0, 0.39, -0.05)  # shares of the largest magnitude that may become the largest code
+ROUNDING_DAMPING = 1e-2  # of the covariance's mean variance
+BLOCK = 128  # rows whose errors are passed on together
+SMALLEST = 2.0**-24  # the smallest positive float16
+
+
+def scales_of(matrix: Tensor, axis: int, bits: int) -> Tensor:
+    """For every component the float16 scale of least squared rounding error, in the dtype of ``matrix``.
+
+    Args:
+        axis: the axis along which numbers share a scale; a vector has one scale.
+    """
+    flat = matrix.reshape(1, -1) if matrix.ndim == 1 else matrix.movedim(axis, 1)
+    low, high = CODES[bits]
+    top = flat.abs().amax(1, keepdim=True) / high
+    best, error = torch.ones_like(top), torch.full_like(top, torch.inf)
+    for clip in CLIPS.tolist():
+        scale = (top * clip).clamp(SMALLEST, 65504).half().to(flat)
+        found = ((flat / scale).round().clamp(low, high) * scale - flat).square().sum(1, keepdim=True)
+        best = torch.where(found < error, scale, best)
+        error = torch.minimum(found, error)
+    return best[:, 0]
+
+
+def rounded(matrix: Tensor, axis: int, bits: int, covariance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Whole numbers and scales of a matrix (r x c).
+
+    Args:
+        axis: along which numbers share a scale.
+        covariance: (r x r) of what the rows are multiplied with; without it every number is rounded to the nearest.
+
+    Returns:
+        codes (r x c) and scales, both in the dtype of ``matrix``.
+    """
+    scale = scales_of(matrix, axis, bits)
+    low, high = CODES[bits]
+    wide = scale if matrix.ndim == 1 else scale.unsqueeze(axis)
+    if covariance is None or matrix.ndim == 1:
+        return (matrix / wide).round().clamp(low, high), scale
+    per_row = wide.expand_as(matrix)
+    size = len(matrix)
+    order = covariance.diagonal().argsort(descending=True)
+    back = order.argsort()
+    spread = covariance[order][:, order]
+    mean = spread.diagonal().mean().clamp_min(torch.finfo(spread.dtype).tiny)
+    inverse = torch.cholesky_inverse(
+        torch.linalg.cholesky(spread + ROUNDING_DAMPING * mean * torch.eye(size, dtype=spread.dtype))
+    )
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    rest, codes, per_row = matrix[order].clone(), torch.empty_like(matrix), per_row[order]
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        errors = torch.zeros_like(rest[start:stop])
+        for i in range(start, stop):
+            codes[i] = (rest[i] / per_row[i]).round().clamp(low, high)
+            errors[i - start] = (rest[i] - codes[i] * per_row[i]) / upper[i, i]
+            rest[i + 1 : stop] -= torch.outer(upper[i, i + 1 : stop], errors[i - start])
+        rest[stop:] -= upper[start:stop, stop:].T @ errors
+    return codes[back], scale
+
+
+def quantised(form: Factors, bits: int, task: Regression | None = None) -> Quantized:
+    """A form in 4 or 8 bits a number.
+
+    Args:
+        task: the layer's regression; rounding errors are compensated on its data. Without it every number is rounded to
+            the nearest.
+    """
+    form = form.with_matrices({name: matrix.double() for name, matrix in form.matrices().items()})
+    return _plainly(form, bits) if task is None else compensated(form, bits, task)
+
+
+def with_bias(form: Quantized, bias: Tensor) -> Quantized:
+    """The form with the layer's bias (n,), in 8 bits."""
+    codes, scale = rounded(bias.double(), 0, 8)
+    return replace(form, bias_codes=codes.float(), bias_scale=scale.half())
+
+
+def _form_of(form: Factors, bits: int, found: dict[str, tuple[Tensor, Tensor]]) -> Quantized:
+    codes = form.with_matrices({name: codes.float().contiguous() for name, (codes, _) in found.items()})
+    return Quantized(codes, {name: scale.half() for name, (_, scale) in found.items()}, bits)
+
+
+def _plainly(form: Factors, bits: int) -> Quantized:
+    axes = form.scale_axes()
+    if isinstance(form, LowRank):
+        form = LowRank(*balanced(form.left, form.right))
+    elif isinstance(form, SparseLowRank):
+        pairs = [balanced(left, right) for left, right in zip(form.left, form.right, strict=True)]
+        form = SparseLowRank(
+            tuple(a for a, _ in pairs), tuple(b for _, b in pairs), form.row_levels, form.column_levels
+        )
+    return _form_of(form, bits, {name: rounded(matrix, axes[name], bits) for name, matrix in form.matrices().items()})
+
+
+@singledispatch
+def compensated(form: Factors, bits: int, task: Regression) -> Quantized:
+    """A form (float64) in few bits, its rounding errors compensated on the data; a form that can't is rounded plainly."""
+    return _plainly(form, bits)
+
+
+@compensated.register
+def _(form: Dense, bits: int, task: Regression) -> Quantized:
+    return _form_of(form, bits, {"weight": rounded(form.weight, 0, bits, task.covariance)})
+
+
+@compensated.register
+def _(form: LowRank, bits: int, task: Regression) -> Quantized:
+    left, right = balanced(form.left, form.right)
+    found, _ = _pair(left, right, bits, task.covariance, task.covariance @ task.weight)
+    return _form_of(form, bits, {"left": found[0], "right": found[1]})
+
+
+def _pair(
+    left: Tensor, right: Tensor, bits: int, covariance: Tensor, wanted: Tensor
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Round the left factor, fit the right one to ``wanted`` (covariance @ target), round it too; and their product."""
+    codes, scale = rounded(left, 0, bits, covariance)
+    left = codes * scale
+    inner = left.T @ covariance @ left
+    mean = inner.diagonal().mean().clamp_min(torch.finfo(inner.dtype).tiny)
+    damped = inner + 1e-8 * mean * torch.eye(len(inner), dtype=inner.dtype)
+    fitted = torch.linalg.solve(damped, left.T @ wanted + 1e-8 * mean * right)
+    right_codes, right_scale = rounded(fitted, 1, bits, inner)
+    return [(codes, scale), (right_codes, right_scale)], left @ (right_codes * right_scale[:, None])
+
+
+@compensated.register
+def _(form: SparseLowRank, bits: int, task: Regression) -> Quantized:
+    rest = task.weight - form.dense()
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for level, (left, right) in enumerate(zip(form.left, form.right, strict=True)):
+        rows, columns = members(form.row_levels, level), members(form.column_levels, level)
+        rest[rows[:, None], columns] += left @ right
+        covariance = task.covariance[rows]
+        wanted = covariance @ rest[:, columns]
+        if task.metric is not None and len(columns) < len(task.metric):
+            weigh = torch.linalg.solve(task.metric[columns][:, columns], task.metric[columns])
+            wanted = covariance @ (rest @ weigh.T)
+        pair, product = _pair(*balanced(left, right), bits, covariance[:, rows], wanted)
+        found |= {f"left_{level}": pair[0], f"right_{level}": pair[1]}
+        rest[rows[:, None], columns] -= product
+    return _form_of(form, bits, found)

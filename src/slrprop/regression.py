@@ -1,0 +1,221 @@
+"""The problem every data-aware method solves: a layer's inputs, what its outputs should be, and which outputs matter.
+
+Inputs may come from a network whose earlier layers are compressed already; what the layer should then give is still the
+original network's pre-activation. All sums are in float64, streamed.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slrprop.data import Data
+from slrprop.errors import SlrpropError
+from slrprop.network.base import Network
+from slrprop.network.chain import ACTIVATIONS, Chain
+
+DAMPING = 1e-4  # pull towards the original weight, times the mean variance of the inputs
+METRIC_DAMPING = 0.05  # of the outputs' metric, times its mean diagonal
+METRIC_ROWS = 2048  # samples that the metric is averaged over
+PROBES = 16  # random directions that stand for more classes than that
+KEPT_BYTES = 1 << 30  # of a layer's inputs
+SAMPLE_ROWS = 4096
+
+
+class Compressed(NamedTuple):
+    """What a layer computes by now: its dense weight (m x n) and bias (n,), float64."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Regression:
+    """Find factors F of a layer so that ``x @ F + bias`` is near the original pre-activation z; all float64.
+
+    ``original`` (m x n) is the layer's weight; ``weight`` (m x n) the one to come near to: the original, or where layers
+    before are compressed, the least-squares weight from their outputs to z (ridge towards the original). ``bias`` (n,) is the
+    original one, ``mean`` (m,) and ``covariance`` (m x m, centred) are of x, ``target_mean`` (n,) of z. ``metric`` (n x n)
+    weighs errors of z by what they do to the network's outputs (Gauss-Newton: the mean of ``J H J^T``, J the Jacobian of the
+    outputs, H centring over classes), damped; None weighs all alike. ``relu``: the layer's activation is ReLU.
+    ``samples`` gives up to ``SAMPLE_ROWS`` of (x, z), (p x m) and (p x n).
+    """
+
+    name: str
+    original: Tensor
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    covariance: Tensor
+    target_mean: Tensor
+    metric: Tensor | None
+    relu: bool
+    samples: Callable[[], tuple[Tensor, Tensor]]
+
+    def corrected_bias(self, weight: Tensor) -> Tensor:
+        """The bias (n,) that makes the mean output right for a dense weight (m x n)."""
+        return self.target_mean - self.mean @ weight
+
+    def damped(self, share: float) -> Tensor:
+        """The covariance plus ``share`` of its mean variance on the diagonal: invertible where inputs are dead or few."""
+        mean = self.covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+        return self.covariance + share * mean * torch.eye(len(self.covariance), dtype=torch.float64)
+
+
+class Calibration:
+    """Regressions of a network's layers on one data set; what was streamed once is kept where it fits."""
+
+    def __init__(self, network: Network, data: Data) -> None:
+        self.network, self.data = network, data
+        self._inputs: dict[str, list[Tensor] | None] = {}
+        self._metrics: dict[str, Tensor | None] = {}
+
+    def regression(self, name: str, compressed: Mapping[str, Compressed], weighted: bool = True) -> Regression:
+        """The regression of a layer, given what the layers before it compute by now.
+
+        Args:
+            weighted: measure the outputs' metric; without it all outputs weigh alike.
+
+        Raises:
+            SlrpropError: the layer is not called on this data.
+        """
+        weight, bias = self._original(name)
+        m, n = weight.shape
+        count, sum_x, sum_z = 0, weight.new_zeros(m), weight.new_zeros(n)
+        square, cross = weight.new_zeros(m, m), weight.new_zeros(m, n)
+        before = {key: value for key, value in compressed.items() if key != name}
+        for x, z in self._pairs(name, before):
+            x, z = x.double().cpu(), z.double().cpu()
+            count += len(x)
+            sum_x += x.sum(0)
+            sum_z += z.sum(0)
+            square.addmm_(x.T, x)
+            if before:
+                cross.addmm_(x.T, z)
+        if not count:
+            raise SlrpropError(f"layer '{name}' saw no sample of the calibration data; give data that reaches it")
+        mean, target_mean = sum_x / count, sum_z / count
+        covariance = square.div_(count).sub_(torch.outer(mean, mean))
+        target = weight
+        if before:
+            cross = cross.div_(count).sub_(torch.outer(mean, target_mean))
+            pull = DAMPING * covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+            left = covariance + pull * torch.eye(m, dtype=torch.float64)
+            target = torch.cholesky_solve(cross + pull * weight, torch.linalg.cholesky(left))
+        metric = self._metric(name) if weighted else None
+        relu = self.network.activation(name) == "relu"
+        return Regression(
+            name, weight, target, bias, mean, covariance, target_mean, metric, relu, lambda: self._samples(name, before)
+        )
+
+    def _original(self, name: str) -> tuple[Tensor, Tensor]:
+        weight = self.network.weight(name).detach().double().cpu()
+        bias = self.network.bias(name)
+        return weight, weight.new_zeros(weight.shape[1]) if bias is None else bias.detach().double().cpu()
+
+    def _samples(self, name: str, compressed: Mapping[str, Compressed]) -> tuple[Tensor, Tensor]:
+        xs, zs, count = [], [], 0
+        for x, z in self._pairs(name, compressed):
+            xs.append(x[: SAMPLE_ROWS - count].double().cpu())
+            zs.append(z[: SAMPLE_ROWS - count].double().cpu())
+            count += len(xs[-1])
+            if count >= SAMPLE_ROWS:
+                break
+        return torch.cat(xs), torch.cat(zs)
+
+    def _pairs(self, name: str, compressed: Mapping[str, Compressed]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of (input by now, original pre-activation) of a layer."""
+        entry = self._entry(name, compressed)
+        if entry is not None:
+            for x in self._inputs[entry] or ():
+                yield self._along(entry, x, name, compressed)[0], self._along(entry, x, name, {})[1]
+            return
+        if not compressed:
+            for flow in self.network.stream((name,), self.data):
+                yield from flow.calls[name]
+            return
+        weights = {key: value.weight.to(self.network.weight(key)) for key, value in compressed.items()}
+        biases = {key: value.bias.to(self.network.weight(key)) for key, value in compressed.items()}
+        changed = self.network.with_weights(weights, self.data, biases)
+        streams = (network.stream((name,), self.data) for network in (changed, self.network))
+        for now, then in zip(*streams, strict=True):
+            for (x, _), (_, z) in zip(now.calls[name], then.calls[name], strict=True):
+                yield x, z
+
+    def _entry(self, name: str, compressed: Mapping[str, Compressed]) -> str | None:
+        """The first layer from which a plain chain leads over all compressed layers to this one, its inputs kept."""
+        for first in self.network.order:
+            chain = self.network.chain(first)
+            steps = [] if chain is None else [step.name for step in chain.steps]
+            if name not in (first, *steps):
+                continue
+            reached = {first, *steps} & set(self.network.order)
+            earlier = set(self.network.order[: self.network.order.index(first)])
+            if (
+                chain is None
+                or earlier & set(compressed)
+                or not set(compressed) <= reached
+                or not self._plain(first, chain)
+            ):
+                continue
+            if first not in self._inputs:
+                self._inputs[first] = self._keep(first)
+            if self._inputs[first] is not None:
+                return first
+        return None
+
+    def _plain(self, first: str, chain: Chain) -> bool:
+        """Whether the chain's steps are the layers themselves, no batch norm folded in."""
+        same = bool((chain.scale == 1).all() and (chain.shift == 0).all())
+        return same and all(
+            step.name is not None and torch.equal(step.weight, self.network.weight(step.name).to(step.weight))
+            for step in chain.steps
+        )
+
+    def _keep(self, first: str) -> list[Tensor] | None:
+        """A layer's inputs, batch by batch; None where they would take too much memory."""
+        kept, size = [], 0
+        for flow in self.network.stream((first,), self.data):
+            for x, _ in flow.calls[first]:
+                size += x.nbytes
+                if size > KEPT_BYTES:
+                    return None
+                kept.append(x.cpu().clone())
+        return kept
+
+    def _along(self, first: str, x: Tensor, name: str, compressed: Mapping[str, Compressed]) -> tuple[Tensor, Tensor]:
+        """A layer's input and pre-activation, from the inputs of the first layer of its chain."""
+        chain = self.network.chain(first)
+        assert chain is not None
+        for layer, activation in zip(
+            (first, *(step.name for step in chain.steps)),
+            ("identity", *(step.activation for step in chain.steps)),
+            strict=True,
+        ):
+            assert layer is not None
+            x = ACTIVATIONS[activation](x)
+            weight, bias = compressed.get(layer) or self._original(layer)
+            z = torch.addmm(bias.to(x), x, weight.to(x))
+            if layer == name:
+                return x, z
+            x = z
+        raise AssertionError
+
+    def _metric(self, name: str) -> Tensor | None:
+        """The damped Gauss-Newton metric (n x n) of a layer's outputs; None where the outputs' gradient can't be had."""
+        if name not in self._metrics:
+            total, count = None, 0
+            for gradients in self.network.gradients(name, self.data, PROBES):
+                flat = gradients.double().cpu().reshape(-1, gradients.shape[-1])
+                total = flat.T @ flat if total is None else total.addmm_(flat.T, flat)
+                count += gradients.shape[1]
+                if count >= METRIC_ROWS:
+                    break
+            if total is not None:
+                total /= count
+                mean = total.diagonal().mean()
+                total = total + METRIC_DAMPING * mean * torch.eye(len(total), dtype=torch.float64) if mean > 0 else None
+            self._metrics[name] = total
+        return self._metrics[name]
