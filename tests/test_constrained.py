@@ -87,9 +87,7 @@ def test_a_layer_without_bias_gets_one(method, trained, calibration):
     small = slrprop.apply(bare, made)
     x = calibration[0]
     first = made.layers[0]
-    torch.testing.assert_close(
-        small(x), bare[1:]((x @ first.factors.dense() + first.bias)), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(small(x), bare[1:](x @ first.factors.dense() + first.bias), rtol=1e-4, atol=1e-4)
 
 
 @METHODS
@@ -102,10 +100,13 @@ def test_the_limit_of_iterations_is_noted(method, trained, calibration):
 def test_few_bits_keep_the_programmes_bias(method, trained, calibration):
     """The rounding error's mean goes into the bias, nothing else does."""
     whole, packed = (
-        slrprop.plan(trained, calibration, method=method, layers=["0"], gain=0.3, bits=bits).layers[0] for bits in (32, 8)
+        slrprop.plan(trained, calibration, method=method, layers=["0"], gain=0.3, bits=bits).layers[0]
+        for bits in (32, 8)
     )
     shift = calibration[0].mean(0) @ (whole.factors.dense() - packed.factors.dense())
-    torch.testing.assert_close(packed.factors.bias, whole.bias + shift, rtol=0, atol=0.02 * float(whole.bias.abs().max()))
+    torch.testing.assert_close(
+        packed.factors.bias, whole.bias + shift, rtol=0, atol=0.02 * float(whole.bias.abs().max())
+    )
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,11 @@ class LowRankPlusSparseSettings(RankSettings, CalibratedSettings):
     @classmethod
     def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
         """Both parts with about as many numbers."""
-        return [{"rank": rank, "density": rank * (m + n) / (m * n)} for rank in ranks_for(m, n) if 2 * rank * (m + n) < m * n]
+        return [
+            {"rank": rank, "density": rank * (m + n) / (m * n)}
+            for rank in ranks_for(m, n)
+            if 2 * rank * (m + n) < m * n
+        ]
 
 
 def _alternated(
