@@ -1,7 +1,7 @@
 """Net-Trim against DDLR: which answer to the same constraints is smaller, and which more accurate.
 
     python -m benchmarks.net_trim_ddlr [--networks lenet5-mnist,lenet300-mnist] [--seeds 3] [--samples 3000]
-        [--gains 0.02,...] [--data FOLDER] [--run-dir runs/paper]
+        [--gains 0.02,...] [--cut-weights 0] [--cut-ranks 1e-4] [--data FOLDER] [--run-dir runs/paper]
 
 Both methods treat every layer by itself (V = 0, eps = gain ||Y||_F) with the same calibration samples, which are training
 images without labels, with the same solver and tolerance; the last layer stays dense, since ten outputs are too few for low
@@ -92,10 +92,14 @@ def sparse_bytes(weight: Tensor) -> int:
     return 4 * count + min(-(-m * n // 8), 2 * count + 4 * (m + 1))
 
 
-def rank_of(weight: Tensor) -> int:
-    """Ranks that the solver's tolerance can tell from nothing."""
-    s = torch.linalg.svdvals(weight)
-    return int((s > TOLERANCE * s[0]).sum()) if s[0] > 0 else 0
+def cut(weight: Tensor, method: str, share: float) -> tuple[Tensor, int]:
+    """The weight without what is below ``share`` of its largest entry or singular value, and how many are left."""
+    if method == "net_trim":
+        weight = weight * (weight.abs() > share * weight.abs().max())
+        return weight, int((weight != 0).sum())
+    u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    rank = int((s > share * s[0]).sum())
+    return (u[:, :rank] * s[:rank]) @ vt[:rank], rank
 
 
 def solution(folder: Path, name: str, x: Tensor, z: Tensor, method: str, gain: float) -> dict[str, Tensor]:
@@ -140,21 +144,20 @@ def points(experiment: Experiment, seed: int, args: argparse.Namespace) -> tuple
                     method,
                     gain,
                 )
-                new[name] = (part["weight"].float().double(), part["bias"])
+                found_weight, count = cut(part["weight"], method, args.cut[method])
+                new[name] = (found_weight.float().double(), part["bias"])
                 states.append(part["state"])
                 if method == "net_trim":
-                    count = int((part["weight"] != 0).sum())
                     kept = weight.abs() >= weight.abs().flatten().sort(descending=True).values[max(count, 1) - 1]
                     plain[name] = (weight * kept, bias)
-                    numbers, size = numbers + count, size + min(sparse_bytes(part["weight"]), 4 * m * n)
+                    numbers, size = numbers + count, size + min(sparse_bytes(found_weight), 4 * m * n)
                     details.append(f"{100 * count / (m * n):.1f} %")
                 else:
-                    rank = rank_of(part["weight"])
-                    svd = truncated_svd(weight, max(rank, 1))
+                    svd = truncated_svd(weight, max(count, 1))
                     plain[name] = (svd.left @ svd.vt, bias)
-                    count = min(rank * (m + n), m * n)
+                    details.append(f"rank {count}")
+                    count = min(count * (m + n), m * n)
                     numbers, size = numbers + count, size + 4 * count
-                    details.append(f"rank {rank}")
             state = torch.stack(states)
             found[method].append(
                 Point(
@@ -247,9 +250,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=3000)
     parser.add_argument("--gains", default=GAINS, type=lambda text: [float(gain) for gain in text.split(",")])
+    parser.add_argument("--cut-weights", type=float, default=0.0, help="drop weights below this share of the largest")
+    parser.add_argument("--cut-ranks", type=float, default=TOLERANCE, help="the same for singular values")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/paper"))
     args = parser.parse_args()
+    args.cut = {"net_trim": args.cut_weights, "ddlr": args.cut_ranks}
     print(
         f"{args.samples} samples, tolerance {TOLERANCE}, at most {ITERATIONS} iterations, {torch.get_num_threads()} threads"
     )
