@@ -3,5 +3,18 @@
 from slrprop.factors.base import Dense, Factors, LowRank, restored
 from slrprop.factors.blocks import Segment, SparseLowRank, members, span
 from slrprop.factors.quantized import Quantized
+from slrprop.factors.sparse import LowRankPlusSparse, Sparse
 
-__all__ = ["Dense", "Factors", "LowRank", "Quantized", "Segment", "SparseLowRank", "members", "restored", "span"]
+__all__ = [
+    "Dense",
+    "Factors",
+    "LowRank",
+    "LowRankPlusSparse",
+    "Quantized",
+    "Segment",
+    "Sparse",
+    "SparseLowRank",
+    "members",
+    "restored",
+    "span",
+]

@@ -4,6 +4,7 @@ from abc import ABC
 from dataclasses import dataclass
 from typing import Any
 
+import slrprop.sparse_rounding  # noqa: F401  (registers how sparse values are rounded)
 from slrprop.checks import require_density
 from slrprop.methods.base import Settings
 from slrprop.sparsity import whole_share

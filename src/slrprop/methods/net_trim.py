@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from slrprop.admm import soft_threshold
-from slrprop.factors.sparse import Sparse
+from slrprop.factors import Sparse
 from slrprop.methods.calibrated import Fitted, calibrated
 from slrprop.methods.constrained import ConstrainedSettings, constrained, reported
 from slrprop.regression import Regression
