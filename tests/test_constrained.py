@@ -94,6 +94,7 @@ def test_a_layer_without_bias_gets_one(method, trained, calibration):
 def test_the_limit_of_iterations_is_noted(method, trained, calibration):
     made = slrprop.plan(trained, calibration, method=method, layers=["0"], gain=0.6, iterations=5)
     assert made.layers[0].notes["iterations"] == 5 and made.layers[0].notes["converged"] == 0
+    assert "iterations 5, converged 0" in str(made)
 
 
 @METHODS

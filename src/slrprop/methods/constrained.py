@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from torch import Tensor
-
 from slrprop.admm import Programme, Proximal, Solution, solve
 from slrprop.errors import SlrpropError
 from slrprop.factors import Factors
@@ -65,18 +63,12 @@ def constrained(task: Regression, settings: ConstrainedSettings, proximal: Proxi
 
 
 def reported(programme: Programme, solution: Solution, form: Factors) -> Fitted:
-    """The factors with their bias, and notes on how far they are outside the constraints (shares of ``||Y||_F``)."""
-    return Fitted(form, solution.bias, notes_of(programme, solution, form.dense()))
-
-
-def notes_of(programme: Programme, solution: Solution, weight: Tensor) -> dict[str, float]:
-    """Violations of both constraints by a dense weight, and how the iteration ended."""
-    error, ceiling = programme.violation(weight, solution.bias)
-    return {
+    """The factors with their bias, and notes: how far they are outside the constraints (shares of ``||Y||_F``)."""
+    error, ceiling = programme.violation(form.dense(), solution.bias)
+    notes = {
         "error_violation": error,
         "ceiling_violation": ceiling,
         "iterations": float(solution.iterations),
-        "primal_residual": solution.primal,
-        "dual_residual": solution.dual,
         "converged": float(solution.converged),
     }
+    return Fitted(form, solution.bias, notes)
