@@ -1,12 +1,13 @@
 """Net-Trim against DDLR: which answer to the same constraints is smaller, and which more accurate.
 
     python -m benchmarks.net_trim_ddlr [--networks lenet5-mnist,lenet300-mnist] [--seeds 3] [--samples 3000]
-        [--gains 0.02,...] [--cut-weights 0] [--cut-ranks 1e-4] [--data FOLDER] [--run-dir runs/paper]
+        [--gains 0.02,...] [--bits 32] [--cut-weights 0]
+        [--cut-ranks 1e-4] [--data FOLDER] [--run-dir runs/paper]
 
 Both methods treat every layer by itself (V = 0, eps = gain ||Y||_F) with the same calibration samples, which are training
 images without labels, with the same solver and tolerance; the last layer stays dense, since ten outputs are too few for low
-rank to pay. Numbers and bytes are those of the treated weights: float32 values, and for Net-Trim where they stand (biases are the
-same for both and not counted). "plain" is the data-blind relative: magnitude pruning with as many weights, truncated SVD of the
+rank to pay. Numbers and bytes are those of the treated weights: values with their scales, and for Net-Trim where they stand
+(biases are as many for both and not counted). "plain" is the data-blind relative: magnitude pruning with as many weights, truncated SVD of the
 same ranks, both with the original bias. Solutions are kept under the run folder.
 """
 
@@ -21,8 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from slrprop.admm import Programme, singular_value_threshold, soft_threshold, solve
+from slrprop.factors import Factors, LowRank, Sparse
 from slrprop.linalg import truncated_svd
 from slrprop.paper.experiments import EXPERIMENTS, Experiment, trained
+from slrprop.quantize import quantised
+from slrprop.regression import Regression
 
 GAINS = "0.02,0.05,0.1,0.15,0.2,0.3,0.4,0.5,0.6,0.7"
 PROXIMAL = {"net_trim": soft_threshold, "ddlr": singular_value_threshold}
@@ -86,20 +90,33 @@ def accuracy(layers: dict[str, tuple[Tensor, Tensor]], x: Tensor, y: Tensor) -> 
     return float((x.argmax(1) == y).double().mean()) * 100
 
 
-def sparse_bytes(weight: Tensor) -> int:
-    """Float32 values with a bitmap or compressed rows (16-bit columns), whichever is less."""
-    count, (m, n) = int((weight != 0).sum()), weight.shape
-    return 4 * count + min(-(-m * n // 8), 2 * count + 4 * (m + 1))
-
-
-def cut(weight: Tensor, method: str, share: float) -> tuple[Tensor, int]:
-    """The weight without what is below ``share`` of its largest entry or singular value, and how many are left."""
+def cut(weight: Tensor, method: str, share: float) -> Sparse | LowRank:
+    """The weight's form without what is below ``share`` of its largest entry or singular value."""
     if method == "net_trim":
-        weight = weight * (weight.abs() > share * weight.abs().max())
-        return weight, int((weight != 0).sum())
+        return Sparse.of(weight * (weight.abs() > share * weight.abs().max()))
     u, s, vt = torch.linalg.svd(weight, full_matrices=False)
-    rank = int((s > share * s[0]).sum())
-    return (u[:, :rank] * s[:rank]) @ vt[:rank], rank
+    rank = max(1, int((s > share * s[0]).sum()))
+    return LowRank(u[:, :rank] * s[:rank], vt[:rank])
+
+
+def stored(form: Sparse | LowRank, x: Tensor, bias: Tensor, bits: int) -> tuple[Factors, Tensor]:
+    """The form as it is stored, and its bias: rounding errors are made up for on the samples' covariance and mean."""
+    if bits == 32:
+        return form.with_matrices({key: matrix.float() for key, matrix in form.matrices().items()}), bias
+    weight, mean = form.dense(), x.mean(0)
+    covariance = (x - mean).T @ (x - mean) / len(x)
+    task = Regression("", weight, weight, bias, mean, covariance, mean @ weight + bias, None, True, lambda: (x, x))
+    rounded = quantised(form, bits, task)
+    return rounded, task.corrected_bias(rounded.dense().double())
+
+
+def plain_of(weight: Tensor, form: Sparse | LowRank) -> Tensor:
+    """Magnitude pruning with as many weights, or the truncated SVD of as many ranks."""
+    if isinstance(form, LowRank):
+        svd = truncated_svd(weight, form.left.shape[1])
+        return svd.left @ svd.vt
+    kept = weight.abs().flatten().topk(form.numbers).indices
+    return torch.zeros_like(weight).flatten().index_copy(0, kept, weight.flatten()[kept]).reshape(weight.shape)
 
 
 def solution(folder: Path, name: str, x: Tensor, z: Tensor, method: str, gain: float) -> dict[str, Tensor]:
@@ -144,20 +161,17 @@ def points(experiment: Experiment, seed: int, args: argparse.Namespace) -> tuple
                     method,
                     gain,
                 )
-                found_weight, count = cut(part["weight"], method, args.cut[method])
-                new[name] = (found_weight.float().double(), part["bias"])
+                form = cut(part["weight"], method, args.cut[method])
+                kept, new_bias = stored(form, samples[name][0], part["bias"], args.bits)
+                new[name] = (kept.dense().double(), new_bias)
+                plain[name] = (plain_of(weight, form), bias)
                 states.append(part["state"])
-                if method == "net_trim":
-                    kept = weight.abs() >= weight.abs().flatten().sort(descending=True).values[max(count, 1) - 1]
-                    plain[name] = (weight * kept, bias)
-                    numbers, size = numbers + count, size + min(sparse_bytes(found_weight), 4 * m * n)
-                    details.append(f"{100 * count / (m * n):.1f} %")
-                else:
-                    svd = truncated_svd(weight, max(count, 1))
-                    plain[name] = (svd.left @ svd.vt, bias)
-                    details.append(f"rank {count}")
-                    count = min(count * (m + n), m * n)
-                    numbers, size = numbers + count, size + 4 * count
+                numbers, size = numbers + min(form.numbers, m * n), size + min(kept.bytes, m * n * args.bits // 8)
+                details.append(
+                    f"rank {form.left.shape[1]}"
+                    if isinstance(form, LowRank)
+                    else f"{100 * form.numbers / (m * n):.1f} %"
+                )
             state = torch.stack(states)
             found[method].append(
                 Point(
@@ -250,6 +264,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=3000)
     parser.add_argument("--gains", default=GAINS, type=lambda text: [float(gain) for gain in text.split(",")])
+    parser.add_argument("--bits", type=int, default=32, choices=(32, 8, 4), help="of every stored number")
     parser.add_argument("--cut-weights", type=float, default=0.0, help="drop weights below this share of the largest")
     parser.add_argument("--cut-ranks", type=float, default=TOLERANCE, help="the same for singular values")
     parser.add_argument("--data", type=Path)
