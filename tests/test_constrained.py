@@ -110,6 +110,24 @@ def test_few_bits_keep_the_programmes_bias(method, trained, calibration):
     )
 
 
+@METHODS
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_a_layer_may_vanish(method, bits, trained, calibration):
+    """With room for everything only the bias is left."""
+    made = slrprop.plan(trained, calibration, method=method, layers=["0"], gain=1.5, bits=bits)
+    assert not made.layers[0].factors.dense().any()
+    assert slrprop.apply(trained, made)(calibration[0]).std(0).max() < 1e-5
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_factors_never_hold_more_numbers_than_the_matrix(bits, trained, calibration):
+    made = slrprop.plan(trained, calibration, method="ddlr", layers=["0"], gain=0.001, bits=bits)
+    if bits == 32:
+        assert made.left_dense["0"] == "ddlr would store 24,576 bytes instead of 24,576"
+    else:
+        assert made.layers[0].numbers == 64 * 96
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

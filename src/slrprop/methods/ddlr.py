@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from slrprop.admm import TOLERANCE, singular_value_threshold
-from slrprop.factors import LowRank
+from slrprop.factors import Dense, LowRank
 from slrprop.linalg import truncated_svd
 from slrprop.methods.calibrated import Fitted, calibrated
 from slrprop.methods.constrained import ConstrainedSettings, constrained, reported
@@ -32,10 +32,12 @@ def numerical_rank(weight: Tensor) -> int:
 
 
 def fit(task: Regression, settings: DDLRSettings) -> Fitted:
-    """The solution as two factors."""
+    """The solution as two factors; as one matrix where they would hold more numbers."""
     programme, solution = constrained(task, settings, singular_value_threshold)
-    svd = truncated_svd(solution.weight, numerical_rank(solution.weight))
-    return reported(programme, solution, LowRank.from_svd(svd))
+    (m, n), rank = solution.weight.shape, numerical_rank(solution.weight)
+    if rank * (m + n) >= m * n:
+        return reported(programme, solution, Dense(solution.weight))
+    return reported(programme, solution, LowRank.from_svd(truncated_svd(solution.weight, rank)))
 
 
 METHOD = calibrated("ddlr", DDLRSettings, fit)
