@@ -7,14 +7,16 @@ from typer.testing import CliRunner
 
 from slrprop import cli
 from slrprop.demo import Row
+from slrprop.methods import METHODS
 
 runner = CliRunner()
 
 
 def test_methods_are_listed_with_needs_and_source():
     listed = {item["method"]: item for item in json.loads(runner.invoke(cli.app, ["methods", "--json"]).stdout)}
-    assert listed.keys() == {"svd", "slr", "slrprop"}
+    assert listed.keys() == set(METHODS)
     assert listed["svd"]["needs"] == [] and listed["slrprop"]["needs"] == ["cost"]
+    assert listed["low_rank"]["needs"] == ["inputs", "sensitivity"]
     assert "Sensors 23(5):2718" in listed["slrprop"]["source"]
     table = runner.invoke(cli.app, ["methods"]).stdout
     assert "weights only" in table and "sparsity_rate=0.5" in table

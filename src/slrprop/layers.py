@@ -107,8 +107,10 @@ class SparseLowRankLinear(FactoredLinear):
 
     def __init__(self, factors: SparseLowRank, bias: Tensor | None) -> None:
         super().__init__(factors, bias)
-        self.register_buffer("row_levels", factors.row_levels.clone())
-        self.register_buffer("column_levels", factors.column_levels.clone())
+        for name, stored in factors.indices().items():
+            self.register_buffer(f"packed_{name}", stored)
+        self.register_buffer("row_levels", factors.row_levels.clone(), persistent=False)
+        self.register_buffer("column_levels", factors.column_levels.clone(), persistent=False)
         self.left = nn.ParameterList(_parameter(block) for block in factors.left)
         self.row_slices: list[slice | None] = []
         for level in range(len(self.left)):
@@ -136,9 +138,10 @@ class SparseLowRankLinear(FactoredLinear):
     @classmethod
     def stored(cls, description: Mapping[str, Any], state: Mapping[str, Tensor]) -> SparseLowRank:
         left = [state[f"left.{level}"] for level in range(sum(key.startswith("left.") for key in state))]
-        columns = state["column_levels"]
+        packed = {name.removeprefix("packed_"): array for name, array in state.items()}
+        rows, columns = SparseLowRank.levels_of(description, packed, len(left))
         right = tuple(block.new_zeros(block.shape[1], len(members(columns, level))) for level, block in enumerate(left))
-        return SparseLowRank(tuple(left), right, state["row_levels"], columns)
+        return SparseLowRank(tuple(left), right, rows, columns)
 
     def _rows(self, x: Tensor, level: int) -> Tensor:
         span = self.row_slices[level]

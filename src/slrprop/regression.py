@@ -14,7 +14,7 @@ from torch import Tensor
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
 from slrprop.network.base import Network
-from slrprop.network.chain import ACTIVATIONS, Chain
+from slrprop.network.chain import ACTIVATIONS
 
 DAMPING = 1e-4  # pull towards the original weight, times the mean variance of the inputs
 METRIC_DAMPING = 0.05  # of the outputs' metric, times its mean diagonal
@@ -157,7 +157,7 @@ class Calibration:
                 chain is None
                 or earlier & set(compressed)
                 or not set(compressed) <= reached
-                or not self._plain(first, chain)
+                or not chain.is_plain(self.network.weight)
             ):
                 continue
             if first not in self._inputs:
@@ -165,14 +165,6 @@ class Calibration:
             if self._inputs[first] is not None:
                 return first
         return None
-
-    def _plain(self, first: str, chain: Chain) -> bool:
-        """Whether the chain's steps are the layers themselves, no batch norm folded in."""
-        same = bool((chain.scale == 1).all() and (chain.shift == 0).all())
-        return same and all(
-            step.name is not None and torch.equal(step.weight, self.network.weight(step.name).to(step.weight))
-            for step in chain.steps
-        )
 
     def _keep(self, first: str) -> list[Tensor] | None:
         """A layer's inputs, batch by batch; None where they would take too much memory."""

@@ -62,6 +62,10 @@ class Factors(ABC):
     def dense(self) -> Tensor:
         """The ``m x n`` matrix these factors stand for."""
 
+    def product(self, x: Tensor) -> Tensor:
+        """``x @ W`` (..., n) for x (..., m), differentiable in the matrices."""
+        return x @ self.dense()
+
     @abstractmethod
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Self:
         """The factors of ``W[rows][:, columns]``, without loss."""
@@ -173,6 +177,9 @@ class LowRank(Factors):
 
     def dense(self) -> Tensor:
         return self.left @ self.right
+
+    def product(self, x: Tensor) -> Tensor:
+        return x @ self.left @ self.right
 
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "LowRank":
         return LowRank(

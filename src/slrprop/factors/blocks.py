@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,31 @@ from slrprop.linalg import SVD
 def members(levels: Tensor, level: int) -> Tensor:
     """Indices of the neurons that take part in block ``level``, ascending."""
     return (levels > level).nonzero()[:, 0]
+
+
+def pack_levels(levels: Tensor, blocks: int) -> Tensor:
+    """Levels (uint8, at most ``blocks``) in as few bits each as they need, as uint8 bytes."""
+    base, bits = _level_bits(int(levels.min()) if len(levels) else 0, blocks)
+    spread = (levels.cpu()[:, None] - base) >> torch.arange(bits) & 1
+    return torch.from_numpy(np.packbits(spread.to(torch.uint8).numpy()))
+
+
+def unpack_levels(stored: Tensor, count: int, lowest: int, blocks: int) -> Tensor:
+    """The levels of ``count`` neurons that :func:`pack_levels` packed; the lowest of them is ``lowest``."""
+    base, bits = _level_bits(lowest, blocks)
+    if stored.dtype != torch.uint8 or stored.shape != (-(-count * bits // 8),):
+        raise SlrpropError(f"the levels of {count} neurons take {-(-count * bits // 8)} bytes, got {stored.dtype} {tuple(stored.shape)}")  # fmt: skip
+    spread = torch.from_numpy(np.unpackbits(stored.cpu().numpy(), count=count * bits)).reshape(count, bits)
+    levels = base + (spread.long() << torch.arange(bits)).sum(1)
+    if len(levels) and int(levels.max()) > blocks:
+        raise SlrpropError(f"a neuron's level is {int(levels.max())}, but there are {blocks} blocks")
+    return levels.to(torch.uint8)
+
+
+def _level_bits(lowest: int, blocks: int) -> tuple[int, int]:
+    """What is subtracted from levels before they are packed, and the bits each then takes."""
+    base = min(lowest, 1)
+    return base, (blocks - base).bit_length()
 
 
 def _permute_blocks(
@@ -54,7 +80,7 @@ class SparseLowRank(Factors):
     has two blocks: everyone at rank rk, the kept neurons at the other k - rk. Its numbers are then
     ``k (m - r_m + n - r_n) + rk (r_m + r_n)``: the article's formula less the k singular values.
 
-    ``row_levels`` (m,) and ``column_levels`` (n,) are uint8.
+    ``row_levels`` (m,) and ``column_levels`` (n,) are uint8; stored they take as few bits as their number needs.
     """
 
     left: tuple[Tensor, ...]
@@ -130,16 +156,41 @@ class SparseLowRank(Factors):
     def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> "SparseLowRank":
         levels = range(next(level for level in itertools.count() if f"left_{level}" not in arrays))
         left, right = (tuple(arrays[f"{side}_{level}"] for level in levels) for side in ("left", "right"))
-        return cls(left, right, arrays["row_levels"], arrays["column_levels"])
+        return cls(left, right, *cls.levels_of(description, arrays, len(levels)))
 
     def indices(self) -> dict[str, Tensor]:
-        return {"row_levels": self.row_levels, "column_levels": self.column_levels}
+        blocks = len(self.left)
+        return {
+            "row_levels": pack_levels(self.row_levels, blocks),
+            "column_levels": pack_levels(self.column_levels, blocks),
+        }
+
+    def description(self) -> dict[str, Any]:
+        lowest = [int(levels.min()) if len(levels) else 0 for levels in (self.row_levels, self.column_levels)]
+        return {"kind": self.kind, "shape": list(self.shape), "lowest": lowest}
+
+    @staticmethod
+    def levels_of(description: Mapping[str, Any], arrays: Mapping[str, Tensor], blocks: int) -> tuple[Tensor, Tensor]:
+        """The row and column levels out of stored arrays."""
+        counts, lowest = description["shape"], description["lowest"]
+        if not all(isinstance(value, int) and value >= 0 for value in (*counts, *lowest)):
+            raise SlrpropError(f"the shape {counts!r} or the lowest levels {lowest!r} of a layer are no whole numbers")
+        rows, columns = (unpack_levels(arrays[name], count, low, blocks) for name, count, low in zip(("row_levels", "column_levels"), counts, lowest, strict=True))  # fmt: skip
+        return rows, columns
 
     def dense(self) -> Tensor:
         weight = self.left[0].new_zeros(self.shape)
         for level, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
             weight[members(self.row_levels, level)[:, None], members(self.column_levels, level)] += left @ right
         return weight
+
+    def product(self, x: Tensor) -> Tensor:
+        y = x.new_zeros(*x.shape[:-1], self.shape[1])
+        for level, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
+            rows, columns = members(self.row_levels, level), members(self.column_levels, level)
+            part = x if len(rows) == x.shape[-1] else x.index_select(-1, rows)
+            y = y.index_add(-1, columns, part @ left @ right)
+        return y
 
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "SparseLowRank":
         left, right, row_levels, column_levels = self.left, self.right, self.row_levels, self.column_levels

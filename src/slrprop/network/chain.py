@@ -43,6 +43,14 @@ class Chain:
     shift: Tensor
     steps: tuple[Step, ...]
 
+    def is_plain(self, weight: Callable[[str], Tensor]) -> bool:
+        """Whether the steps are the layers themselves: no batch norm is folded into them."""
+        if not ((self.scale == 1).all() and (self.shift == 0).all()):
+            return False
+        return all(
+            step.name is not None and torch.equal(step.weight, weight(step.name).to(step.weight)) for step in self.steps
+        )
+
     def values(self, y: Tensor) -> list[Tensor]:
         """The pre-activation of every layer from this one on; the last is the network's output."""
         z = [y * self.scale + self.shift]

@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-from onnx import GraphProto, NodeProto, helper
+from onnx import GraphProto, NodeProto, TensorProto, helper
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
@@ -63,7 +63,14 @@ class Writer:
 
     def gather(self, x: str, index: Tensor, output: str | None = None) -> str:
         """``x[..., index]``; by whole rows of the transpose where the axes are known: the runtime copies those far faster."""
-        places = self.tensor("order", index.long())
+        small = next(
+            kind
+            for kind in (np.uint8, np.uint16, np.int32, np.int64)
+            if len(index) == 0 or int(index.max()) <= np.iinfo(kind).max
+        )
+        places = self.tensor("order", index.cpu().numpy().astype(small))
+        if small in (np.uint8, np.uint16):  # the runtime casts a constant when it loads the file
+            places = self.add("Cast", [places], to=TensorProto.INT64)
         if self._rank is None:
             return self.add("Gather", [x, places], output, axis=self.last_axis)
         axes = range(self._rank)

@@ -1,0 +1,258 @@
+"""Distillation: a short fine-tuning of a plan's factors on the original network's outputs; labels are not needed.
+
+The student's outputs come near to the teacher's in Kullback-Leibler divergence at a temperature (Hinton, Vinyals, Dean,
+2015). Factors in few bits are rounded in every step, and the gradient passes the rounding as if it were not there; their
+scales learn too (Esser et al., learned step size quantization, ICLR 2020).
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from slrprop.data import Data
+from slrprop.errors import SlrpropError
+from slrprop.factors import Factors, Quantized
+from slrprop.factors.quantized import CODES
+from slrprop.losses import rows_of
+from slrprop.network import Network, TorchNetwork
+from slrprop.network.chain import ACTIVATIONS, Step
+from slrprop.network.torch import main_output, swapped
+from slrprop.plan import LayerPlan, Plan
+from slrprop.quantize import SMALLEST, with_bias
+
+HELD_OUT = 0.1  # of the data, to stop by
+Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneSettings:
+    """How factors are fine-tuned.
+
+    Args:
+        epochs: passes over the data at most; the best of them by the held-out divergence is kept (0 is the start).
+        learning_rate: of Adam, decaying to zero by a cosine.
+        batch: samples per step.
+        temperature: of the softmax of both networks.
+        patience: epochs without a better held-out divergence after which it stops.
+        seed: of the order of the samples.
+    """
+
+    epochs: int = 6
+    learning_rate: float = 1e-3
+    batch: int = 256
+    temperature: float = 2.0
+    patience: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "patience"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise SlrpropError(f"{name} must be a whole number from 1, got {value!r}")
+        for name in ("learning_rate", "temperature"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise SlrpropError(f"{name} must be a positive number, got {value!r}")
+
+
+class Tunable(nn.Module):
+    """A planned layer whose numbers learn; what is stored in few bits is rounded on the way."""
+
+    def __init__(self, layer: LayerPlan, bias: Tensor | None) -> None:
+        super().__init__()
+        form = layer.factors
+        assert form is not None
+        self.layer = layer
+        self.bits = form.bits if isinstance(form, Quantized) else 32
+        self.own_bias = isinstance(form, Quantized) and form.bias is not None
+        plain = form.plain() if isinstance(form, Quantized) else form
+        self.form = plain
+        self.axes = plain.scale_axes()
+        self.numbers = nn.ParameterDict(
+            {name: nn.Parameter(matrix.detach().clone()) for name, matrix in plain.matrices().items()}
+        )
+        scales = form.scales if isinstance(form, Quantized) else {}
+        self.scales = nn.ParameterDict({name: nn.Parameter(scale.float().log()) for name, scale in scales.items()})
+        start = (
+            form.bias
+            if isinstance(form, Quantized) and self.own_bias
+            else layer.bias
+            if layer.bias is not None
+            else bias
+        )
+        self.bias = (
+            None if start is None else nn.Parameter(start.detach().clone().to(next(iter(self.numbers.values()))))
+        )
+
+    def _scale(self, name: str) -> Tensor:
+        scale = self.scales[name].exp()
+        return scale if self.numbers[name].ndim == 1 else scale.unsqueeze(self.axes[name])
+
+    def now(self) -> Factors:
+        """The factors at this step, rounded where they will be; differentiable."""
+        if self.bits == 32:
+            return self.form.with_matrices(dict(self.numbers.items()))
+        low, high = CODES[self.bits]
+        made = {}
+        for name, matrix in self.numbers.items():
+            scale = self._scale(name)
+            ratio = matrix / scale
+            made[name] = (ratio + (ratio.round() - ratio).detach()).clamp(low, high) * scale
+        return self.form.with_matrices(made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.now().product(x)
+        return y if self.bias is None else y + self.bias
+
+    def finished(self) -> LayerPlan:
+        """The layer's plan with the tuned factors."""
+        with torch.no_grad():
+            bias = None if self.bias is None else self.bias.detach().clone()
+            if self.bits == 32:
+                form: Factors = self.form.with_matrices(
+                    {name: matrix.detach().clone() for name, matrix in self.numbers.items()}
+                )
+                return replace(self.layer, factors=form, bias=bias).sealed()
+            low, high = CODES[self.bits]
+            scales = {name: scale.exp().clamp(SMALLEST, 65504).half() for name, scale in self.scales.items()}
+            codes = {}
+            for name, matrix in self.numbers.items():
+                scale = scales[name].float()
+                wide = scale if matrix.ndim == 1 else scale.unsqueeze(self.axes[name])
+                codes[name] = (matrix / wide).round().clamp(low, high)
+            form = Quantized(self.form.with_matrices(codes), scales, self.bits)
+            form = with_bias(form, bias) if self.own_bias and bias is not None else form
+            return replace(self.layer, factors=form, bias=None if self.own_bias else bias).sealed()
+
+
+def tune(network: Network, data: Data, plan: Plan, settings: TuneSettings | None = None, quiet: bool = False) -> Plan:
+    """A plan whose factors were tuned on the original network's outputs.
+
+    Where a chain of dense layers and activations leads from the first planned layer to the output, only that chain is run.
+
+    Args:
+        network: the original.
+        data: inputs; a tenth is held out to stop by. Labels are ignored.
+        plan: with its factors in memory.
+
+    Raises:
+        SlrpropError: the plan treats no layer; an ONNX network has no such chain; too few samples.
+    """
+    chosen = settings or TuneSettings()
+    if not plan.layers or any(layer.factors is None for layer in plan.layers):
+        raise SlrpropError("there is nothing to tune: the plan treats no layer, or was read without its factors")
+    names = [layer.name for layer in plan.layers]
+    layers = {layer.name: Tunable(layer, network.bias(layer.name)) for layer in plan.layers}
+    entry = _entry(network, names)
+    student: Forward
+    teacher: Forward
+    if entry is not None:
+        inputs = torch.cat([x for flow in network.stream((entry,), data) for x, _ in flow.calls[entry]])
+        student, teacher = _along(network, entry, layers), _along(network, entry, {})
+    elif isinstance(network, TorchNetwork):
+        inputs = _whole_inputs(data)
+        student, teacher = _whole(network, swapped(network.model, dict(layers))), _whole(network, network.model)
+    else:
+        raise SlrpropError(
+            f"tuning needs a chain of dense layers from '{names[0]}' to the output, which this ONNX graph has not; "
+            "tune the torch module, or use the calibrated level"
+        )
+    notes = _distil(student, teacher, inputs, nn.ModuleList(layers.values()), chosen, quiet)
+    done = [layers[layer.name].finished() for layer in plan.layers]
+    return replace(plan, layers=tuple(replace(layer, notes=layer.notes | notes) for layer in done))
+
+
+def _entry(network: Network, names: list[str]) -> str | None:
+    """The first planned layer, if a chain leads from it over all others to the output."""
+    first = next(name for name in network.order if name in names)
+    chain = network.chain(first)
+    reached = {first} if chain is None else {first, *(step.name for step in chain.steps)}
+    return first if chain is not None and chain.is_plain(network.weight) and set(names) <= reached else None
+
+
+def _along(network: Network, first: str, layers: Mapping[str, Tunable]) -> Forward:
+    """The network from the inputs of a layer on, with these layers in place of the original ones."""
+    chain = network.chain(first)
+    assert chain is not None
+    bias = network.bias(first)
+    weight = network.weight(first)
+    start = Step("identity", weight, weight.new_zeros(weight.shape[1]) if bias is None else bias, first)
+
+    def run(x: Tensor) -> Tensor:
+        for step in (start, *chain.steps):
+            layer = layers.get(step.name or "")
+            x = step(x) if layer is None else layer(ACTIVATIONS[step.activation](x))
+        return x
+
+    return run
+
+
+def _whole(network: TorchNetwork, model: nn.Module) -> Forward:
+    return lambda x: rows_of(network.scores(main_output(model(x))))
+
+
+def _whole_inputs(data: Data) -> Tensor:
+    parts = []
+    for batch in data:
+        if len(batch.inputs) != 1 or batch.named:
+            raise SlrpropError("a network without a chain of dense layers can be tuned on data with one input only; use the calibrated level")  # fmt: skip
+        parts.append(batch.inputs[0])
+    return torch.cat(parts)
+
+
+def _distil(
+    student: Forward, teacher: Forward, inputs: Tensor, layers: nn.ModuleList, chosen: TuneSettings, quiet: bool
+) -> dict[str, float]:
+    """Train the layers in place; what was reached."""
+    count = len(inputs)
+    held = int(count * HELD_OUT)
+    if held < 1:
+        raise SlrpropError(f"tuning needs 10 samples or more, got {count}; give more data")
+    random = torch.Generator().manual_seed(chosen.seed)
+    order = torch.randperm(count, generator=random)
+    aside, rest = order[:held], order[held:]
+    with torch.no_grad():
+        wanted = torch.cat([teacher(inputs[part]) for part in torch.arange(count).split(1024)])
+
+    def divergence(rows: Tensor, temperature: float) -> Tensor:
+        return distance(student(inputs[rows]), wanted[rows], temperature)
+
+    def held_out() -> float:
+        with torch.no_grad():
+            return float(sum(divergence(part, 1.0) * len(part) for part in aside.split(1024))) / held
+
+    best = before = held_out()
+    kept, reached, since = copy.deepcopy(layers.state_dict()), 0, 0
+    steps = chosen.epochs * -(-len(rest) // chosen.batch)
+    optimizer = torch.optim.Adam(layers.parameters(), chosen.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    with tqdm(total=steps, desc="tuning", unit="step", mininterval=1, disable=True if quiet else None) as bar:
+        for epoch in range(1, chosen.epochs + 1):
+            for rows in rest[torch.randperm(len(rest), generator=random)].split(chosen.batch):
+                loss = divergence(rows, chosen.temperature)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+            found = held_out()
+            since = 0 if found < best else since + 1
+            if found < best:
+                best, kept, reached = found, copy.deepcopy(layers.state_dict()), epoch
+            if since >= chosen.patience:
+                break
+    layers.load_state_dict(kept)
+    return {"tuned_epochs": float(reached), "divergence_before": before, "divergence_after": best}
+
+
+def distance(outputs: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """Mean divergence of outputs (p x c) from the wanted ones; the mean squared distance for a single output."""
+    if outputs.shape[1] < 2:
+        return (outputs - wanted).square().mean()
+    log_q, log_p = (wanted / temperature).log_softmax(-1), (outputs / temperature).log_softmax(-1)
+    return temperature**2 * (log_q.exp() * (log_q - log_p)).sum(-1).mean()
