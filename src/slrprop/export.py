@@ -111,8 +111,8 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_
             shapes = ", ".join(str(tuple(item.shape)) for item in inputs)
             raise SlrpropError(f"the model can't take data of shape {shapes}: {first_line(error)}") from error
         packed = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear) and module.packed}  # fmt: skip
-        unpacked = {name: module.unpacked() for name, module in packed.items()}
-        plain = swapped(model, unpacked) if packed else model
+        unpacked: dict[str, nn.Linear] = {name: module.unpacked() for name, module in packed.items()}
+        plain = swapped(model, dict(unpacked)) if packed else model
         with replacing(path) as part:
             dynamic = torch.export.ShapesCollection()
             for item in inputs:

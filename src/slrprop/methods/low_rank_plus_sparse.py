@@ -139,7 +139,7 @@ def hassle(weight: Tensor, hessian: Tensor, metric: Tensor, rank: int, count: in
             steps = obs.STEPS if step == rounds - 1 else 4
             found, support = obs.gradual(rest, hessian, count, metric, steps)
             return found, support
-        return least_squares(hessian, rest, support, metric, 4), support
+        return least_squares(hessian, rest, support, metric), support
 
     return _alternated(weight, hessian, metric, rank, rounds + refits, sparse)
 
