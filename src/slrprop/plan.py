@@ -138,6 +138,7 @@ class Plan:
         lines = [
             f"{layer.name}: {layer.shape[0]} x {layer.shape[1]}, {wording(layer)}, {layer.numbers:,} numbers, "
             f"compression_rate {layer.numbers / (layer.shape[0] * layer.shape[1]):.4f}"
+            + "".join(f", {key} {value:.3g}" for key, value in layer.notes.items())
             for layer in self.layers
         ]
         return "\n".join(lines + [f"{name}: left dense ({reason})" for name, reason in self.left_dense.items()])

@@ -32,7 +32,7 @@ def scales_of(matrix: Tensor, axis: int, bits: int) -> Tensor:
     """
     flat = matrix.reshape(1, -1) if matrix.ndim == 1 else matrix.movedim(axis, 1)
     low, high = CODES[bits]
-    top = flat.abs().amax(1, keepdim=True) / high
+    top = (flat.abs().amax(1, keepdim=True) if flat.shape[1] else flat.new_zeros(len(flat), 1)) / high
     best, error = torch.ones_like(top), torch.full_like(top, torch.inf)
     for clip in CLIPS.tolist():
         scale = (top * clip).clamp(SMALLEST, 65504).half().to(flat)

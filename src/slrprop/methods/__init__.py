@@ -3,6 +3,7 @@
 from slrprop.checks import require_choice
 from slrprop.methods import (
     apoz,
+    ddlr,
     dense,
     group_lasso,
     lasso,
@@ -11,6 +12,7 @@ from slrprop.methods import (
     lrp,
     magnitude,
     nested,
+    net_trim,
     nisp,
     obd,
     obs,
@@ -46,6 +48,8 @@ _ALL = (
     apoz,
     redundant,
     permuted,
+    net_trim,
+    ddlr,
 )
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _ALL}
 

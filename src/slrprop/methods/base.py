@@ -39,8 +39,8 @@ class Settings(ABC):
             raise SlrpropError(f"bits must be 32, 8 or 4, got {self.bits!r}")
 
     @abstractmethod
-    def stored_numbers(self, m: int, n: int) -> int:
-        """Numbers that an m x n weight takes under these settings."""
+    def stored_numbers(self, m: int, n: int) -> int | None:
+        """Numbers that an m x n weight takes under these settings; None where the data decide."""
 
     @classmethod
     @abstractmethod

@@ -2,8 +2,8 @@
 
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,7 +14,16 @@ from slrprop.plan import LayerPlan
 from slrprop.quantize import quantised, with_bias
 from slrprop.regression import Compressed, Regression
 
-Fit = Callable[[Regression, Any], Factors]
+
+class Fitted(NamedTuple):
+    """Factors with a bias (n,) that was fitted together with them, and what else there is to report."""
+
+    factors: Factors
+    bias: Tensor
+    notes: dict[str, float]
+
+
+Fit = Callable[[Regression, Any], Factors | Fitted]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,16 +143,21 @@ def fit_layer(
     assert method.fit is not None
     before = compressed if settings.sequential else {}
     task = problem.calibration.regression(name, before, settings.weighted)
-    form, like = method.fit(task, settings), problem.weight(name)
+    like = problem.weight(name)
+    fitted = method.fit(task, settings)
+    form, own, notes = fitted if isinstance(fitted, Fitted) else (fitted, None, None)
+    if own is not None:  # a solution in itself: rounding is to come near to it, not to the weight it was fitted to
+        task = replace(task, weight=form.dense())
+    # the mean output that the bias is to give, whatever rounding does to the form; None: the bias stays as it is
+    mean = task.target_mean if settings.bias_correction else None if own is None else own + task.mean @ form.dense()
     bias: Tensor | None = None
     if settings.bits < 32:
         form = quantised(form, settings.bits, task)
-        if settings.bias_correction or problem.network.bias(name) is not None:
-            exact = task.corrected_bias(form.dense().double()) if settings.bias_correction else task.bias
-            form = with_bias(form, exact)
+        if mean is not None or problem.network.bias(name) is not None:
+            form = with_bias(form, task.bias if mean is None else mean - task.mean @ form.dense().double())
     else:
         form = form.with_matrices({key: matrix.to(like).contiguous() for key, matrix in form.matrices().items()})
-        bias = task.corrected_bias(form.dense().double()).to(like) if settings.bias_correction else None
+        bias = None if mean is None else (mean - task.mean @ form.dense().double()).to(like)
     made = form.bias if isinstance(form, Quantized) else bias
     now = task.bias if made is None else made.double()
-    return Decision(name, form, bias=bias), Compressed(form.dense().double(), now)
+    return Decision(name, form, bias=bias, notes=notes), Compressed(form.dense().double(), now)
