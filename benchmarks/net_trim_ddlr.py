@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from slrprop.admm import Programme, singular_value_threshold, soft_threshold, solve
 from slrprop.factors import Factors, LowRank, Sparse
 from slrprop.linalg import truncated_svd
-from slrprop.paper.experiments import EXPERIMENTS, Experiment, trained
+from slrprop.paper.experiments import COMPARED, Experiment, trained
 from slrprop.quantize import quantised
 from slrprop.regression import Regression
 
@@ -34,24 +34,7 @@ ITERATIONS, TOLERANCE = 1000, 1e-4
 DROPS = (0.1, 0.25, 0.5, 1.0, 2.0, 5.0)  # points of accuracy
 
 
-class LeNet300(nn.Module):
-    """LeNet-300-100 for images of 28 x 28 in a border of 2: dense 784-300-100-10 with ReLU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Flatten()
-        self.fc1 = nn.Linear(784, 300)
-        self.fc2 = nn.Linear(300, 100)
-        self.fc3 = nn.Linear(100, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc3(self.fc2(self.fc1(self.features(x[..., 2:30, 2:30])).relu()).relu())
-
-
-NETWORKS = {
-    "lenet5-mnist": EXPERIMENTS["lenet5-mnist"],
-    "lenet300-mnist": Experiment("lenet300-mnist", "mnist", LeNet300, ("fc1", "fc2"), (), 3000, 10, 64, 2e-3),
-}
+NETWORKS = {name: COMPARED[name] for name in ("lenet5-mnist", "lenet300-mnist")}
 
 
 @dataclass
@@ -71,8 +54,7 @@ class Point:
 
 def head(model: nn.Module, x: Tensor) -> Tensor:
     """Inputs of the first dense layer, float64."""
-    model_inputs = x[..., 2:30, 2:30] if isinstance(model, LeNet300) else x
-    return torch.cat([model.features(batch) for batch in model_inputs.split(1000)]).double()
+    return torch.cat([model.front(batch) for batch in x.split(1000)]).double()
 
 
 def layers_of(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:

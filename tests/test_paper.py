@@ -12,7 +12,7 @@ from slrprop.paper import datasets, results, run
 from slrprop.paper.datasets import Dataset
 from slrprop.paper.experiments import EXPERIMENTS, find_experiment, trained
 from slrprop.paper.networks import LeNet5, RoomMLP
-from slrprop.paper.store import Store
+from slrprop.paper.store import paper_store
 
 needs_data = pytest.mark.skipif("SLRPROP_DATA" not in os.environ, reason="SLRPROP_DATA names no data folder")
 
@@ -38,9 +38,9 @@ def test_a_killed_run_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "measure_cell", stops_at_eleven)
     with pytest.raises(KeyboardInterrupt):
-        run.run(experiment, data, tmp_path, 1, Store(tmp_path / "results.sqlite"))
+        run.run(experiment, data, tmp_path, 1, paper_store(tmp_path / "results.sqlite"))
     monkeypatch.setattr(run, "measure_cell", lambda *args: measured.append(args[4:]) or real(*args))
-    store = Store(tmp_path / "results.sqlite")
+    store = paper_store(tmp_path / "results.sqlite")
     assert len(store.results()) == 11
     assert run.run(experiment, data, tmp_path, 1, store) == 4
     assert len(measured) == len(set(measured)) == 15  # 7 methods x 2 ranks and the original: none twice

@@ -36,7 +36,7 @@ def paper_run(
 
     Example: slrprop paper run lenet5-mnist --seeds 10
     """
-    store = need_extra("slrprop.paper.store", "paper").Store(run_dir / "results.sqlite")
+    store = need_extra("slrprop.paper.store", "paper").paper_store(run_dir / "results.sqlite")
     experiment = importlib.import_module("slrprop.paper.experiments").find_experiment(name)
     new = importlib.import_module("slrprop.paper.run").run(
         experiment, experiment.load_data(data), run_dir, seeds, store
@@ -51,7 +51,7 @@ def _results(name: str, run_dir: Path) -> tuple[Any, Any, Any]:
     experiment = importlib.import_module("slrprop.paper.experiments").find_experiment(name)
     return (
         experiment,
-        importlib.import_module("slrprop.paper.store").Store(run_dir / "results.sqlite").results(name),
+        importlib.import_module("slrprop.paper.store").paper_store(run_dir / "results.sqlite").results(name),
         results,
     )
 

@@ -1,6 +1,6 @@
 """The experiments: which network on which data, which layers, which ranks, and how it is trained."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from slrprop.errors import SlrpropError
 from slrprop.files import replacing
 from slrprop.paper.datasets import DATASETS, Dataset
-from slrprop.paper.networks import LeNet5, RoomMLP
+from slrprop.paper.networks import Headed, LeNet5, LeNet300, RoomMLP
 
 
 def shifted(images: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class Experiment:
 
     name: str
     dataset: str
-    network: Callable[[], nn.Module]
+    network: Callable[..., Headed]
     layers: tuple[str, str]
     ranks: tuple[int, ...]
     calibration: int
@@ -54,11 +54,15 @@ EXPERIMENTS = {
 }
 
 
-def find_experiment(name: str) -> Experiment:
+LENET300 = Experiment("lenet300-mnist", "mnist", LeNet300, ("fc1", "fc2"), (), 10_000, 10, 64, 2e-3)
+COMPARED = EXPERIMENTS | {LENET300.name: LENET300}  # with what other articles than SLRProp's measure on
+
+
+def find_experiment(name: str, among: Mapping[str, Experiment] = EXPERIMENTS) -> Experiment:
     """The experiment of that name, or an error that lists the names."""
-    if name not in EXPERIMENTS:
-        raise SlrpropError(f"no experiment is called '{name}'; there are {', '.join(EXPERIMENTS)}")
-    return EXPERIMENTS[name]
+    if name not in among:
+        raise SlrpropError(f"no experiment is called '{name}'; there are {', '.join(among)}")
+    return among[name]
 
 
 def fit(model: nn.Module, experiment: Experiment, data: Dataset, label: str) -> None:
@@ -81,7 +85,7 @@ def fit(model: nn.Module, experiment: Experiment, data: Dataset, label: str) -> 
     model.eval()
 
 
-def trained(experiment: Experiment, seed: int, data: Dataset, folder: Path) -> nn.Module:
+def trained(experiment: Experiment, seed: int, data: Dataset, folder: Path) -> Headed:
     """The experiment's network trained from ``seed``; read from ``folder`` if it was trained there before."""
     path = folder / f"{experiment.name}-seed{seed}.safetensors"
     with torch.random.fork_rng():

@@ -1,12 +1,49 @@
-"""The articles' networks (Garmendia-Orbegozo et al. 2023, Table 1 and section 4)."""
+"""The articles' networks (Garmendia-Orbegozo et al. 2023, Table 1 and section 4; LeCun et al. 1998)."""
 
 from torch import Tensor, nn
 
 
-class LeNet5(nn.Module):
+class DenseHead(nn.Module):
+    """Dense layers with ReLU between, under the names they have in a network."""
+
+    def __init__(self, layers: dict[str, nn.Linear]) -> None:
+        super().__init__()
+        self.names = tuple(layers)
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.names[:-1]:
+            x = self.get_submodule(name)(x).relu()
+        return self.get_submodule(self.names[-1])(x)
+
+
+class Headed(nn.Module):
+    """A network whose end is dense layers with ReLU between: ``front`` gives the first one's inputs."""
+
+    dense: tuple[str, ...]
+
+    def front(self, x: Tensor) -> Tensor:
+        """The inputs of the first dense layer."""
+        return x
+
+    def head(self) -> DenseHead:
+        """The dense layers, shared with this network."""
+        return DenseHead({name: self.get_submodule(name) for name in self.dense})  # type: ignore[misc]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.front(x)
+        for name in self.dense[:-1]:
+            x = self.get_submodule(name)(x).relu()
+        return self.get_submodule(self.dense[-1])(x)
+
+
+class LeNet5(Headed):
     """LeNet-5 for 1 x 32 x 32 images: two tanh convolutions, then dense 400-120-84-classes with ReLU."""
 
-    def __init__(self, classes: int = 10) -> None:
+    dense = ("fc3", "fc4", "fc5")
+
+    def __init__(self, classes: int = 10, widths: tuple[int, int] = (120, 84)) -> None:
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(1, 6, 5),
@@ -17,24 +54,40 @@ class LeNet5(nn.Module):
             nn.AvgPool2d(2),
             nn.Flatten(),
         )
-        self.fc3 = nn.Linear(400, 120)
-        self.fc4 = nn.Linear(120, 84)
-        self.fc5 = nn.Linear(84, classes)
+        self.fc3 = nn.Linear(400, widths[0])
+        self.fc4 = nn.Linear(*widths)
+        self.fc5 = nn.Linear(widths[1], classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.features(x)
-        return self.fc5(self.fc4(self.fc3(x).relu()).relu())
+    def front(self, x: Tensor) -> Tensor:
+        """The convolutions' features (p x 400)."""
+        features: Tensor = self.features(x)
+        return features
 
 
-class RoomMLP(nn.Module):
+class RoomMLP(Headed):
     """Dense 16-4000-4000-4000-4 with ReLU."""
 
-    def __init__(self, width: int = 4000) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(16, width)
-        self.fc2 = nn.Linear(width, width)
-        self.fc3 = nn.Linear(width, width)
-        self.fc4 = nn.Linear(width, 4)
+    dense = ("fc1", "fc2", "fc3", "fc4")
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc4(self.fc3(self.fc2(self.fc1(x).relu()).relu()).relu())
+    def __init__(self, classes: int = 4, widths: tuple[int, int, int] = (4000, 4000, 4000)) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(16, widths[0])
+        self.fc2 = nn.Linear(*widths[:2])
+        self.fc3 = nn.Linear(*widths[1:])
+        self.fc4 = nn.Linear(widths[2], classes)
+
+
+class LeNet300(Headed):
+    """LeNet-300-100 for images of 28 x 28 in a border of 2: dense 784-300-100-classes with ReLU."""
+
+    dense = ("fc1", "fc2", "fc3")
+
+    def __init__(self, classes: int = 10, widths: tuple[int, int] = (300, 100)) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(784, widths[0])
+        self.fc2 = nn.Linear(*widths)
+        self.fc3 = nn.Linear(widths[1], classes)
+
+    def front(self, x: Tensor) -> Tensor:
+        """The images' pixels without the border (p x 784)."""
+        return x[..., 2:30, 2:30].flatten(1)

@@ -58,9 +58,9 @@ def measure_cell(
     return Result(experiment.name, seed, method, rank, **asdict(found), compression_rate=rate, seconds=seconds)
 
 
-def run(experiment: Experiment, data: Dataset, folder: Path, seeds: int, store: Store) -> int:
+def run(experiment: Experiment, data: Dataset, folder: Path, seeds: int, store: Store[Result]) -> int:
     """Compute every missing row; returns how many were computed."""
-    done = {result.key for result in store.results(experiment.name)}
+    done = {store.key(result) for result in store.results(experiment.name)}
     missing = [
         (seed, method, rank)
         for seed in range(seeds)

@@ -202,3 +202,69 @@ def path_of(
             return points
         place[min(moves)[1]] += 1
         points.append(point(len(points)))
+
+
+def undominated(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates that none beats in both bytes and error, from the largest to the smallest."""
+    best: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda c: (c.bytes, c.error)):
+        if not best or candidate.error < best[-1].error:
+            best.append(candidate)
+    return best[::-1]
+
+
+def best_places(
+    steps: Mapping[str, list[Candidate]], sensitivity: Mapping[str, float], limit: int
+) -> dict[str, int] | None:
+    """For every layer the place among its candidates: least predicted damage within a limit of bytes in all.
+
+    A price for bytes is found by bisection; what is left over goes where it saves the most damage.
+    """
+
+    def at_price(price: float) -> dict[str, int]:
+        return {
+            name: min(range(len(found)), key=lambda i: sensitivity[name] * found[i].error + price * found[i].bytes)
+            for name, found in steps.items()
+        }
+
+    def size(place: Mapping[str, int]) -> int:
+        return sum(steps[name][at].bytes for name, at in place.items())
+
+    place = {name: len(found) - 1 for name, found in steps.items()}
+    if size(place) > limit:
+        return None
+    low, high = 1e-18, 1e3
+    for _ in range(60):
+        price = math.sqrt(low * high)
+        found = at_price(price)
+        low, high = (low, price) if size(found) <= limit else (price, high)
+        place = found if size(found) <= limit else place
+    while True:
+        left = limit - size(place)
+        moves = []
+        for name, at in place.items():
+            for i in range(at):
+                extra = steps[name][i].bytes - steps[name][at].bytes
+                if extra <= left:
+                    moves.append((sensitivity[name] * (steps[name][at].error - steps[name][i].error), name, i))
+        if not moves:
+            return place
+        _, name, i = max(moves)
+        place = place | {name: i}
+
+
+def neighbours(steps: Mapping[str, list[Candidate]], place: Mapping[str, int], limit: int) -> list[dict[str, int]]:
+    """Choices within the limit where one layer is a step smaller and another takes what that leaves, or has another form."""
+    found = []
+    for giver, at in place.items():
+        if at + 1 >= len(steps[giver]):
+            continue
+        smaller = dict(place) | {giver: at + 1}
+        left = limit - sum(steps[name][i].bytes for name, i in smaller.items())
+        for taker in place:
+            if taker == giver:
+                continue
+            fits = [i for i in range(place[taker]) if steps[taker][i].bytes - steps[taker][place[taker]].bytes <= left]
+            if fits:
+                found.append(smaller | {taker: fits[0]})
+    return found

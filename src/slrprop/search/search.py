@@ -22,10 +22,13 @@ from slrprop.search.path import (
     Choice,
     Evaluation,
     Point,
+    best_places,
     candidates_of,
     hull,
     layer_inputs,
+    neighbours,
     path_of,
+    undominated,
 )
 from slrprop.search.result import Budget
 from slrprop.tune import TuneSettings, tune
@@ -219,6 +222,41 @@ class Search:
         """The point's plan as it is carried out."""
         self.points[at] = replace(self.points[at], plan=self.final(self.points[at].plan))
         return self.points[at].plan
+
+    def within(self, limit: int, tries: int) -> tuple[Plan, Evaluation] | None:
+        """The best plan found whose layers' stored bytes are at most ``limit``; None where none is that small.
+
+        From the choice of least predicted damage, one layer gives bytes to another as long as the measured divergence falls.
+
+        Args:
+            tries: evaluations at most.
+        """
+        steps = {name: undominated(curve) for name, curve in self.curves.items()}
+        place = best_places(steps, self.sensitivity, limit)
+        if place is None:
+            return None
+        best, seen = self._evaluated(steps, place), {tuple(place.values())}
+        tries -= 1
+        while tries > 0:
+            near = [other for other in neighbours(steps, place, limit) if tuple(other.values()) not in seen]
+            if not near:
+                break
+            other = min(near, key=lambda at: self._damage(steps, at))
+            seen.add(tuple(other.values()))
+            found = self._evaluated(steps, other)
+            tries -= 1
+            if found[1].divergence < best[1].divergence:
+                place, best = other, found
+        return best
+
+    def _damage(self, steps: dict[str, list[Candidate]], place: dict[str, int]) -> float:
+        return sum(self.sensitivity[name] * steps[name][at].error for name, at in place.items())
+
+    def _evaluated(self, steps: dict[str, list[Candidate]], place: dict[str, int]) -> tuple[Plan, Evaluation]:
+        layers = {name: steps[name][at].layer for name, at in place.items()}
+        known = {name: layer for name, layer in layers.items() if layer is not None}
+        plan = self.final(finished(self.problem.network, known, {}))
+        return plan, self.evaluate(plan)
 
     def drop(self, at: int) -> float:
         """How much worse than the original a point is on the search part; where asked, the upper end of that."""

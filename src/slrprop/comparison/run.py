@@ -1,0 +1,241 @@
+"""Compress by every contender at every size, and measure on the test set, which no choice has seen."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from slrprop.api import apply, plan_problem
+from slrprop.comparison.contenders import CONTENDERS, NARROWER, ORIGINAL, Contender
+from slrprop.data import Data
+from slrprop.errors import SlrpropError
+from slrprop.export import export_onnx
+from slrprop.latency import latencies
+from slrprop.methods import METHODS, Problem
+from slrprop.methods.base import grid
+from slrprop.network import OnnxNetwork, TorchNetwork
+from slrprop.network.base import fingerprint
+from slrprop.paper.datasets import Dataset
+from slrprop.paper.experiments import Experiment, fit, trained
+from slrprop.paper.networks import DenseHead
+from slrprop.paper.store import Store
+from slrprop.plan import Plan, wording
+from slrprop.search.judge import Door, Judge, Log
+from slrprop.search.search import Search, parse_size
+from slrprop.tune import TuneSettings, tune
+
+TRIES = 4  # evaluations per size that every contender has to share its bytes among the layers
+SLOW_SEEDS = 3
+KEYS = ("experiment", "seed", "method", "size")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A contender at a size: stored ``bytes`` of the treated layers (biases, scales, indices: all), at most ``size``.
+
+    ``accuracy`` and ``agreement`` (with the original's answers) in percent, ``loss`` the mean cross-entropy, all on the test
+    set. ``file_bytes`` and ``latency`` (seconds for one sample, one thread) are of the whole network's ONNX file,
+    ``faster`` the original's latency over it in the same interleaved run; NaN where not measured. ``seconds`` to compress.
+    """
+
+    experiment: str
+    seed: int
+    method: str
+    size: int
+    bytes: int
+    numbers: int
+    accuracy: float
+    agreement: float
+    loss: float
+    file_bytes: float
+    latency: float
+    faster: float
+    seconds: float
+    plan: str
+
+
+class Bench:
+    """One trained network: its dense head on the features before it, and what its plans are measured by."""
+
+    def __init__(self, experiment: Experiment, seed: int, data: Dataset, folder: Path) -> None:
+        self.experiment, self.seed, self.data = experiment, seed, data
+        self.model = trained(experiment, seed, data, folder)
+        self.head: DenseHead = self.model.head()
+        with torch.no_grad():
+            self.x_train, self.x_test = (
+                torch.cat([self.model.front(part) for part in x.split(1000)]) for x in (data.x_train, data.x_test)
+            )
+            self.logits = self.head(self.x_test)
+        drawn = torch.randperm(len(self.x_train), generator=torch.Generator().manual_seed(seed))[
+            : experiment.calibration
+        ]
+        self.calibration = Data((self.x_train[drawn], data.y_train[drawn]))
+        self.network = TorchNetwork(self.head, self.calibration)
+        self.problem = Problem(self.network, self.calibration)
+        self._onnx: tuple[tempfile.TemporaryDirectory[str], Path, dict[str, str]] | None = None
+
+    def stored(self, model: nn.Module) -> tuple[int, int]:
+        """Bytes and numbers of the treated layers as they are saved."""
+        layers = [model.get_submodule(name) for name in self.experiment.layers]
+        tensors = [tensor for layer in layers for tensor in layer.state_dict().values()]
+        return sum(tensor.nbytes for tensor in tensors), sum(tensor.numel() for tensor in tensors)
+
+    def row(
+        self, method: str, size: int, plan: Plan | None, model: nn.Module, seconds: float, timed: bool
+    ) -> Comparison:
+        """Measure a compressed head on the test set; the whole network's file where asked."""
+        with torch.no_grad():
+            logits = model(self.x_test)
+        labels = self.data.y_test
+        file_bytes, latency, faster = self.file(plan) if timed and plan is not None else (float("nan"),) * 3
+        stored, numbers = self.stored(model)
+        told = "" if plan is None else "; ".join(f"{layer.name}: {wording(layer)}" for layer in plan.layers)
+        return Comparison(
+            self.experiment.name, self.seed, method, size, stored, numbers,
+            100 * float((logits.argmax(1) == labels).double().mean()),
+            100 * float((logits.argmax(1) == self.logits.argmax(1)).double().mean()),
+            float(nn.functional.cross_entropy(logits.double(), labels)), file_bytes, latency, faster, seconds, told,
+        )  # fmt: skip
+
+    def file(self, plan: Plan) -> tuple[float, float, float]:
+        """Bytes and latency of the whole network's ONNX file, and how many times faster than the original it is."""
+        if self._onnx is None:
+            folder = tempfile.TemporaryDirectory()
+            path = Path(folder.name) / "original.onnx"
+            export_onnx(self.model, path, self.data.x_test[:2])
+            network = OnnxNetwork(path, None)
+            self._onnx = folder, path, {network.fingerprint(name): name for name in network.names}
+        folder, path, names = self._onnx
+        of = {name: names[fingerprint(self.head.get_submodule(name).weight)] for name in self.head.names}  # type: ignore[arg-type]
+        moved = replace(
+            plan,
+            layers=tuple(replace(layer, name=of[layer.name]) for layer in plan.layers),
+            feeds={of[first]: of[second] for first, second in plan.feeds.items()},
+        )
+        small = Path(folder.name) / "small.onnx"
+        apply(path, moved, small, (self.data.x_test[:16], None))
+        times = latencies({"original": path, "small": small}, [self.data.x_test[:1].numpy()], 200)
+        return float(small.stat().st_size), times["small"], times["original"] / times["small"]
+
+
+def plans_of(bench: Bench, contender: Contender, sizes: list[int]) -> Iterator[tuple[int, Plan, float]]:
+    """The contender's plan at every size that it can reach, and the seconds that took."""
+    layers, start = list(bench.experiment.layers), time.perf_counter()
+    if contender.shares is not None:
+        known = dict(_by_share(bench, contender.shares))
+        prepared = time.perf_counter() - start
+        for size in sizes:
+            fitting = [found for found in known.items() if found[0] <= size]
+            if fitting:
+                yield size, max(fitting, key=lambda found: found[0])[1], prepared / len(sizes)
+        return
+    judge = Judge(bench.head, bench.calibration, "agreement")
+    search = Search(Door(bench.head, bench.calibration), judge, bench.problem, Log(None), contender.choices)
+    search.explore(layers)
+    prepared = time.perf_counter() - start
+    for size in sizes:
+        start = time.perf_counter()
+        found = search.within(size, TRIES)
+        if found is not None:
+            yield size, found[0], prepared + time.perf_counter() - start
+
+
+def _by_share(bench: Bench, choice: tuple[str, dict[str, object]]) -> Iterator[tuple[int, Plan]]:
+    """Plans of a method that treats all layers together, by the bytes they store."""
+    method, settings = choice
+    for share in sorted({round(step / 128, 6) for step in grid(128)}):
+        try:
+            plan = plan_problem(bench.problem, method, list(bench.experiment.layers), keep=share, **settings)
+        except SlrpropError:
+            continue  # a share that leaves no neuron
+        yield bench.stored(apply(bench.head, plan))[0], plan
+
+
+def narrower(bench: Bench, size: int) -> Comparison | None:
+    """A network with fewer neurons between its dense layers, trained from scratch by the same recipe."""
+    experiment, data = bench.experiment, bench.data
+    layers = {name: bench.network.shape(name) for name in bench.head.names}
+    widths = [layers[name][1] for name in bench.head.names[:-1]]
+    best = None
+    for step in range(1, 257):
+        thinner = [max(1, round(width * step / 256)) for width in widths]
+        sides = dict(
+            zip(
+                bench.head.names,
+                zip([layers[bench.head.names[0]][0], *thinner], [*thinner, 0], strict=True),
+                strict=True,
+            )
+        )
+        if 4 * sum(sides[name][0] * sides[name][1] + sides[name][1] for name in experiment.layers) <= size:
+            best = thinner
+    if best is None:
+        return None
+    start = time.perf_counter()
+    with torch.random.fork_rng():
+        torch.manual_seed(bench.seed)
+        model = experiment.network(widths=tuple(best))
+        fit(model, experiment, data, f"{experiment.name} narrower {best} seed {bench.seed}")
+    with torch.no_grad():
+        front = bench.x_test
+        bench.x_test = torch.cat([model.front(part) for part in data.x_test.split(1000)])
+    row = bench.row(NARROWER, size, None, model.head(), time.perf_counter() - start, False)
+    bench.x_test = front
+    return replace(row, plan=f"widths {'-'.join(map(str, best))}")
+
+
+def compare(
+    experiment: Experiment, data: Dataset, folder: Path, sizes: list[str], seeds: int, store: Store[Comparison],
+    chosen: Callable[[Contender], bool] = lambda _: True, timed: bool = True,
+) -> int:  # fmt: skip
+    """Compute every missing row; returns how many were computed. A size that a contender can't reach has none.
+
+    Args:
+        sizes: stored bytes of the treated layers, absolute or as shares.
+        timed: measure files and latencies (on the first seed only).
+    """
+    done = {store.key(row) for row in store.results(experiment.name)}
+    contenders = [contender for contender in CONTENDERS if chosen(contender)]
+    before = len(done)
+    with tqdm(total=seeds * len(contenders), desc=experiment.name, unit="contender") as bar:
+        for seed in range(seeds):
+            bench = Bench(experiment, seed, data, folder)
+            total = bench.stored(bench.head)[0]
+            limits = sorted({parse_size(size, total, "--bytes") for size in sizes})
+            if (experiment.name, seed, ORIGINAL, total) not in done:
+                row = bench.row(ORIGINAL, total, Plan(()), bench.head, 0.0, timed and seed == 0)
+                store.add(row)
+                done.add(store.key(row))
+            wide = max(min(bench.network.shape(name)) for name in experiment.layers) > 2048
+            for contender in contenders:
+                bar.update()
+                bar.set_postfix_str(f"seed {seed}, {contender.name}")
+                missing = [size for size in limits if (experiment.name, seed, contender.name, size) not in done]
+                if not missing or (contender.slow and seed >= SLOW_SEEDS) or (wide and not contender.wide):
+                    continue
+                for row in _rows(bench, contender, missing, timed and seed == 0):
+                    store.add(row)
+                    done.add(store.key(row))
+    return len(done) - before
+
+
+def _rows(bench: Bench, contender: Contender, sizes: list[int], timed: bool) -> Iterator[Comparison]:
+    if contender.name == NARROWER:
+        for size in sizes:
+            row = narrower(bench, size)
+            if row is not None:
+                yield row
+        return
+    for size, plan, seconds in plans_of(bench, contender, sizes):
+        start = time.perf_counter()
+        if contender.tuned:
+            plan = tune(bench.network, Data((bench.x_train, None)), plan, TuneSettings(), quiet=True)
+        seconds += time.perf_counter() - start
+        yield bench.row(contender.name, size, plan, apply(bench.head, plan), seconds, timed)
+
+
+assert all(method in METHODS for contender in CONTENDERS for method, _ in contender.choices)
