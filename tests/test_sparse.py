@@ -26,6 +26,7 @@ from slrprop.network.onnx_rewrite import rewritten
 from slrprop.positions import decoded, encoded
 from slrprop.quantize import quantised
 from slrprop.sparsity import SupportedSquares, damped, largest, largest_per_output, least_squares, squared_error
+from slrprop.tune import TuneSettings, tune
 
 SPARSE = ("magnitude", "wanda", "obd", "obs", "lasso", "group_lasso", "low_rank_plus_sparse")
 
@@ -72,7 +73,7 @@ def test_forms_are_stored_without_loss(case):
     torch.testing.assert_close(form.dense(), wanted(*case))
     again = restored(form.description(), form.arrays())
     assert torch.equal(again.dense(), form.dense()) and again.bytes == form.bytes
-    assert form.numbers == int(support.sum()) + (form.numbers - form.matrices()["values"].numel())
+    assert form.numbers == int(support.sum()) + (form.numbers - form.matrices()["entries"].numel())
     assert form.bytes == sum(array.nbytes for array in form.arrays().values())
     doubled = form.with_matrices({name: 2 * matrix for name, matrix in form.matrices().items()})
     factor = 2 if isinstance(form, Sparse) else None
@@ -107,7 +108,7 @@ def test_layers_compute_with_the_forms(case, has_bias, batch):
     torch.testing.assert_close(layer.unpacked()(x), want)
     assert sum(p.numel() for p in layer.parameters()) == form.numbers + (form.shape[1] if has_bias else 0)
     layer(x).sum().backward()
-    assert layer.values.grad is not None
+    assert layer.entries.grad is not None
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_damaged_descriptions_are_refused(change, message):
     with pytest.raises(SlrpropError, match=message):
         restored(form.description() | change, form.arrays())
     with pytest.raises(SlrpropError, match="takes as many values"):
-        restored(form.description(), form.arrays() | {"values": torch.ones(4)})
+        restored(form.description(), form.arrays() | {"entries": torch.ones(4)})
 
 
 def gemm(path, weight, bias, opset, op="Gemm"):
@@ -297,7 +298,7 @@ def test_obd_is_half_the_weight_squared_times_the_diagonal():
 def test_magnitude_keeps_the_largest():
     weight = problem()[0]
     kept = magnitude.pruned(weight, 20)
-    assert kept.numbers == 20 and kept.values.abs().min() >= weight[~kept.support()].abs().max()
+    assert kept.numbers == 20 and kept.entries.abs().min() >= weight[~kept.support()].abs().max()
 
 
 def test_lasso_is_scikit_learns():
@@ -432,7 +433,23 @@ def test_a_file_of_a_whole_model_is_small(trained, digits, calibration, tmp_path
     assert slrprop.export_onnx(small, tmp_path / "small.onnx", digits[0][:5]) < 1e-4
     slrprop.export_onnx(trained, tmp_path / "model.onnx", digits[0][:5])
     before, after = ((tmp_path / f"{name}.onnx").stat().st_size for name in ("model", "small"))
-    assert before - after > 4 * (64 * 96 + 96 * 80) - sum(layer.bytes for layer in made.layers[:2]) - 2 * 1800
+    assert before - after > 4 * (64 * 96 + 96 * 80) - sum(layer.bytes for layer in made.layers[:2]) - 2 * 2500
     after, before = (slrprop.measure(model, (digits[0][1200:], digits[1][1200:])) for model in (small, trained))
     assert after.accuracy > before.accuracy - 2
     assert TensorProto.UINT8 in {tensor.data_type for tensor in onnx.load(tmp_path / "small.onnx").graph.initializer}
+
+
+@pytest.mark.parametrize("method", ["obs", "low_rank_plus_sparse"])
+@pytest.mark.parametrize("bits", [32, 4])
+def test_sparse_plans_can_be_tuned(method, bits, trained, calibration):
+    network = TorchNetwork(trained, Data(calibration))
+    extra = {"rank": 2} if method == "low_rank_plus_sparse" else {}
+    made = slrprop.plan(trained, calibration, method=method, layers=["0", "2"], density=0.05, bits=bits, **extra)
+    better = tune(network, Data(calibration), made, TuneSettings(epochs=2), quiet=True)
+    assert [layer.bytes for layer in better.layers] == [layer.bytes for layer in made.layers]
+    places = [
+        (getattr(layer.factors, "codes", layer.factors)).indices()["gaps"]
+        for layer in (*made.layers[:2], *better.layers[:2])
+    ]
+    assert torch.equal(places[0], places[2]) and torch.equal(places[1], places[3])
+    slrprop.apply(trained, better)(calibration[0])
