@@ -30,7 +30,7 @@ class Decoder:
         """A constant, stored once."""
         key = (repr(value), dtype.__name__)
         if key not in self._constants:
-            self._constants[key] = self.writer.tensor("constant", np.array(value, dtype))
+            self._constants[key] = self.writer.tensor("c", np.array(value, dtype))
         return self._constants[key]
 
     def codes(self, what: str, stored: np.ndarray, bits: int) -> str:
@@ -60,7 +60,17 @@ class Decoder:
         return add("Mul", [add("Cast", [codes], to=self.kind), factor])
 
     def weight(self) -> str:
-        """The m x n weight."""
+        """The m x n weight; its nodes go without names and its tensors with short ones, which would outweigh the numbers."""
+        name, start = self.writer.name, len(self.writer.nodes)
+        self.writer.name = "s"
+        try:
+            return self._weight()
+        finally:
+            self.writer.name = name
+            for node in self.writer.nodes[start:]:
+                node.ClearField("name")
+
+    def _weight(self) -> str:
         add, (m, n) = self.writer.add, self.form.shape
         zero = helper.make_tensor("value", self.kind, [1], [0])
         if not len(self.form.entries):
