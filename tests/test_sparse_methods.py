@@ -237,7 +237,7 @@ def test_making_up_for_what_is_removed_pays(trained, calibration):
         return squared_error(task.weight, form.dense(), damped(task.covariance), task.metric)
 
     gradual, one_shot, sparsegpt = (error("obs", variant=variant) for variant in obs.VARIANTS)
-    assert gradual < one_shot < sparsegpt < error("obd") < error("magnitude") if METHODS["magnitude"].build is None else gradual < one_shot < sparsegpt < error("obd")  # fmt: skip
+    assert gradual < one_shot < sparsegpt < error("obd")
     assert gradual < error("lasso") < error("lasso", refit=False)
 
 
