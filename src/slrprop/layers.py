@@ -249,21 +249,21 @@ class SparseLinear(FactoredLinear):
     def __init__(self, factors: Sparse | LowRankPlusSparse, bias: Tensor | None) -> None:
         super().__init__(factors, bias)
         sparse = factors if isinstance(factors, Sparse) else factors.sparse
-        self.values = _parameter(sparse.values)
+        self.entries = _parameter(sparse.entries)
         self.gap_bits = sparse.gap_bits
         self.register_buffer("gaps", sparse.gaps.clone())
         self.register_buffer("places", sparse.places.clone(), persistent=False)
 
     def _sparse(self) -> Sparse:
-        return Sparse(self.values, self.gaps, self.gap_bits, (self.in_features, self.out_features), self.places)
+        return Sparse(self.entries, self.gaps, self.gap_bits, (self.in_features, self.out_features), self.places)
 
     def factors(self) -> Sparse | LowRankPlusSparse:
         return self._sparse()
 
     def _multiplied_out(self) -> Tensor:
         """The sparse weight (m x n)."""
-        flat = self.values.new_zeros(self.in_features * self.out_features)
-        return flat.index_put((self.places,), self.values).reshape(self.in_features, self.out_features)
+        flat = self.entries.new_zeros(self.in_features * self.out_features)
+        return flat.index_put((self.places,), self.entries).reshape(self.in_features, self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._with_bias(x @ self._multiplied_out())

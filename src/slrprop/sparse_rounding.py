@@ -19,7 +19,7 @@ def rounded_values(form: Sparse, weight: Tensor, covariance: Tensor, metric: Ten
     (n x n; without it outputs do not help each other), then rounded from the input of most variance down, the rest made to take up the
     error (Frantar et al., GPTQ, ICLR 2023, here on each output's own support).
     """
-    scale = scales_of(form.values, 0, bits)
+    scale = scales_of(form.entries, 0, bits)
     step, (low, high) = float(scale[0]), CODES[bits]
     hessian = damped(covariance)
     couple = torch.eye(weight.shape[1], dtype=torch.float64) if metric is None else metric
@@ -46,7 +46,7 @@ def rounded_values(form: Sparse, weight: Tensor, covariance: Tensor, metric: Ten
 @compensated.register
 def _(form: Sparse, bits: int, task: Regression) -> Quantized:
     codes, scale = rounded_values(form, task.weight, task.covariance, task.metric, bits)
-    return Quantized(form.with_matrices({"values": codes.float()}), {"values": scale.half()}, bits)
+    return Quantized(form.with_matrices({"entries": codes.float()}), {"entries": scale.half()}, bits)
 
 
 @compensated.register
@@ -55,5 +55,5 @@ def _(form: LowRankPlusSparse, bits: int, task: Regression) -> Quantized:
     low = compensated(form.low_rank, bits, replace(task, weight=task.weight - form.sparse.dense()))
     left = task.weight - low.dense().double()
     codes, scale = rounded_values(form.sparse, left, task.covariance, task.metric, bits)
-    whole = form.with_matrices(low.codes.matrices() | {"values": codes.float()})
-    return Quantized(whole, low.scales | {"values": scale.half()}, bits)
+    whole = form.with_matrices(low.codes.matrices() | {"entries": codes.float()})
+    return Quantized(whole, low.scales | {"entries": scale.half()}, bits)

@@ -22,12 +22,12 @@ def _side(value: Any) -> int:
 class Sparse(Factors):
     """An m x n weight with the values that are not zero, and where they stand.
 
-    ``values`` (nnz,) go along the rows (inputs), one after another; ``gaps`` holds their places ``i * n + j`` as
+    ``entries`` (nnz,) go along the rows (inputs), one after another; ``gaps`` holds their places ``i * n + j`` as
     packed codes of ``gap_bits`` bits (uint8, see :mod:`slrprop.positions`): a bitmap or the distances between the
     places, whatever takes fewest bytes. Size only: it is multiplied out to compute, so it is no faster than dense.
     """
 
-    values: Tensor
+    entries: Tensor
     gaps: Tensor
     gap_bits: int
     sides: tuple[int, int]
@@ -38,8 +38,8 @@ class Sparse(Factors):
     def __post_init__(self) -> None:
         if self.known_places is None:
             object.__setattr__(self, "known_places", decoded(self.gaps, self.gap_bits, self.shape[0] * self.shape[1]))
-        if self.values.ndim != 1 or len(self.values) != len(self.places):
-            raise SlrpropError(f"a sparse weight with {len(self.places)} marked places takes as many values, got shape {tuple(self.values.shape)}")  # fmt: skip
+        if self.entries.ndim != 1 or len(self.entries) != len(self.places):
+            raise SlrpropError(f"a sparse weight with {len(self.places)} marked places takes as many values, got shape {tuple(self.entries.shape)}")  # fmt: skip
 
     @classmethod
     def of(cls, weight: Tensor, support: Tensor | None = None) -> "Sparse":
@@ -61,18 +61,18 @@ class Sparse(Factors):
 
     def support(self) -> Tensor:
         """Where values are stored (bool, m x n)."""
-        marked = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.bool, device=self.values.device)
+        marked = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.bool, device=self.entries.device)
         marked[self.places] = True
         return marked.reshape(self.shape)
 
     def matrices(self) -> dict[str, Tensor]:
-        return {"values": self.values}
+        return {"entries": self.entries}
 
     def indices(self) -> dict[str, Tensor]:
         return {"gaps": self.gaps}
 
     def with_matrices(self, matrices: Mapping[str, Tensor]) -> "Sparse":
-        return Sparse(matrices["values"], self.gaps, self.gap_bits, self.shape, self.known_places)
+        return Sparse(matrices["entries"], self.gaps, self.gap_bits, self.shape, self.known_places)
 
     def description(self) -> dict[str, Any]:
         return {"kind": self.kind, "shape": list(self.shape), "gap_bits": self.gap_bits}
@@ -80,15 +80,15 @@ class Sparse(Factors):
     @classmethod
     def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> "Sparse":
         m, n = description["shape"]
-        return cls(arrays["values"], arrays["gaps"], description["gap_bits"], (_side(m), _side(n)))
+        return cls(arrays["entries"], arrays["gaps"], description["gap_bits"], (_side(m), _side(n)))
 
     @property
     def multiplications(self) -> int:
         return self.shape[0] * self.shape[1]
 
     def dense(self) -> Tensor:
-        flat = self.values.new_zeros(self.shape[0] * self.shape[1])
-        return flat.index_put((self.places,), self.values).reshape(self.shape)
+        flat = self.entries.new_zeros(self.shape[0] * self.shape[1])
+        return flat.index_put((self.places,), self.entries).reshape(self.shape)
 
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Sparse":
         weight, support = self.dense(), self.support()

@@ -30,7 +30,7 @@ class Decoder:
         """A constant, stored once."""
         key = (repr(value), dtype.__name__)
         if key not in self._constants:
-            self._constants[key] = self.writer.tensor("constant", np.array(value, dtype))
+            self._constants[key] = self.writer.tensor("c", np.array(value, dtype))
         return self._constants[key]
 
     def codes(self, what: str, stored: np.ndarray, bits: int) -> str:
@@ -48,22 +48,32 @@ class Decoder:
         """The values (nnz or more,); from few bits by Cast and Mul: ONNX Runtime leaves DequantizeLinear to every run."""
         add, quantized = self.writer.add, self.writer.quantized
         if quantized is None:
-            return self.writer.tensor("values", self.form.values)
-        whole = self.form.values.cpu().numpy().astype(np.int64)
+            return self.writer.tensor("entries", self.form.entries)
+        whole = self.form.entries.cpu().numpy().astype(np.int64)
         if quantized.bits == 8:
-            codes = self.writer.tensor("values", whole.astype(np.int8))
+            codes = self.writer.tensor("entries", whole.astype(np.int8))
         else:
             middle = 1 << (quantized.bits - 1)
-            codes = self.codes("values", packed_codes(whole + middle, quantized.bits), quantized.bits)
+            codes = self.codes("entries", packed_codes(whole + middle, quantized.bits), quantized.bits)
             codes = add("Sub", [codes, self.constant(middle, np.int32)])
-        factor = add("Cast", [self.writer.tensor("scale", quantized.scales["values"], exact=True)], to=self.kind)
+        factor = add("Cast", [self.writer.tensor("scale", quantized.scales["entries"], exact=True)], to=self.kind)
         return add("Mul", [add("Cast", [codes], to=self.kind), factor])
 
     def weight(self) -> str:
-        """The m x n weight."""
+        """The m x n weight; its nodes go without names and its tensors with short ones, which would outweigh the numbers."""
+        name, start = self.writer.name, len(self.writer.nodes)
+        self.writer.name = "s"
+        try:
+            return self._weight()
+        finally:
+            self.writer.name = name
+            for node in self.writer.nodes[start:]:
+                node.ClearField("name")
+
+    def _weight(self) -> str:
         add, (m, n) = self.writer.add, self.form.shape
         zero = helper.make_tensor("value", self.kind, [1], [0])
-        if not len(self.form.values):
+        if not len(self.form.entries):
             return add("ConstantOfShape", [self.constant([m, n])], value=zero)
         codes = self.codes("gaps", self.form.gaps.cpu().numpy(), self.form.gap_bits)
         marks = add("Less", [codes, self.constant((1 << self.form.gap_bits) - 1, np.int32)])
