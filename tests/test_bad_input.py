@@ -135,8 +135,19 @@ def test_ranks_of_cost_scores() -> None:
 
 @pytest.mark.parametrize("method", ["svd", "slr"])
 def test_ranks_above_a_layer(method: str) -> None:
-    refused(r"layer '0' \(10 x 16\) can't be treated: rank 11 is above its smaller side 10; choose", plan, rank=11, layers="0", method=method)
-    refused(f"{method} can treat none of the layers asked for .*0: rank 17 is above its smaller side 10", plan, rank=17, method=method)
+    refused(
+        r"layer '0' \(10 x 16\) can't be treated: rank 11 is above its smaller side 10; choose",
+        plan,
+        rank=11,
+        layers="0",
+        method=method,
+    )
+    refused(
+        f"{method} can treat none of the layers asked for .*0: rank 17 is above its smaller side 10",
+        plan,
+        rank=17,
+        method=method,
+    )
     made = plan(rank=5, method="svd")
     assert made.left_dense == {"4": "rank 5 is above its smaller side 4"}
 

@@ -14,7 +14,7 @@ from slrprop.checks import require_choice, suggestion
 from slrprop.data import open_data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense, Factors, Quantized
-from slrprop.layers import linear_from
+from slrprop.layers import linear_from, note_shape, original_shape
 from slrprop.methods import METHODS, Decision, Method, Problem, Settings, find_method
 from slrprop.network import open_network
 from slrprop.network.base import Network, fingerprint
@@ -211,7 +211,7 @@ def _why_dense(network: Network, name: str, settings: Settings, must: bool) -> s
             raise SlrpropError(f"layer '{name}' ({m} x {n}) can't be treated: {reason}; choose other settings")
         return reason
     numbers, own = settings.stored_numbers(m, n), 8 * network.weight(name).itemsize
-    if numbers * min(settings.bits, own) < m * n * own:
+    if numbers is None or numbers * min(settings.bits, own) < m * n * own:
         return ""
     size = ", ".join(f"{key} {getattr(settings, key)}" for key in ("rank", "density") if hasattr(settings, key))
     return f"{size or 'it'} would store {numbers:,} numbers instead of {m * n:,}"
@@ -319,6 +319,9 @@ def _apply_module(model: nn.Module, plan: Plan) -> nn.Module:
         name: linear_from(form, done.moved_biases.get(name, bias(name))).to(modules[name].weight.dtype)
         for name, form in done.moved.items()
     }
+    for name, form in done.moved.items():
+        if form.shape != modules[name].weight.T.shape or original_shape(modules[name]):
+            note_shape(swaps[name], original_shape(modules[name]) or modules[name].weight.T.shape)
     return swapped(model, swaps)
 
 

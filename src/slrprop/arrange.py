@@ -1,18 +1,22 @@
-"""The order of the neurons between two layers, in which every block of a sparse low-rank layer is a slice."""
+"""The neurons between two layers: those that the second does not read go, the others get an order that makes sets slices."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Factors, Quantized, SparseLowRank
+from slrprop.factors import Dense, Factors, Narrowed, Quantized, SparseLowRank
 
 
 def arranged(
     forms: Mapping[str, Factors], feeds: Mapping[str, str], weight: Callable[[str], Factors]
 ) -> tuple[dict[str, Factors], dict[str, Tensor]]:
-    """Put the neurons between sparse low-rank layers and their neighbours in an order that makes sets slices.
+    """Remove the neurons between two layers that the second does not read, and make sets of the others slices.
+
+    Only element-wise functions stand between, so what nobody reads can go: the first layer loses outputs, the second
+    inputs, and what the network computes stays the same.
 
     Args:
         forms: the layers' new factors.
@@ -20,14 +24,17 @@ def arranged(
         weight: the factors of a neighbour that has none yet.
 
     Returns:
-        All layers that change, neighbours included, and for each whose outputs moved their order (n,): its bias follows.
+        All layers that change, neighbours included, and for each whose outputs moved or went the ones that it has now, in
+        their order: its bias follows.
 
     Raises:
         SlrpropError: two layers of a pair do not fit.
     """
     forms, orders = dict(forms), {}
     for first, second in feeds.items():
-        if not any(isinstance(blocks_of(forms.get(name)), SparseLowRank) for name in (first, second)):
+        unread = second in forms and not bool(forms[second].read().all())
+        sets = any(isinstance(blocks_of(forms.get(name)), (SparseLowRank, Narrowed)) for name in (first, second))
+        if not sets and not unread:
             continue
         if first == second:
             raise SlrpropError(f"the plan says that layer '{first}' feeds itself; the file is damaged")
@@ -38,9 +45,23 @@ def arranged(
             raise SlrpropError(
                 f"the plan says that '{first}' feeds '{second}', whose sizes differ in this model; it was made for another model"
             )
-        order = orders[first] = _common_order(forms[first], forms[second])
+        order = _common_order(forms[first], forms[second]) if sets else torch.arange(forms[first].shape[1])
+        if unread and forms[first].selects and forms[second].selects:
+            here = forms[second].read()[order]
+            order = order[here] if here.any() else order[:1]  # a layer keeps one output at least
+        orders[first] = order
         forms[first], forms[second] = forms[first].permuted(columns=order), forms[second].permuted(rows=order)
-    return forms, orders
+    return {name: _simplest(form) for name, form in forms.items()}, orders
+
+
+def _simplest(form: Factors) -> Factors:
+    """A narrowed layer that has lost no neuron, or none any more, is a dense one."""
+    blocks = blocks_of(form)
+    if not isinstance(blocks, Narrowed) or not blocks.whole:
+        return form
+    if isinstance(form, Quantized):
+        return replace(form, codes=Dense(blocks.block), scales={"weight": form.scales["block"]})
+    return Dense(blocks.block)
 
 
 def blocks_of(form: Factors | None) -> Factors | None:
@@ -51,9 +72,12 @@ def blocks_of(form: Factors | None) -> Factors | None:
 def _common_order(first: Factors, second: Factors) -> Tensor:
     """An order of the neurons between two layers in which both layers' sets are slices (for two levels each)."""
     count = first.shape[1]
+    made, read = torch.zeros(2, count, dtype=torch.long)
     made_by, read_by = blocks_of(first), blocks_of(second)
-    made = made_by.column_levels.long() if isinstance(made_by, SparseLowRank) else torch.zeros(count, dtype=torch.long)
-    read = read_by.row_levels.long() if isinstance(read_by, SparseLowRank) else torch.zeros(count, dtype=torch.long)
+    if isinstance(made_by, (SparseLowRank, Narrowed)):
+        made = (made_by.column_levels if isinstance(made_by, SparseLowRank) else made_by.columns).long()
+    if isinstance(read_by, (SparseLowRank, Narrowed)):
+        read = (read_by.row_levels if isinstance(read_by, SparseLowRank) else read_by.rows).long()
     top = made == made.max()
     key = (made.max() - made) * 1024 + torch.where(top, read, read.max() - read)
     return key.argsort(stable=True)

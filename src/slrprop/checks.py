@@ -20,6 +20,18 @@ def require_rate(what: str, rate: Any) -> None:
         raise SlrpropError(f"{what} must be at least 0 and below 1, got {rate!r}")
 
 
+def require_flag(what: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise SlrpropError(f"{what} must be True or False, got {value!r}")
+
+
+def require_keep(keep: Any) -> None:
+    """A share that stays is a number in (0, 1]."""
+    if isinstance(keep, bool) or not isinstance(keep, Real) or not 0 < float(keep) <= 1:
+        raise SlrpropError(f"keep must be above 0 and at most 1, got {keep!r}")
+
+
 def require_choice(what: str, value: Any, choices: Collection[str]) -> None:
     """A word out of a list."""
     if not isinstance(value, str) or value not in choices:
@@ -37,3 +49,9 @@ def suggestion(name: str, known: Collection[str]) -> str:
 def share(count: int, rate: float) -> int:
     """``int(count * rate)`` as the articles write it, safe from 0.29 * 100 = 28.999..."""
     return int(count * rate + 1e-9)
+
+
+def require_density(what: str, density: Any) -> None:
+    """A density is a number above 0, at most 1."""
+    if isinstance(density, bool) or not isinstance(density, Real) or not 0 < float(density) <= 1:
+        raise SlrpropError(f"{what} must be above 0 and at most 1, got {density!r}")

@@ -182,7 +182,10 @@ def compress(
     max_latency_ms: Annotated[float | None, typer.Option(help="Milliseconds for one sample on one thread.")] = None,
     max_latency: Annotated[str | None, typer.Option(help="The same as a share of the original's: 50%.")] = None,
     metric: Annotated[str | None, typer.Option(help="accuracy, agreement or squared_error; found by default.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="Method to search over; may be repeated.")] = None,
+    level: Annotated[str, typer.Option(help="What it may use: weights, calibrated or tuned.")] = "calibrated",
+    method: Annotated[
+        list[str] | None, typer.Option(help="Method to try instead of the level's; may be repeated.")
+    ] = None,
     layers: Annotated[list[str] | None, typer.Option(help="Name or pattern; may be repeated.")] = None,
     confident: Annotated[bool, typer.Option(help="The upper end of the drop's interval must hold too.")] = False,
     seed: Annotated[int, typer.Option(help="Which half of the data searches.")] = 0,
@@ -211,7 +214,7 @@ def compress(
     try:
         found = search.compress(
             model, calibration, max_drop=max_drop, max_bytes=max_bytes, max_latency_ms=max_latency_ms, max_latency=max_latency,
-            metric=metric, methods={name: search.DEFAULT_METHODS.get(name, {}) for name in method} if method else None,
+            metric=metric, level=level, methods=[(name, {}) for name in method] if method else None,
             layers=layers or None, confident=confident, seed=seed, run_dir=run_dir,
         )  # fmt: skip
     except search.BudgetError as error:

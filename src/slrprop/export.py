@@ -18,7 +18,7 @@ from slrprop.data import as_tensor
 from slrprop.errors import SlrpropError, first_line
 from slrprop.factors import Quantized
 from slrprop.files import replacing
-from slrprop.layers import PackedLinear
+from slrprop.layers import FactoredLinear
 from slrprop.network.base import fingerprint
 from slrprop.network.onnx import OnnxNetwork
 from slrprop.network.onnx_rewrite import rewritten
@@ -60,7 +60,7 @@ def _tensors(result: Any) -> list[Tensor]:
     return [tensor for value in values if value is not None for tensor in _tensors(value)]
 
 
-def _repack(path: Path, packed: Mapping[str, PackedLinear]) -> None:
+def _repack(path: Path, packed: Mapping[str, FactoredLinear], plain: Mapping[str, nn.Linear]) -> None:
     """Put packed layers, exported as dense ones, back into the file as they are stored."""
     if not packed:
         return
@@ -68,7 +68,7 @@ def _repack(path: Path, packed: Mapping[str, PackedLinear]) -> None:
     places = {network.fingerprint(name): name for name in network.names}
     forms = {}
     for name, layer in packed.items():
-        place = places.get(fingerprint(layer.factors().dense().T.to(torch.float32)))
+        place = places.get(fingerprint(plain[name].weight))
         if place is None:
             raise SlrpropError(f"layer '{name}' was not found again in the exported graph")
         forms[place] = layer.factors()
@@ -119,8 +119,9 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_
         except Exception as error:  # somebody else's forward
             shapes = ", ".join(str(tuple(item.shape)) for item in inputs)
             raise SlrpropError(f"the model can't take data of shape {shapes}: {first_line(error)}") from error
-        packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
-        plain = swapped(model, {name: module.unpacked() for name, module in packed.items()}) if packed else model
+        packed = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear) and module.repacked}  # fmt: skip
+        unpacked: dict[str, nn.Linear] = {name: module.unpacked() for name, module in packed.items()}
+        plain = swapped(model, dict(unpacked)) if packed else model
         with replacing(path) as part:
             dynamic = torch.export.ShapesCollection()
             for item in inputs:
@@ -132,7 +133,7 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_
                         external_data=False, opset_version=OPSET, optimize=True, verbose=False,
                     )  # fmt: skip
                 _strip(part)
-                _repack(part, packed)
+                _repack(part, packed, unpacked)
                 onnx.checker.check_model(str(part), full_check=True)
             except OSError:
                 raise

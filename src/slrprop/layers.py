@@ -1,17 +1,29 @@
 """Torch modules that compute with factors, in the place of ``torch.nn.Linear``.
 
-They take (..., m) and give (..., n), can be fine-tuned, and export to ONNX as plain matrix products.
+They take (..., m) and give (..., n), can be fine-tuned, and export to ONNX as standard nodes.
 """
 
 from collections.abc import Mapping
 from functools import singledispatch
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Factors, LowRank, Quantized, SparseLowRank, members, restored, span
+from slrprop.factors import (
+    Dense,
+    Factors,
+    LowRank,
+    LowRankPlusSparse,
+    Narrowed,
+    Quantized,
+    Sparse,
+    SparseLowRank,
+    members,
+    restored,
+    span,
+)
 
 
 def _keep_factored(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -19,7 +31,13 @@ def _keep_factored(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 
 class FactoredLinear(nn.Module):
-    """A linear layer held as factors."""
+    """A linear layer held as factors.
+
+    ``repacked``: in an ONNX file torch's exporter would make its numbers longer than they are stored, so it is exported as
+    :meth:`unpacked` and then put back as it is stored.
+    """
+
+    repacked: ClassVar[bool] = False
 
     def __init__(self, factors: Factors, bias: Tensor | None) -> None:
         super().__init__()
@@ -35,6 +53,10 @@ class FactoredLinear(nn.Module):
     def stored(cls, description: Mapping[str, Any], state: Mapping[str, Tensor]) -> Factors:
         """The factors that a saved state of this module holds, from their description; values may be placeholders."""
         return restored(description, state)
+
+    def unpacked(self) -> nn.Linear:
+        """An ``nn.Linear`` that computes the same."""
+        return _dense_linear(Dense(self.factors().dense()), self.bias)
 
     @property
     def weight(self) -> Tensor:
@@ -138,11 +160,45 @@ class SparseLowRankLinear(FactoredLinear):
         return self._with_bias(y if self.unsort is None else _gathered(y, self.unsort))
 
 
+class NarrowedLinear(FactoredLinear):
+    """One dense block that reads some of the inputs and makes some of the outputs; the others are the bias alone."""
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, factors: Narrowed, bias: Tensor | None) -> None:
+        super().__init__(factors, bias)
+        self.block = _parameter(factors.block)
+        for name, array in factors.indices().items():
+            self.register_buffer(name, array.clone())
+        self._description = factors.description()
+        index = factors.rows.nonzero()[:, 0]
+        self.row_slice = span(index)
+        self.register_buffer("row_index", index, persistent=False)
+        place = torch.where(factors.columns, factors.columns.cumsum(0) - 1, len(self.block.T))
+        self.register_buffer("place", None if factors.columns.all() else place, persistent=False)
+
+    def factors(self) -> Narrowed:
+        return Narrowed.restored(self._description, {"block": self.block, "rows": self.rows, "columns": self.columns})
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.row_slice is None:
+            x = _gathered(x, self.get_buffer("row_index"))
+        elif self.row_slice != slice(0, self.in_features):
+            x = x[..., self.row_slice]
+        y = x @ self.block
+        if self.place is not None:
+            y = _gathered(torch.cat([y, torch.zeros_like(y[..., :1])], -1), self.get_buffer("place"))
+        return self._with_bias(y)
+
+
 class PackedLinear(FactoredLinear):
     """Factors kept as they are stored, in few bits; they are unpacked when they are first needed.
 
     What is packed is not trained, and a change of the module's dtype does not touch it.
     """
+
+    repacked = True
 
     def __init__(self, factors: Quantized, bias: Tensor | None) -> None:
         super().__init__(factors, None if factors.bias_codes is not None else bias)
@@ -168,12 +224,11 @@ class PackedLinear(FactoredLinear):
             self._unpacked[:] = [module]
         return self._with_bias(self._unpacked[0](x))
 
-    def unpacked(self) -> nn.Module:
-        """An ``nn.Linear`` that computes the same."""
+    def unpacked(self) -> nn.Linear:
         factors = self.factors()
         assert isinstance(factors, Quantized)
         bias = self.bias if factors.bias is None else factors.bias
-        return linear_from(Dense(factors.dense().to(torch.float32)), bias)
+        return _dense_linear(Dense(factors.dense().to(torch.float32)), bias)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "PackedLinear":
         self._unpacked.clear()
@@ -184,20 +239,74 @@ class PackedLinear(FactoredLinear):
         super()._load_from_state_dict(*args, **kwargs)
 
 
+class SparseLinear(FactoredLinear):
+    """``y = x @ W + bias`` with the values of a sparse W as parameters; their places stay as they are."""
+
+    repacked = True
+    gaps: Tensor
+    places: Tensor
+
+    def __init__(self, factors: Sparse | LowRankPlusSparse, bias: Tensor | None) -> None:
+        super().__init__(factors, bias)
+        sparse = factors if isinstance(factors, Sparse) else factors.sparse
+        self.values = _parameter(sparse.values)
+        self.gap_bits = sparse.gap_bits
+        self.register_buffer("gaps", sparse.gaps.clone())
+        self.register_buffer("places", sparse.places.clone(), persistent=False)
+
+    def _sparse(self) -> Sparse:
+        return Sparse(self.values, self.gaps, self.gap_bits, (self.in_features, self.out_features), self.places)
+
+    def factors(self) -> Sparse | LowRankPlusSparse:
+        return self._sparse()
+
+    def _multiplied_out(self) -> Tensor:
+        """The sparse weight (m x n)."""
+        flat = self.values.new_zeros(self.in_features * self.out_features)
+        return flat.index_put((self.places,), self.values).reshape(self.in_features, self.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._with_bias(x @ self._multiplied_out())
+
+
+class LowRankPlusSparseLinear(SparseLinear):
+    """``y = (x @ left) @ right + x @ S + bias``."""
+
+    def __init__(self, factors: LowRankPlusSparse, bias: Tensor | None) -> None:
+        super().__init__(factors, bias)
+        self.left, self.right = _parameter(factors.low_rank.left), _parameter(factors.low_rank.right)
+
+    def factors(self) -> LowRankPlusSparse:
+        return LowRankPlusSparse(LowRank(self.left, self.right), self._sparse())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._with_bias(x @ self.left @ self.right + x @ self._multiplied_out())
+
+
 @singledispatch
 def linear_from(factors: Factors, bias: Tensor | None) -> nn.Module:
     """The module that computes with these factors; ``bias`` is (n,) or None. A new form registers its own."""
     raise SlrpropError(f"no torch layer computes with {type(factors).__name__} factors")
 
 
-@linear_from.register
-def _(factors: Dense, bias: Tensor | None) -> nn.Module:
+@linear_from.register(Dense)
+def _dense_linear(factors: Dense, bias: Tensor | None) -> nn.Linear:
     m, n = factors.shape
     linear = nn.utils.skip_init(nn.Linear, m, n, bias=bias is not None)
     linear.weight = _parameter(factors.weight.T)
     if bias is not None:
         linear.bias = _parameter(bias)
     return linear
+
+
+def note_shape(module: nn.Module, shape: tuple[int, ...]) -> None:
+    """Note that a layer took the place of one of another shape (m, n), before neurons around it were removed."""
+    module.original_shape = shape[0], shape[1]  # type: ignore[assignment]
+
+
+def original_shape(module: nn.Module) -> tuple[int, int] | None:
+    """The shape (m, n) of the layer before neurons around it were removed; None where none were."""
+    return getattr(module, "original_shape", None)
 
 
 LAYERS: dict[str, type[FactoredLinear]] = {}
@@ -211,4 +320,7 @@ def computes_with(form: type[Factors], layer: type[FactoredLinear]) -> None:
 
 computes_with(LowRank, LowRankLinear)
 computes_with(SparseLowRank, SparseLowRankLinear)
+computes_with(Narrowed, NarrowedLinear)
 computes_with(Quantized, PackedLinear)
+computes_with(Sparse, SparseLinear)
+computes_with(LowRankPlusSparse, LowRankPlusSparseLinear)

@@ -139,11 +139,24 @@ def top_eigenvectors(apply: Callable[[Tensor], Tensor], size: int, rank: int, dt
     return (basis @ vectors[:, -rank:]).flip(1)
 
 
+def principal(target: Tensor, covariance: Tensor, root: Tensor | None, rank: int) -> Tensor:
+    """The top principal directions (n x k) of the weighed output ``C^.5 T L``, see :func:`reduced_rank`."""
+    wide = target if root is None else target @ root
+    return top_eigenvectors(lambda v: wide.T @ (covariance @ (wide @ v)), wide.shape[1], rank, wide.dtype)
+
+
+def projected(target: Tensor, root: Tensor | None, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """T projected onto directions (n x k) of its weighed output, as factors (m x k) and (k x n)."""
+    if root is None:
+        return target @ vectors, vectors.T
+    return target @ (root @ vectors), torch.linalg.solve_triangular(root, vectors.T, upper=False, left=False)
+
+
 def reduced_rank(target: Tensor, covariance: Tensor, root: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
     """Factors A (m x k), B (k x n) that minimise ``||C^.5 (T - A B) L||_F``: reduced-rank regression in two metrics.
 
-    The rank-k projection onto the principal directions of the weighed output, ``C^.5 T L`` (methods: DRONE 2021,
-    SVD-LLM 2024 for L = I). Nothing is inverted but L, so C may be singular.
+    The projection of T onto the top principal directions of the weighed output (methods: DRONE 2021, SVD-LLM 2024 for
+    L = I). Nothing is inverted but L, so C may be singular.
 
     Args:
         target: T (m x n).
@@ -151,10 +164,7 @@ def reduced_rank(target: Tensor, covariance: Tensor, root: Tensor | None, rank: 
         root: lower Cholesky factor L (n x n) of the outputs' metric; None for the identity.
         rank: k, at most min(m, n).
     """
-    wide = target if root is None else target @ root
-    vectors = top_eigenvectors(lambda v: wide.T @ (covariance @ (wide @ v)), wide.shape[1], rank, wide.dtype)
-    right = vectors.T if root is None else torch.linalg.solve_triangular(root, vectors.T, upper=False, left=False)
-    return wide @ vectors, right
+    return projected(target, root, principal(target, covariance, root, rank))
 
 
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

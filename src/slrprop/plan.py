@@ -22,12 +22,7 @@ VERSION = 1
 MAX_PLAN_BYTES = 256 << 20
 
 
-def _size_of(settings: dict[str, Any]) -> str:
-    """The settings that say how much is kept, in words."""
-    told = [f"{key} {settings[key]:g}" for key in ("rank", "density", "keep", "gain") if settings.get(key) is not None]
-    if settings.get("bits", 32) != 32:
-        told.append(f"{settings['bits']} bits")
-    return "".join(f", {part}" for part in told)
+SIZES = ("rank", "density", "keep", "gain")  # settings that say how much is kept
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -98,6 +93,20 @@ class LayerPlan:
         return replace(self, form=form, fitted=_arrays_digest(form, self.arrays()))
 
 
+def wording(layer: LayerPlan) -> str:
+    """A layer's method and how much it keeps, like ``nested (three-wide), 4 bits, rank 12``."""
+    told = [f"{key} {layer.settings[key]:g}" for key in SIZES if layer.settings.get(key) is not None]
+    return ", ".join([method_of(layer), *told])
+
+
+def method_of(layer: LayerPlan) -> str:
+    """A layer's method with what tells its variants apart."""
+    given = layer.settings
+    variants = [str(given[key]) for key in ("shape", "variant") if given.get(key)]
+    bits = [] if given.get("bits", 32) == 32 else [f"{given['bits']} bits"]
+    return ", ".join([layer.method + (f" ({', '.join(variants)})" if variants else ""), *bits])
+
+
 @dataclass(frozen=True)
 class Plan:
     """What to do with a model.
@@ -127,8 +136,9 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [
-            f"{layer.name}: {layer.shape[0]} x {layer.shape[1]}, {layer.method}{_size_of(layer.settings)}, {layer.numbers:,} numbers, "
+            f"{layer.name}: {layer.shape[0]} x {layer.shape[1]}, {wording(layer)}, {layer.numbers:,} numbers, "
             f"compression_rate {layer.numbers / (layer.shape[0] * layer.shape[1]):.4f}"
+            + "".join(f", {key} {value:.3g}" for key, value in layer.notes.items())
             for layer in self.layers
         ]
         return "\n".join(lines + [f"{name}: left dense ({reason})" for name, reason in self.left_dense.items()])

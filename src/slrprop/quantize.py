@@ -7,14 +7,16 @@ second is fitted anew once the first is rounded.
 
 from dataclasses import replace
 from functools import singledispatch
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from slrprop.factors import Dense, Factors, LowRank, Quantized, SparseLowRank, members
+from slrprop.factors import Dense, Factors, LowRank, Narrowed, Quantized, SparseLowRank, members
 from slrprop.factors.quantized import CODES
 from slrprop.linalg import balanced
-from slrprop.regression import Regression
+from slrprop.regression import Regression, level
 
 CLIPS = torch.arange(1.0, 0.39, -0.05)  # shares of the largest magnitude that may become the largest code
 ROUNDING_DAMPING = 1e-2  # of the covariance's mean variance
@@ -30,7 +32,7 @@ def scales_of(matrix: Tensor, axis: int, bits: int) -> Tensor:
     """
     flat = matrix.reshape(1, -1) if matrix.ndim == 1 else matrix.movedim(axis, 1)
     low, high = CODES[bits]
-    top = flat.abs().amax(1, keepdim=True) / high
+    top = (flat.abs().amax(1, keepdim=True) if flat.shape[1] else flat.new_zeros(len(flat), 1)) / high
     best, error = torch.ones_like(top), torch.full_like(top, torch.inf)
     for clip in CLIPS.tolist():
         scale = (top * clip).clamp(SMALLEST, 65504).half().to(flat)
@@ -55,26 +57,43 @@ def rounded(matrix: Tensor, axis: int, bits: int, covariance: Tensor | None = No
     wide = scale if matrix.ndim == 1 else scale.unsqueeze(axis)
     if covariance is None or matrix.ndim == 1:
         return (matrix / wide).round().clamp(low, high), scale
-    per_row = wide.expand_as(matrix)
-    size = len(matrix)
-    order = covariance.diagonal().argsort(descending=True)
-    back = order.argsort()
-    spread = covariance[order][:, order]
-    mean = spread.diagonal().mean().clamp_min(torch.finfo(spread.dtype).tiny)
-    inverse = torch.cholesky_inverse(
-        torch.linalg.cholesky(spread + ROUNDING_DAMPING * mean * torch.eye(size, dtype=spread.dtype))
-    )
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    rest, codes, per_row = matrix[order].clone(), torch.empty_like(matrix), per_row[order]
-    for start in range(0, size, BLOCK):
-        stop = min(start + BLOCK, size)
-        errors = torch.zeros_like(rest[start:stop])
+    return compensating(matrix, wide.expand_as(matrix), bits, Spread.of(covariance)), scale
+
+
+class Spread(NamedTuple):
+    """How errors of one row are passed on to the others: rows by falling variance, and the inverse's Cholesky factor."""
+
+    order: Tensor
+    upper: Tensor
+
+    @classmethod
+    def of(cls, covariance: Tensor) -> "Spread":
+        """From the covariance (r x r) of what the rows are multiplied with."""
+        order = covariance.diagonal().argsort(descending=True)
+        spread = covariance[order][:, order]
+        damping = ROUNDING_DAMPING * level(spread) * torch.eye(len(order), dtype=spread.dtype)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(spread + damping))
+        return cls(order, torch.linalg.cholesky(inverse, upper=True))
+
+
+def compensating(matrix: Tensor, scale: Tensor, bits: int, spread: Spread) -> Tensor:
+    """Codes of a matrix (r x c) with scales of its shape, row after row, later rows taking up earlier ones' errors."""
+    low, high = CODES[bits]
+    order = spread.order.numpy()
+    upper, wide = spread.upper.numpy(), scale.numpy()[order]  # numpy: its overhead per row is a fraction of torch's
+    rest = matrix.numpy()[order]
+    codes = np.empty_like(rest)
+    for start in range(0, len(rest), BLOCK):
+        stop = min(start + BLOCK, len(rest))
+        errors = np.empty_like(rest[start:stop])
         for i in range(start, stop):
-            codes[i] = (rest[i] / per_row[i]).round().clamp(low, high)
-            errors[i - start] = (rest[i] - codes[i] * per_row[i]) / upper[i, i]
-            rest[i + 1 : stop] -= torch.outer(upper[i, i + 1 : stop], errors[i - start])
+            codes[i] = np.clip(np.rint(rest[i] / wide[i]), low, high)
+            errors[i - start] = (rest[i] - codes[i] * wide[i]) / upper[i, i]
+            rest[i + 1 : stop] -= upper[i, i + 1 : stop, None] * errors[i - start]
         rest[stop:] -= upper[start:stop, stop:].T @ errors
-    return codes[back], scale
+    found = np.empty_like(codes)
+    found[order] = codes
+    return torch.from_numpy(found)
 
 
 def quantised(form: Factors, bits: int, task: Regression | None = None) -> Quantized:
@@ -123,6 +142,11 @@ def _(form: Dense, bits: int, task: Regression) -> Quantized:
 
 
 @compensated.register
+def _(form: Narrowed, bits: int, task: Regression) -> Quantized:
+    return _form_of(form, bits, {"block": rounded(form.block, 0, bits, task.covariance[form.rows][:, form.rows])})
+
+
+@compensated.register
 def _(form: LowRank, bits: int, task: Regression) -> Quantized:
     left, right = balanced(form.left, form.right)
     found, _ = _pair(left, right, bits, task.covariance, task.covariance @ task.weight)
@@ -136,7 +160,7 @@ def _pair(
     codes, scale = rounded(left, 0, bits, covariance)
     left = codes * scale
     inner = left.T @ covariance @ left
-    mean = inner.diagonal().mean().clamp_min(torch.finfo(inner.dtype).tiny)
+    mean = level(inner)
     damped = inner + 1e-8 * mean * torch.eye(len(inner), dtype=inner.dtype)
     fitted = torch.linalg.solve(damped, left.T @ wanted + 1e-8 * mean * right)
     right_codes, right_scale = rounded(fitted, 1, bits, inner)
@@ -147,8 +171,8 @@ def _pair(
 def _(form: SparseLowRank, bits: int, task: Regression) -> Quantized:
     rest = task.weight - form.dense()
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    for level, (left, right) in enumerate(zip(form.left, form.right, strict=True)):
-        rows, columns = members(form.row_levels, level), members(form.column_levels, level)
+    for index, (left, right) in enumerate(zip(form.left, form.right, strict=True)):
+        rows, columns = members(form.row_levels, index), members(form.column_levels, index)
         rest[rows[:, None], columns] += left @ right
         covariance = task.covariance[rows]
         wanted = covariance @ rest[:, columns]
@@ -156,6 +180,6 @@ def _(form: SparseLowRank, bits: int, task: Regression) -> Quantized:
             weigh = torch.linalg.solve(task.metric[columns][:, columns], task.metric[columns])
             wanted = covariance @ (rest @ weigh.T)
         pair, product = _pair(*balanced(left, right), bits, covariance[:, rows], wanted)
-        found |= {f"left_{level}": pair[0], f"right_{level}": pair[1]}
+        found |= {f"left_{index}": pair[0], f"right_{index}": pair[1]}
         rest[rows[:, None], columns] -= product
     return _form_of(form, bits, found)

@@ -6,6 +6,7 @@ original network's pre-activation. All sums are in float64, streamed.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -13,15 +14,22 @@ from torch import Tensor
 
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
+from slrprop.linalg import balanced, principal, projected
 from slrprop.network.base import Network
 from slrprop.network.chain import ACTIVATIONS
 
 DAMPING = 1e-4  # pull towards the original weight, times the mean variance of the inputs
 METRIC_DAMPING = 0.05  # of the outputs' metric, times its mean diagonal
 METRIC_ROWS = 2048  # samples that the metric is averaged over
+SELECTION_DAMPING = 1e-3
 PROBES = 16  # random directions that stand for more classes than that
 KEPT_BYTES = 1 << 30  # of a layer's inputs
 SAMPLE_ROWS = 4096
+
+
+def level(matrix: Tensor) -> float:
+    """The mean of a covariance's diagonal, what damping is measured by; 1 where all is zero."""
+    return float(matrix.diagonal().mean()) or 1.0
 
 
 class Compressed(NamedTuple):
@@ -58,10 +66,31 @@ class Regression:
         """The bias (n,) that makes the mean output right for a dense weight (m x n)."""
         return self.target_mean - self.mean @ weight
 
+    @cached_property
+    def root(self) -> Tensor | None:
+        """Lower Cholesky factor (n x n) of the metric."""
+        return None if self.metric is None else torch.linalg.cholesky(self.metric)
+
+    @cached_property
+    def freedom(self) -> Tensor:
+        """Diagonal (m,) of the damped covariance's inverse: what an input varies by beyond all others, inverted."""
+        return torch.cholesky_inverse(torch.linalg.cholesky(self.damped(SELECTION_DAMPING))).diagonal().clone()
+
+    @cached_property
+    def _components(self) -> dict[str, Tensor]:
+        return {}
+
+    def low_rank(self, rank: int, weighted: bool = True) -> tuple[Tensor, Tensor]:
+        """The rank-k factors (m x k), (k x n) of least error in both metrics, balanced; parts of larger ones where known."""
+        root, known = self.root if weighted else None, self._components
+        key = "vectors" if weighted else "plain"
+        if key not in known or known[key].shape[1] < rank:
+            known[key] = principal(self.weight, self.covariance, root, rank)
+        return balanced(*projected(self.weight, root, known[key][:, :rank]))
+
     def damped(self, share: float) -> Tensor:
         """The covariance plus ``share`` of its mean variance on the diagonal: invertible where inputs are dead or few."""
-        mean = self.covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-        return self.covariance + share * mean * torch.eye(len(self.covariance), dtype=torch.float64)
+        return self.covariance + share * level(self.covariance) * torch.eye(len(self.covariance), dtype=torch.float64)
 
 
 class Calibration:
@@ -71,6 +100,7 @@ class Calibration:
         self.network, self.data = network, data
         self._inputs: dict[str, list[Tensor] | None] = {}
         self._metrics: dict[str, Tensor | None] = {}
+        self._first: dict[tuple[str, bool], Regression] = {}  # of layers whose inputs are the original ones
 
     def regression(self, name: str, compressed: Mapping[str, Compressed], weighted: bool = True) -> Regression:
         """The regression of a layer, given what the layers before it compute by now.
@@ -81,6 +111,8 @@ class Calibration:
         Raises:
             SlrpropError: the layer is not called on this data.
         """
+        if (name, weighted) in self._first and not set(compressed) - {name}:
+            return self._first[name, weighted]
         weight, bias = self._original(name)
         m, n = weight.shape
         count, sum_x, sum_z = 0, weight.new_zeros(m), weight.new_zeros(n)
@@ -101,14 +133,17 @@ class Calibration:
         target = weight
         if before:
             cross = cross.div_(count).sub_(torch.outer(mean, target_mean))
-            pull = DAMPING * covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+            pull = DAMPING * level(covariance)
             left = covariance + pull * torch.eye(m, dtype=torch.float64)
             target = torch.cholesky_solve(cross + pull * weight, torch.linalg.cholesky(left))
         metric = self._metric(name) if weighted else None
         relu = self.network.activation(name) == "relu"
-        return Regression(
+        found = Regression(
             name, weight, target, bias, mean, covariance, target_mean, metric, relu, lambda: self._samples(name, before)
         )
+        if not before:
+            self._first[name, weighted] = found
+        return found
 
     def _original(self, name: str) -> tuple[Tensor, Tensor]:
         weight = self.network.weight(name).detach().double().cpu()

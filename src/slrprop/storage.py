@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from slrprop.errors import SlrpropError
+from slrprop.factors import Dense
 from slrprop.files import replacing
-from slrprop.layers import LAYERS, FactoredLinear
+from slrprop.layers import LAYERS, FactoredLinear, linear_from, note_shape, original_shape
 from slrprop.network.torch import dense_modules, swapped
 
 FORMAT = "slrprop-model"
@@ -36,13 +37,20 @@ def _unique_state(model: nn.Module) -> dict[str, Tensor]:
 def to_bytes(model: nn.Module) -> bytes:
     """The content of the file that :func:`save` writes."""
     kinds = {
-        name: module.factors().description()
+        name: _described(module)
         for name, module in model.named_modules()
-        if isinstance(module, FactoredLinear)
+        if isinstance(module, FactoredLinear) or original_shape(module)
     }
     state = _unique_state(model)
     head = {"format": FORMAT, "version": VERSION, "layers": json.dumps(kinds)}
     return safetensors.torch.save(state, head | {"sha256": _digest(state, head["layers"])})
+
+
+def _described(module: nn.Module) -> dict[str, Any]:
+    """What the header says about a layer: its form, and its original shape where neurons around it were removed."""
+    form = module.factors().description() if isinstance(module, FactoredLinear) else {"kind": Dense.kind}
+    shape = original_shape(module)
+    return form | {"original_shape": list(shape)} if shape else form
 
 
 def _digest(state: dict[str, Tensor], layers: str) -> str:
@@ -106,16 +114,21 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
 def _skeleton(model: nn.Module, name: str, description: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     """A factored layer of the shapes that the file has for it; its values are loaded later."""
     linear, kind = dense_modules(model).get(name), str(description.get("kind"))
-    if linear is None or kind not in LAYERS:
+    if linear is None or kind not in (*LAYERS, Dense.kind):
         raise SlrpropError(f"the file has a {kind} layer '{name}', but this model has no dense layer of that name")
     prefix = f"{name}." if name else ""
     own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
     try:
-        factors = LAYERS[kind].stored(description, own)
-    except (KeyError, IndexError, SlrpropError) as error:
+        factors = Dense(own["weight"].T) if kind == Dense.kind else LAYERS[kind].stored(description, own)
+        before, after = description.get("original_shape"), factors.shape
+        m, n = before or after
+    except (KeyError, IndexError, TypeError, ValueError, SlrpropError) as error:
         raise SlrpropError(f"the tensors of layer '{name}' make no {kind} layer: {error}") from error
-    if factors.shape != (linear.in_features, linear.out_features):
+    if (m, n) != (linear.in_features, linear.out_features):
         raise SlrpropError(
-            f"layer '{name}' is {linear.in_features} x {linear.out_features} in this model, but {factors.shape[0]} x {factors.shape[1]} in the file"
+            f"layer '{name}' is {linear.in_features} x {linear.out_features} in this model, but {m} x {n} in the file"
         )
-    return LAYERS[kind](factors, own.get("bias"))
+    module = linear_from(factors, own.get("bias"))
+    if before:
+        note_shape(module, (m, n))
+    return module

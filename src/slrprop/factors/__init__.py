@@ -2,16 +2,21 @@
 
 from slrprop.factors.base import Dense, Factors, LowRank, restored
 from slrprop.factors.blocks import Segment, SparseLowRank, members, span
+from slrprop.factors.narrowed import Narrowed
 from slrprop.factors.quantized import Quantized
 from slrprop.factors.shared import Shared
+from slrprop.factors.sparse import LowRankPlusSparse, Sparse
 
 __all__ = [
     "Dense",
     "Factors",
     "LowRank",
+    "LowRankPlusSparse",
+    "Narrowed",
     "Quantized",
     "Segment",
     "Shared",
+    "Sparse",
     "SparseLowRank",
     "members",
     "restored",

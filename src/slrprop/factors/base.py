@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
@@ -20,6 +21,7 @@ class Factors(ABC):
 
     kind: ClassVar[str]  # the name that stored files give it
     faster: ClassVar[bool] = True  # False: the file is smaller, the computation is not
+    selects: ClassVar[bool] = False  # whether ``permuted`` also takes lists that leave neurons out
 
     def __init_subclass__(cls) -> None:
         KINDS[cls.kind] = cls
@@ -68,7 +70,15 @@ class Factors(ABC):
 
     @abstractmethod
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Self:
-        """The factors of ``W[rows][:, columns]``, without loss."""
+        """The factors of ``W[rows][:, columns]``, without loss.
+
+        Args:
+            rows, columns: neurons in a new order (None: the old one); where the form ``selects``, not necessarily all.
+        """
+
+    def read(self) -> Tensor:
+        """Which inputs there are weights for: bool (m,)."""
+        return torch.ones(self.shape[0], dtype=torch.bool)
 
     def indices(self) -> dict[str, Tensor]:
         """The stored arrays that say which neurons a block serves, by name."""
@@ -118,6 +128,7 @@ class Dense(Factors):
 
     weight: Tensor
     kind: ClassVar[str] = "dense"
+    selects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_matrix("a dense weight", self.weight, (None, None))
@@ -151,6 +162,7 @@ class LowRank(Factors):
     left: Tensor
     right: Tensor
     kind: ClassVar[str] = "low_rank"
+    selects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_matrix("the left factor", self.left, (None, None))

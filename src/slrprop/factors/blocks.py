@@ -19,6 +19,13 @@ def members(levels: Tensor, level: int) -> Tensor:
     return (levels > level).nonzero()[:, 0]
 
 
+def reordered(block: Tensor, members: Tensor, order: Tensor, axis: int) -> Tensor:
+    """A block whose neurons along ``axis`` are those of the bool mask ``members``, once the neurons are ``order``."""
+    place = members.cumsum(0) - 1
+    index = place[order[members[order]]]
+    return block[index] if axis == 0 else block[:, index]
+
+
 def pack_levels(levels: Tensor, blocks: int) -> Tensor:
     """Levels (uint8, at most ``blocks``) in as few bits each as they need, as uint8 bytes."""
     base, bits = _level_bits(int(levels.min()) if len(levels) else 0, blocks)
@@ -47,12 +54,7 @@ def _level_bits(lowest: int, blocks: int) -> tuple[int, int]:
 def _permute_blocks(
     blocks: tuple[Tensor, ...], levels: Tensor, order: Tensor, axis: int
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    # old members, ascending in their new places
-    moved = tuple(
-        block.index_select(axis, place[members(levels, level)].argsort()) for level, block in enumerate(blocks)
-    )
+    moved = tuple(reordered(block, levels > level, order, axis) for level, block in enumerate(blocks))
     return moved, levels[order]
 
 
@@ -88,6 +90,7 @@ class SparseLowRank(Factors):
     row_levels: Tensor
     column_levels: Tensor
     kind: ClassVar[str] = "sparse_low_rank"
+    selects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.left or len(self.left) != len(self.right):
@@ -179,18 +182,24 @@ class SparseLowRank(Factors):
         return rows, columns
 
     def dense(self) -> Tensor:
-        weight = self.left[0].new_zeros(self.shape)
-        for level, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
-            weight[members(self.row_levels, level)[:, None], members(self.column_levels, level)] += left @ right
-        return weight
+        left, right = self.padded()
+        return left @ right
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """The blocks side by side with zeros where a neuron takes no part: factors (m x K) and (K x n)."""
+        m, n = self.shape
+        left, right = [], []
+        for level, (a, b) in enumerate(zip(self.left, self.right, strict=True)):
+            left.append(a.new_zeros(m, a.shape[1]).index_copy(0, members(self.row_levels, level), a))
+            right.append(b.new_zeros(b.shape[0], n).index_copy(1, members(self.column_levels, level), b))
+        return torch.cat(left, 1), torch.cat(right)
+
+    def read(self) -> Tensor:
+        return self.row_levels.cpu() > 0
 
     def product(self, x: Tensor) -> Tensor:
-        y = x.new_zeros(*x.shape[:-1], self.shape[1])
-        for level, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
-            rows, columns = members(self.row_levels, level), members(self.column_levels, level)
-            part = x if len(rows) == x.shape[-1] else x.index_select(-1, rows)
-            y = y.index_add(-1, columns, part @ left @ right)
-        return y
+        left, right = self.padded()
+        return x @ left @ right
 
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "SparseLowRank":
         left, right, row_levels, column_levels = self.left, self.right, self.row_levels, self.column_levels

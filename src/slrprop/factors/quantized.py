@@ -67,13 +67,19 @@ class Quantized(Factors):
     def faster(self) -> bool:  # type: ignore[override]
         return self.codes.faster
 
-    def plain(self) -> Factors:
-        """The factors as float32 numbers."""
-        made = {}
+    def _wide_scales(self) -> dict[str, Tensor]:
+        """For each matrix the float32 scale of every number."""
+        found = {}
         for name, matrix in self.codes.matrices().items():
             scale = self.scales[name].to(torch.float32)
-            made[name] = matrix * (scale if matrix.ndim == 1 else scale.unsqueeze(self.codes.scale_axes()[name]))
-        return self.codes.with_matrices(made)
+            wide = scale if matrix.ndim == 1 else scale.unsqueeze(self.codes.scale_axes()[name])
+            found[name] = wide.expand_as(matrix)
+        return found
+
+    def plain(self) -> Factors:
+        """The factors as float32 numbers."""
+        scales = self._wide_scales()
+        return self.codes.with_matrices({name: matrix * scales[name] for name, matrix in self.codes.matrices().items()})
 
     @property
     def bias(self) -> Tensor | None:
@@ -128,6 +134,17 @@ class Quantized(Factors):
     def dense(self) -> Tensor:
         return self.plain().dense()
 
+    @property
+    def selects(self) -> bool:  # type: ignore[override]
+        return self.codes.selects
+
+    def read(self) -> Tensor:
+        return self.codes.read()
+
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Quantized":
         bias = self.bias_codes if columns is None or self.bias_codes is None else self.bias_codes[columns]
-        return replace(self, codes=self.codes.permuted(rows, columns), bias_codes=bias)
+        scales, axes = dict(self.scales), self.codes.scale_axes()
+        for name, wide in self.codes.with_matrices(self._wide_scales()).permuted(rows, columns).matrices().items():
+            if wide.ndim == 2 and wide.shape[axes[name]]:  # the scales of outputs follow their outputs
+                scales[name] = wide.select(axes[name], 0).half().clone(memory_format=torch.contiguous_format)
+        return replace(self, codes=self.codes.permuted(rows, columns), scales=scales, bias_codes=bias)

@@ -1,10 +1,56 @@
 """The methods, one file each. A new one is registered by adding its ``METHOD`` here."""
 
 from slrprop.checks import require_choice
-from slrprop.methods import dense, low_rank, nested, permuted, slr, slr_refit, slrprop, svd
+from slrprop.methods import (
+    apoz,
+    ddlr,
+    dense,
+    group_lasso,
+    lasso,
+    low_rank,
+    low_rank_plus_sparse,
+    lrp,
+    magnitude,
+    nested,
+    net_trim,
+    nisp,
+    obd,
+    obs,
+    permuted,
+    redundant,
+    slr,
+    slr_refit,
+    slrprop,
+    svd,
+    taylor,
+    wanda,
+)
 from slrprop.methods.base import Decision, Method, Problem, Settings
 
-_ALL = (svd, slr, slrprop, low_rank, nested, slr_refit, dense, permuted)
+_ALL = (
+    svd,
+    slr,
+    slrprop,
+    slr_refit,
+    low_rank,
+    nested,
+    low_rank_plus_sparse,
+    dense,
+    magnitude,
+    wanda,
+    obd,
+    obs,
+    lasso,
+    group_lasso,
+    nisp,
+    taylor,
+    lrp,
+    apoz,
+    redundant,
+    permuted,
+    net_trim,
+    ddlr,
+)
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _ALL}
 
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -39,8 +39,8 @@ class Settings(ABC):
             raise SlrpropError(f"bits must be 32, 8 or 4, got {self.bits!r}")
 
     @abstractmethod
-    def stored_numbers(self, m: int, n: int) -> int:
-        """Numbers that an m x n weight takes under these settings."""
+    def stored_numbers(self, m: int, n: int) -> int | None:
+        """Numbers that an m x n weight takes under these settings; None where the data decide."""
 
     @classmethod
     @abstractmethod
@@ -102,13 +102,17 @@ class SVDBasedSettings(RankSettings):
 WIDE_RANKS = 256  # highest rank tried on layers with more than 2048 neurons on both sides
 
 
-def ranks_for(m: int, n: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, ...: up to the break-even rank of an m x n layer."""
-    limit = (m * n - 1) // (m + n)
-    if min(m, n) > 2048:
-        limit = min(limit, WIDE_RANKS)
+def grid(limit: int) -> list[int]:
+    """1, 2, ..., 8, 10, 12, 14, 16, 20, ...: steps of an eighth to a quarter, up to a limit."""
     powers = (2**power for power in range(limit.bit_length()))
-    return sorted({rank for power in powers for rank in (power, power + power // 2) if 1 <= rank <= limit})
+    steps = {power + power * quarter // 4 for power in powers for quarter in range(4)}
+    return sorted(step for step in steps if step <= limit)
+
+
+def ranks_for(m: int, n: int) -> list[int]:
+    """Ranks up to the break-even rank of an m x n layer."""
+    limit = (m * n - 1) // (m + n)
+    return grid(min(limit, WIDE_RANKS) if min(m, n) > 2048 else limit)
 
 
 class Problem:
@@ -208,13 +212,15 @@ class Method:
     """A registered method.
 
     ``decide(problem, layers, settings)`` yields one decision per layer; ``build(weight, layer_plan, settings)`` rebuilds
-    the factors of a saved plan from the weight (None: they are saved with the plan).
+    the factors of a saved plan from the weight (None: they are saved with the plan). ``coupled``: it treats layers together,
+    so that one layer's factors make no sense without the others'.
     """
 
     name: str
     settings: type[Settings]
     decide: Callable[[Problem, tuple[str, ...], Any], Iterator[Decision]]
     build: Callable[[Tensor, LayerPlan, Any], Factors] | None = None
+    coupled: bool = field(default=False, kw_only=True)
 
     @property
     def source(self) -> str:

@@ -2,18 +2,28 @@
 
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense, Factors, Quantized
 from slrprop.methods.base import Decision, Method, Problem, Settings
+from slrprop.plan import LayerPlan
 from slrprop.quantize import quantised, with_bias
 from slrprop.regression import Compressed, Regression
 
-Fit = Callable[[Regression, Any], Factors]
+
+class Fitted(NamedTuple):
+    """Factors with a bias (n,) that was fitted together with them, and what else there is to report."""
+
+    factors: Factors
+    bias: Tensor
+    notes: dict[str, float]
+
+
+Fit = Callable[[Regression, Any], Factors | Fitted]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,23 +77,26 @@ METHOD_OF: dict[str, CalibratedMethod] = {}
 
 
 def in_order(
-    problem: Problem, chosen: Mapping[str, tuple[CalibratedMethod, CalibratedSettings]], head: bool | None = None
+    problem: Problem,
+    chosen: Mapping[str, tuple[CalibratedMethod, CalibratedSettings]],
+    fixed: Mapping[str, LayerPlan] | None = None,
 ) -> Iterator[Decision]:
     """Fit layers one after the other in order of execution, each by its own method and settings.
 
     Args:
-        head: refit the last layer if it is not among them; by default what the layers' settings say.
+        fixed: layers that are compressed already and stay as they are.
     """
     compressed: dict[str, Compressed] = {}
+    for name, layer in (fixed or {}).items():
+        compressed[name] = computed_by(problem, layer)
     names = [name for name in problem.network.order if name in chosen]
     for name in names:
         method, settings = chosen[name]
-        decision, compressed[name] = fit_layer(problem, name, method, settings, compressed)
+        before = {key: value for key, value in compressed.items() if precedes(problem, key, name)}
+        decision, compressed[name] = fit_layer(problem, name, method, settings, before)
         yield decision
-    wanted = (
-        all(settings.refit_head and settings.sequential for _, settings in chosen.values()) if head is None else head
-    )
-    last = head_after(problem, names) if wanted else None
+    wanted = all(settings.refit_head and settings.sequential for _, settings in chosen.values())
+    last = head_after(problem, [*names, *(fixed or {})]) if wanted else None
     if last is not None:
         task = problem.calibration.regression(last, compressed, weighted=False)
         like = problem.weight(last)
@@ -94,11 +107,28 @@ def in_order(
         )  # fmt: skip
 
 
+def precedes(problem: Problem, first: str, second: str) -> bool:
+    """Whether a layer is executed before another."""
+    order = problem.network.order
+    return order.index(first) < order.index(second)
+
+
+def computed_by(problem: Problem, layer: LayerPlan) -> Compressed:
+    """What a planned layer computes."""
+    form = layer.factors
+    assert form is not None
+    own = form.bias if isinstance(form, Quantized) else layer.bias
+    bias = problem.network.bias(layer.name) if own is None else own
+    weight = form.dense().double()
+    return Compressed(weight, weight.new_zeros(weight.shape[1]) if bias is None else bias.detach().double())
+
+
 def head_after(problem: Problem, names: list[str]) -> str | None:
     """The network's last layer, if it comes after these, is none of them, and can be given another weight."""
     network = problem.network
     last = next((name for name in network.order if network.is_last(name)), None)
-    fit = last is not None and names and last not in names and network.order.index(last) > network.order.index(names[0])
+    first = min((network.order.index(name) for name in names), default=len(network.order))
+    fit = last is not None and last not in names and network.order.index(last) > first
     return last if fit and last and network.times_called[last] == 1 and not network.tied[last] else None
 
 
@@ -113,16 +143,21 @@ def fit_layer(
     assert method.fit is not None
     before = compressed if settings.sequential else {}
     task = problem.calibration.regression(name, before, settings.weighted)
-    form, like = method.fit(task, settings), problem.weight(name)
+    like = problem.weight(name)
+    fitted = method.fit(task, settings)
+    form, own, notes = fitted if isinstance(fitted, Fitted) else (fitted, None, None)
+    if own is not None:  # a solution in itself: rounding is to come near to it, not to the weight it was fitted to
+        task = replace(task, weight=form.dense())
+    # the mean output that the bias is to give, whatever rounding does to the form; None: the bias stays as it is
+    mean = task.target_mean if settings.bias_correction else None if own is None else own + task.mean @ form.dense()
     bias: Tensor | None = None
     if settings.bits < 32:
         form = quantised(form, settings.bits, task)
-        if settings.bias_correction or problem.network.bias(name) is not None:
-            exact = task.corrected_bias(form.dense().double()) if settings.bias_correction else task.bias
-            form = with_bias(form, exact)
+        if mean is not None or problem.network.bias(name) is not None:
+            form = with_bias(form, task.bias if mean is None else mean - task.mean @ form.dense().double())
     else:
         form = form.with_matrices({key: matrix.to(like).contiguous() for key, matrix in form.matrices().items()})
-        bias = task.corrected_bias(form.dense().double()).to(like) if settings.bias_correction else None
+        bias = None if mean is None else (mean - task.mean @ form.dense().double()).to(like)
     made = form.bias if isinstance(form, Quantized) else bias
     now = task.bias if made is None else made.double()
-    return Decision(name, form, bias=bias), Compressed(form.dense().double(), now)
+    return Decision(name, form, bias=bias, notes=notes), Compressed(form.dense().double(), now)

@@ -3,11 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from slrprop.checks import require_choice
 from slrprop.factors import LowRank
-from slrprop.linalg import balanced, reduced_rank
 from slrprop.methods.base import RankSettings
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.regression import Regression
@@ -42,8 +39,7 @@ class LowRankSettings(RankSettings, CalibratedSettings):
 
 def fit(task: Regression, settings: LowRankSettings) -> LowRank:
     """Reduced-rank regression in both metrics."""
-    root = None if task.metric is None else torch.linalg.cholesky(task.metric)
-    return LowRank(*balanced(*reduced_rank(task.weight, task.covariance, root, settings.rank)))
+    return LowRank(*task.low_rank(settings.rank, settings.weighted))
 
 
 METHOD = calibrated("low_rank", LowRankSettings, fit)

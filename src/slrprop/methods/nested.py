@@ -10,12 +10,11 @@ from slrprop.checks import require_choice
 from slrprop.errors import SlrpropError
 from slrprop.factors import SparseLowRank
 from slrprop.linalg import reduced_rank
-from slrprop.methods.base import RankSettings
+from slrprop.methods.base import RankSettings, grid
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.regression import Regression
 
 BLOCK_DAMPING = 1e-6  # of the covariance, times its mean variance: a block's own part of it is inverted
-SELECTION_DAMPING = 1e-3
 
 
 class Level(NamedTuple):
@@ -77,20 +76,7 @@ class NestedSettings(RankSettings, CalibratedSettings):
 
     @classmethod
     def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
-        limit = 4 * min(m, n)
-        ranks = sorted(
-            {
-                step
-                for power in range(2, limit.bit_length())
-                for step in (2**power, 5 * 2 ** (power - 2), 6 * 2 ** (power - 2), 7 * 2 ** (power - 2))
-            }
-        )
-        return [
-            {"rank": rank, "shape": shape}
-            for shape in SHAPES
-            for rank in ranks
-            if cls(rank=rank, shape=shape).stored_numbers(m, n) < m * n
-        ]
+        return [{"rank": rank} for rank in grid(4 * min(m, n)) if cls(rank=rank).stored_numbers(m, n) < m * n]
 
 
 class Block(NamedTuple):
@@ -123,11 +109,14 @@ class Refit:
             target = covariance[rows] @ target
             covariance = covariance[rows][:, rows]
             target = torch.cholesky_solve(target, torch.linalg.cholesky(covariance))
-        return reduced_rank(target, covariance, None if metric is None else torch.linalg.cholesky(metric), rank)
+        if metric is not None:
+            metric = self.task.root if len(columns) == n else torch.linalg.cholesky(metric)
+        return reduced_rank(target, covariance, metric, rank)
 
     def add(self, rows: Tensor, columns: Tensor, rank: int) -> None:
         """One more block."""
-        left, right = self.fitted(rows, columns, rank)
+        whole = not self.blocks and (len(rows), len(columns)) == tuple(self.rest.shape)
+        left, right = self.task.low_rank(rank) if whole else self.fitted(rows, columns, rank)
         self.blocks.append(Block(rows, columns, left, right))
         self.rest[rows[:, None], columns] -= left @ right
 
@@ -161,8 +150,7 @@ def fit(task: Regression, settings: NestedSettings) -> SparseLowRank:
     m, n = task.weight.shape
     refit = Refit(task)
     rows, columns = torch.arange(m), torch.arange(n)
-    root = None if task.metric is None else torch.linalg.cholesky(task.metric)
-    freedom = torch.cholesky_inverse(torch.linalg.cholesky(task.damped(SELECTION_DAMPING))).diagonal()
+    root, freedom = task.root, task.freedom
     for index, (row_count, column_count, rank) in enumerate(settings.sizes(m, n)):
         if index:
             rest = refit.rest

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
+import slrprop.network.onnx_sparse  # noqa: F401  (registers its nodes)
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
 from slrprop.network.base import Flow, Network

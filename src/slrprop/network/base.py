@@ -124,7 +124,7 @@ class Network(ABC):
         return next((element.name for element in self._elements(name) if isinstance(element, Linear)), None)
 
     def feeds_directly(self, name: str) -> str | None:
-        """Like :meth:`next_layer`, where nothing between tells features apart (no batch norm) or reads them."""
+        """Like :meth:`next_layer`, where nothing between tells features apart (no batch norm), counts or reads them."""
         between = itertools.takewhile(lambda element: not isinstance(element, Linear), self._elements(name))
         if name not in self._paths or not self._paths[name].private or any(isinstance(e, Affine) for e in between):
             return None

@@ -83,7 +83,7 @@ class Path(NamedTuple):
     """What happens to a layer's output, as far as it can be followed.
 
     ``whole``: up to the network's main output, a final softmax aside. ``private``: nobody else sees the values before
-    the next dense layer.
+    the next dense layer, and nothing before it knows how many there are.
     """
 
     elements: list[Element]

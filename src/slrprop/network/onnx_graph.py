@@ -227,6 +227,7 @@ class Graph:
                 found = self._element(node, tensor, width, flat)
                 if found is not None:
                     elements += [found] if found != "same" else []
+                    private = private and (not self._sized(node) or any(isinstance(e, Linear) for e in elements))
                     tensor = node.output[0]
                     continue
             region = self._activation(tensor)
@@ -235,6 +236,10 @@ class Graph:
             elements.append(region[0])
             tensor = region[1]
         return Path(elements, False, private)
+
+    def _sized(self, node: NodeProto) -> bool:
+        """Whether a node that changes nothing holds the number of features."""
+        return standard(node) == "Reshape" and self.constants[node.input[1]].load().tolist() != [0, -1]
 
     def linear(self, name: str) -> Linear:
         """A layer as an element of a path, its numbers read."""

@@ -11,7 +11,7 @@ from onnx import GraphProto, NodeProto, TensorProto, helper
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Factors, LowRank, Quantized, SparseLowRank, members, span
+from slrprop.factors import Dense, Factors, LowRank, Narrowed, Quantized, SparseLowRank, members, span
 from slrprop.network.onnx_file import OnnxFile
 from slrprop.network.onnx_graph import Graph
 
@@ -77,6 +77,13 @@ class Writer:
         turned = self.add("Transpose", [x], perm=[axes[-1], *axes[:-1]])
         picked = self.add("Gather", [turned, places], axis=0)
         return self.add("Transpose", [picked], output, perm=[*axes[1:], 0])
+
+    def some(self, x: str, index: Tensor, count: int) -> str:
+        """Some of ``count`` features, ascending: all, a slice, or gathered."""
+        piece = span(index)
+        if len(index) == count:
+            return x
+        return self.gather(x, index) if piece is None else self.slice(x, piece)
 
     def join(self, parts: list[str], output: str | None = None) -> str:
         return (
@@ -193,10 +200,7 @@ class Writer:
         hidden = []
         for level, left in enumerate(form.left):
             index = members(form.row_levels, level)
-            piece = span(index)
-            whole = len(index) == form.shape[0]
-            seen = x if whole else self.gather(x, index) if piece is None else self.slice(x, piece)
-            hidden.append(self.product(seen, self.number(f"left_{level}", left)))
+            hidden.append(self.product(self.some(x, index, form.shape[0]), self.number(f"left_{level}", left)))
         segments, order = form.segments()
         parts = []
         only = len(segments) == 1 and order is None
@@ -236,9 +240,31 @@ def _(form: SparseLowRank, writer: Writer, x: str, y: str) -> None:
 
 
 @product_of.register
+def _(form: Narrowed, writer: Writer, x: str, y: str) -> None:
+    seen = writer.some(x, form.rows.nonzero()[:, 0], form.shape[0])
+    if form.columns.all():
+        writer.product(seen, writer.number("block", form.block), y)
+        return
+    made = writer.product(seen, writer.number("block", form.block))
+    zero = writer.product(writer.slice(made, slice(0, 1)), writer.tensor("zero", form.block.new_zeros(1, 1)))
+    count = form.block.shape[1]
+    writer.gather(writer.join([made, zero]), torch.where(form.columns, form.columns.cumsum(0) - 1, count), y)
+
+
+@product_of.register
 def _(form: Quantized, writer: Writer, x: str, y: str) -> None:
     writer.quantized = form
     product_of(form.codes, writer, x, y)
+
+
+def _forget_sizes(graph: GraphProto, layers: Graph, forms: Mapping[str, Factors]) -> None:
+    """Drop what the file says about the shapes of tensors behind layers that lose outputs."""
+    smaller = [layers.layers[name] for name, form in forms.items() if form.shape[1] != layers.layers[name].shape[1]]
+    starts = {layers.nodes[layer.index].output[0] for layer in smaller}
+    changed = starts | {name for index in layers.after(starts) for name in layers.nodes[index].output}
+    kept = [value for value in graph.value_info if value.name not in changed]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
 
 
 def rewritten(file: OnnxFile, layers: Graph, forms: Mapping[str, Factors], biases: Mapping[str, Tensor]) -> OnnxFile:
@@ -268,6 +294,7 @@ def rewritten(file: OnnxFile, layers: Graph, forms: Mapping[str, Factors], biase
                 added.input[place] = writer.bias_tensor(form, bias)
                 nodes[adder] = [*writer.nodes[count:], added]
                 del writer.nodes[count:]
+        _forget_sizes(graph, layers, forms)
         result = [new_node for i, node in enumerate(graph.node) for new_node in nodes.get(i, [node])]
         copies = [NodeProto.FromString(node.SerializeToString()) for node in result]
         del graph.node[:]

@@ -23,16 +23,8 @@ _ACTIVATIONS: dict[Any, str] = {
 _SOFTMAX = {torch.softmax, functional.softmax, Tensor.softmax}
 _LOG_SOFTMAX = {torch.log_softmax, functional.log_softmax, Tensor.log_softmax}
 _DROPOUT = {functional.dropout, functional.alpha_dropout, torch.dropout}
-_SAME = {
-    torch.flatten,
-    Tensor.flatten,
-    Tensor.view,
-    Tensor.reshape,
-    torch.reshape,
-    Tensor.contiguous,
-    Tensor.squeeze,
-    torch.squeeze,
-}
+_SIZED = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.squeeze, torch.squeeze}  # may name a size, or need one
+_SAME = {torch.flatten, Tensor.flatten, Tensor.contiguous, *_SIZED}
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -125,6 +117,7 @@ class Trace(TorchFunctionMode):
             if element is None:
                 return Path(elements, False, private)
             elements += [element] if element != "same" else []
+            private = private and (call.function not in _SIZED or any(isinstance(e, Linear) for e in elements))
             here, tensor = users[0], call.result
 
 

@@ -13,7 +13,7 @@ import torch
 
 from slrprop import __version__
 from slrprop.checks import share
-from slrprop.plan import LayerPlan
+from slrprop.plan import LayerPlan, method_of
 from slrprop.report import words
 from slrprop.search import Candidate, Compression, Point, hull
 
@@ -121,9 +121,7 @@ def _points(c: Compression, command: str | Sequence[str], layers: list[dict[str,
 
     The bytes of a point that was not measured are those predicted; its command allows for what a file takes besides.
     """
-    places = {
-        layer["name"]: {(x["method"], x["rank"]): i for i, x in enumerate(layer["candidates"])} for layer in layers
-    }
+    places = {layer["name"]: {x["form"]: i for i, x in enumerate(layer["candidates"])} for layer in layers}
     # what a rewritten layer takes in the file besides its numbers, as known from measured points
     heads = {
         index: (point.measured.bytes - point.predicted_bytes) / len(point.plan.layers)
@@ -161,8 +159,9 @@ def _latency(c: Compression, index: int, point: Point) -> float:
     return c.latency[1] if index == c.chosen else c.latency[0] if index == 0 else point.latency
 
 
-def _place(places: Mapping[tuple[str, int], int], layer: LayerPlan | None) -> int:
-    return 0 if layer is None else places[layer.method, layer.settings["rank"]]
+def _place(places: Mapping[str, int], layer: LayerPlan | None) -> int:
+    """The layer's place among the candidates; a layer that was only refitted is as large as the dense one."""
+    return places.get(words.form(layer), 0)
 
 
 def _candidates(curve: Sequence[Candidate]) -> list[dict[str, Any]]:
@@ -171,8 +170,8 @@ def _candidates(curve: Sequence[Candidate]) -> list[dict[str, Any]]:
     ordered = sorted(curve, key=lambda candidate: candidate.layer is not None)
     return [
         {
-            "method": "dense" if x.layer is None else x.layer.method,
-            "rank": 0 if x.layer is None else x.layer.settings["rank"],
+            "method": "dense" if x.layer is None else method_of(x.layer),
+            "rank": 0 if x.layer is None else x.layer.settings.get("rank", 0),
             "bytes": x.bytes,
             "error": float(f"{x.error:.5g}"),
             "hull": id(x) in best,
@@ -184,7 +183,7 @@ def _candidates(curve: Sequence[Candidate]) -> list[dict[str, Any]]:
 
 def _layer(c: Compression, name: str, layer: LayerPlan | None) -> dict[str, Any]:
     candidates = _candidates(c.curves[name])
-    place = _place({(x["method"], x["rank"]): i for i, x in enumerate(candidates)}, layer)
+    place = _place({x["form"]: i for i, x in enumerate(candidates)}, layer)
     before, after = candidates[0]["bytes"], candidates[place]["bytes"]
     seen, masks = c.observed.get(name), words.kept(layer)
     shape = layer.shape if layer is not None else seen.shape if seen is not None else None
@@ -219,12 +218,12 @@ def _bits(mask: Sequence[bool]) -> str:
 def _repeat(c: Compression, command: str | Sequence[str], parity: float | Mapping[str, float] | None) -> Rows:
     given = dict(c.settings)
     outputs = parity.items() if isinstance(parity, Mapping) else [] if parity is None else [("all outputs", parity)]
-    methods = given.pop("methods", {})
+    methods = given.pop("methods", [])
     rows = [("command", command if isinstance(command, str) else shlex.join(command))] if command else []
     rows += [(f"setting: {key}", str(value)) for key, value in given.items() if value is not None]
     rows += [
         (f"method tried: {name}", ", ".join(f"{k}={v}" for k, v in chosen.items()) or "default settings")
-        for name, chosen in methods.items()
+        for name, chosen in methods
     ]
     rows += [
         ("seed", str(c.seed)),

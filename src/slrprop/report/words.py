@@ -4,7 +4,7 @@ import math
 import shlex
 from collections.abc import Sequence
 
-from slrprop.plan import LayerPlan, unpack
+from slrprop.plan import SIZES, LayerPlan, unpack, wording
 
 PERCENT = ("accuracy", "agreement")
 MEANING = {
@@ -83,12 +83,13 @@ def criterion(name: str) -> str:
 
 def form(layer: LayerPlan | None) -> str:
     """A layer's plan in a few words."""
-    return "left dense" if layer is None else f"{layer.method}, rank {layer.settings['rank']}"
+    return "left dense" if layer is None else wording(layer)
 
 
 def settings(layer: LayerPlan) -> str:
     """The settings that are not told elsewhere."""
-    return ", ".join(f"{key}={value}" for key, value in layer.settings.items() if key != "rank" and value is not None)
+    told = {*SIZES, "bits", "shape", "variant"}
+    return ", ".join(f"{key}={value}" for key, value in layer.settings.items() if key not in told and value is not None)
 
 
 def kept(layer: LayerPlan | None) -> tuple[list[bool], list[bool]] | None:

@@ -10,7 +10,7 @@
 """
 
 from slrprop.search.compress import compress
-from slrprop.search.path import DEFAULT_METHODS, Candidate, Point, hull
+from slrprop.search.path import LEVELS, Candidate, Point, hull
 from slrprop.search.result import Budget, BudgetError, Compression
 
-__all__ = ["DEFAULT_METHODS", "Budget", "BudgetError", "Candidate", "Compression", "Point", "compress", "hull"]
+__all__ = ["LEVELS", "Budget", "BudgetError", "Candidate", "Compression", "Point", "compress", "hull"]

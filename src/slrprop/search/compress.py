@@ -1,37 +1,24 @@
 """The search for the smallest network within a budget."""
 
-import hashlib
 import math
-import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm
 
-from slrprop.api import feeds_between, plan_problem
+from slrprop.checks import require_choice
 from slrprop.data import open_data
 from slrprop.errors import SlrpropError
 from slrprop.methods import Problem
 from slrprop.plan import Plan
 from slrprop.search.judge import Door, Judge, Log
-from slrprop.search.observed import Observed, observed
-from slrprop.search.path import (
-    DEFAULT_METHODS,
-    LEAST_STEP,
-    Candidate,
-    Evaluation,
-    Point,
-    candidates_of,
-    hull,
-    layer_inputs,
-    path_of,
-)
+from slrprop.search.path import LEVELS, Choice
 from slrprop.search.result import Budget, BudgetError, Compression
+from slrprop.search.search import Search, parse_size
+from slrprop.tune import TuneSettings
 
 BACK_OFFS = 2
 
@@ -47,7 +34,9 @@ def compress(
     metric: str | None = None,
     evaluate: Callable[[Any], float] | None = None,
     lower_is_better: bool = False,
-    methods: Mapping[str, dict[str, Any]] | None = None,
+    level: str = "calibrated",
+    methods: Mapping[str, dict[str, Any]] | Sequence[Choice] | None = None,
+    tuning: TuneSettings | None = None,
     layers: str | list[str] | None = None,
     confident: bool = False,
     seed: int = 0,
@@ -68,7 +57,11 @@ def compress(
         evaluate: your own measure instead: takes a torch module or the path of an ONNX file, gives a number. It sees to
             its own data, so nothing is set apart for the check and no interval is known.
         lower_is_better: for ``evaluate``.
-        methods: methods and their settings, ``{"svd": {}, "slr": {"criterion": "weight"}}`` by default.
+        level: what the search may use, ``weights`` (the factors come from the weights alone), ``calibrated`` (they are fitted
+            to the data; no labels, nothing is trained) or ``tuned`` (each measured plan is fine-tuned on the original's
+            outputs). It also names the methods that are tried: those that ``docs/comparison.md`` shows to be ahead.
+        methods: methods to try instead and their settings, ``{"svd": {}, "slr": {"criterion": "weight"}}`` or pairs.
+        tuning: settings of the level ``tuned``.
         layers: names or patterns; None for all.
         confident: the upper end of the drop's interval must be within ``max_drop`` too.
         run_dir: measurements are kept here; the same call goes on where a killed one stopped.
@@ -82,8 +75,8 @@ def compress(
         isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not 0 <= float(max_drop) < math.inf
     ):
         raise SlrpropError(f"max_drop must be a finite number of points from 0, got {max_drop!r}")
-    if methods is not None and not isinstance(methods, Mapping):
-        raise SlrpropError(f"methods must map names to settings, like {{'svd': {{}}}}, got {methods!r}")
+    require_choice("level", level, LEVELS)
+    choices = choices_of(methods, level)
     if confident and evaluate:
         raise SlrpropError(
             "confident needs an interval, which a measure of your own does not have; leave one of them out"
@@ -95,7 +88,8 @@ def compress(
     problem = Problem(judge.network, search_part)
     empty = Plan(())
     log = Log(None if run_dir is None else Path(run_dir))
-    run = _Search(door, judge, problem, log, dict(methods or DEFAULT_METHODS), confident)
+    tuned = (tuning or TuneSettings()) if level == "tuned" else None
+    run = Search(door, judge, problem, log, choices, confident, tuned)
     original_bytes = door.size(door.realise(empty))
     budget = Budget(
         max_drop,
@@ -112,7 +106,7 @@ def compress(
     before = check.quality(door.realise(empty), check.original)
     evaluations, tried = 0, set()
     while True:
-        plan_now = run.points[at].plan
+        plan_now = run.final_at(at)
         made = door.realise(plan_now)
         outputs = check.outputs(made) if plan_now.layers else check.original
         evaluations += 1
@@ -134,7 +128,7 @@ def compress(
         data_fingerprint=judge.fingerprint, seconds=time.perf_counter() - start,
         samples=(len(judge.original), len(check.original)), observed=run.observed(plan_now), left_dense=run.left_dense,
         settings={
-            "model": type(model).__name__ if isinstance(model, nn.Module) else Path(model).name, "methods": run.methods,
+            "model": type(model).__name__ if isinstance(model, nn.Module) else Path(model).name, "level": level, "methods": [list(choice) for choice in choices],
             "layers": layers, "metric": metric, "confident": confident,
         },
     )  # fmt: skip
@@ -147,187 +141,11 @@ def compress(
     return result
 
 
-def parse_size(given: int | float | str, original: float, what: str) -> int:
-    """A number, ``"300KB"``, ``"1.5MB"`` or ``"25%"`` of the original, in whole units."""
-    found = re.fullmatch(r"\s*([0-9.]+)\s*(%|[kKmMgG]?[bB]?)\s*", str(given))
-    try:
-        value = float(found.group(1)) if found else math.nan
-    except ValueError:
-        value = math.nan
-    unit = found.group(2).lower().rstrip("b") if found else ""
-    total = value * (original / 100 if unit == "%" else {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[unit])
-    if not 1 <= total < math.inf:
-        raise SlrpropError(f"{what} must be a positive number, like 300000, '300KB' or '25%', got {str(given)[:40]!r}")
-    return int(total)
-
-
-class _Search:
-    """The path of plans and what is known of it."""
-
-    def __init__(
-        self, door: Door, judge: Judge, problem: Problem, log: Log, methods: dict[str, dict[str, Any]], confident: bool
-    ) -> None:
-        self.door, self.judge, self.problem, self.log = door, judge, problem, log
-        self.methods, self.confident = methods, confident
-        self.evaluations = 1  # the original's
-        self.points: list[Point] = []
-        self.curves: dict[str, list[Candidate]] = {}
-        self.sensitivity: dict[str, float] = {}
-        self.left_dense: dict[str, str] = {}
-
-    def _key(self, what: str, plan: Plan) -> str:
-        content = f"{what} {self.judge.fingerprint} {self.judge.metric} {plan.to_json()}"
-        return hashlib.sha256(content.encode()).hexdigest()
-
-    def evaluate(self, plan: Plan) -> Evaluation:
-        """Run a plan's network over the search part."""
-        if not plan.layers:
-            made = self.door.realise(plan)
-            return Evaluation(self.judge.quality(made, self.judge.original), 0.0, self.door.size(made))
-        self.evaluations += 1
-
-        def measure() -> dict[str, float]:
-            made = self.door.realise(plan)
-            outputs = self.judge.outputs(made)
-            quality, divergence = self.judge.quality(made, outputs), self.judge.divergence(outputs)
-            upper = math.nan if self.judge.own else self.judge.interval(outputs)[1]
-            return asdict(Evaluation(quality, divergence, self.door.size(made), upper))
-
-        if self.judge.own is not None:  # nobody knows whether the user's measure is still the same
-            return Evaluation(**measure())  # type: ignore[arg-type]
-        return Evaluation(**self.log.get(self._key("quality", plan), measure))  # type: ignore[arg-type]
-
-    def latency(self, plan: Plan) -> float:
-        """Seconds for one sample: the original's, times how much longer than it the plan took in one interleaved run."""
-        pair = {"original": Plan(()), "plan": plan}
-        times = self.log.get(self._key("latency", plan), lambda: self.door.latencies(pair))
-        if not plan.layers:
-            return times["original"]
-        return self.latency(Plan(())) * times["plan"] / times["original"]
-
-    def latency_limit(self, milliseconds: float | None, share: str | None) -> float | None:
-        """The stricter of both, in seconds."""
-        limits = []
-        if milliseconds is not None:
-            if not isinstance(milliseconds, Real) or not 0 < float(milliseconds) < math.inf:
-                raise SlrpropError(f"max_latency_ms must be a positive number of milliseconds, got {milliseconds!r}")
-            limits.append(float(milliseconds) / 1e3)
-        if share is not None:
-            if not str(share).strip().endswith("%"):
-                raise SlrpropError(
-                    f"max_latency is a share of the original's, like '50%', got {share!r}; use max_latency_ms for milliseconds"
-                )
-            limits.append(parse_size(share, 1e9 * self.latency(Plan(())), "max_latency") / 1e9)
-        return min(limits, default=None)
-
-    def explore(self, layers: str | list[str] | None) -> None:
-        """Candidates of every layer, their sensitivities, and the path they make."""
-        probe = plan_problem(self.problem, "svd", layers, rank=1)
-        names = tuple(layer.name for layer in probe.layers)
-        if not names:
-            raise SlrpropError(
-                f"no layer can be made smaller ({'; '.join(f'{k}: {v}' for k, v in probe.left_dense.items())})"
-            )
-        inputs = layer_inputs(self.problem, names)
-        for name in tqdm(names, desc="candidates", unit="layer", disable=None):
-            self.curves[name] = candidates_of(self.problem, name, inputs[name], self.methods)
-        hulls = {name: hull(found) for name, found in self.curves.items()}
-        self.left_dense = probe.left_dense
-        self.sensitivity = sensitivity = dict.fromkeys(names, 1.0)
-        for name in tqdm(names if len(names) > 1 else (), desc="sensitivities", unit="layer", disable=None):
-            middle = hulls[name][len(hulls[name]) // 2]
-            if middle.layer is not None and middle.error > 0:
-                alone = Plan((middle.layer,))
-                sensitivity[name] = max(self.evaluate(alone).divergence, 1e-12) / middle.error
-        self._make_path()
-
-    def _make_path(self) -> None:
-        network, names = self.problem.network, tuple(self.curves)
-        rest = self.door.size(self.door.realise(Plan(()))) - sum(network.weight(name).nbytes for name in names)
-        self.points = path_of(self.curves, self.sensitivity, feeds_between(network, names), rest)
-
-    def leave_slower_dense(self, at: int) -> bool:
-        """Take from the path every layer whose form at this point runs slower alone than the original network."""
-        plan = self.points[at].plan
-        alone = {layer.name: replace(plan, layers=(layer,)) for layer in plan.layers}
-
-        def measure() -> dict[str, float]:
-            return self.door.latencies({"": Plan(()), **alone})
-
-        times = self.log.get(self._key("layers", plan), measure)
-        slower = [name for name in alone if times[name] > times[""]]
-        for name in slower:
-            self.curves[name] = self.curves[name][:1]
-            self.left_dense = self.left_dense | {
-                name: f"its form ran {times[name] / times['']:.2f} times as long as the original network"
-            }
-        if slower:
-            self._make_path()
-        return bool(slower)
-
-    def observed(self, plan: Plan) -> dict[str, Observed]:
-        """What is known of every layer that has candidates, now that this plan was chosen."""
-        chosen = {layer.name: layer for layer in plan.layers}
-        found = {}
-        for name, curve in self.curves.items():
-            rank = max(
-                (candidate.layer.settings["rank"] for candidate in curve if candidate.layer is not None), default=0
-            )
-            found[name] = observed(self.problem, name, rank, self.sensitivity[name], chosen.get(name))
-        return found
-
-    def timed(self, at: int) -> float:
-        """The point's latency, measured if it is missing."""
-        self.points[at] = replace(self.points[at], latency=self.latency(self.points[at].plan))
-        return self.points[at].latency
-
-    def measured(self, at: int) -> Evaluation:
-        """The point's evaluation, made if it is missing."""
-        found = self.points[at].measured or self.evaluate(self.points[at].plan)
-        self.points[at] = replace(self.points[at], measured=found)
-        return found
-
-    def drop(self, at: int) -> float:
-        """How much worse than the original a point is on the search part; where asked, the upper end of that."""
-        if self.confident:
-            return self.measured(at).upper if self.points[at].plan.layers else 0.0
-        change = self.measured(0).quality - self.measured(at).quality
-        return -change if self.judge.lower_is_better else change
-
-    def fits(self, at: int, budget: Budget) -> bool:
-        """Whether a point is small and fast enough."""
-        small = budget.max_bytes is None or self.measured(at).bytes <= budget.max_bytes
-        return small and (budget.max_latency is None or self.timed(at) <= budget.max_latency)
-
-    def _bisect(self, low: int, high: int, holds: Callable[[int], bool], steps: int) -> int:
-        """The last index from ``low`` (holds) to ``high`` for which ``holds``, as far as ``steps`` trials can tell."""
-        while low < high and steps:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if holds(middle) else (low, middle - 1)
-            steps -= 1
-        return low
-
-    def choose(self, budget: Budget) -> tuple[int, bool]:
-        """The point to promise, and whether it is in the budget on the search part."""
-        last, layers = len(self.points) - 1, len(self.curves)
-        if budget.max_drop is not None:
-            steps = 1 + layers if layers > 1 else 3  # the originals, sensitivities and the check are evaluations too
-            at = self._bisect(0, last, lambda i: self.drop(i) <= float(budget.max_drop or 0), steps)
-            return at, self.fits(at, budget)
-        at = 0
-        if budget.max_bytes is not None:
-            limit = budget.max_bytes
-            # the header of the file differs from the original's, so start a little above
-            near = limit + LEAST_STEP // 2
-            at = next((i for i in range(last + 1) if self.points[i].predicted_bytes <= near), last)
-            while at < last and self.measured(at).bytes > limit:
-                at += 1
-        if budget.max_latency is not None:
-            slow = self._bisect(-1, last, lambda i: i < 0 or self.timed(i) > float(budget.max_latency or 0), 8)
-            at = max(at, min(slow + 1, last))
-        return at, self.fits(at, budget)
-
-    def step_back(self, at: int) -> int:
-        """A point towards the original with at most half the predicted damage."""
-        half = self.points[at].predicted_damage / 2
-        return max((i for i in range(at) if self.points[i].predicted_damage <= half), default=0)
+def choices_of(methods: Any, level: str) -> tuple[Choice, ...]:
+    """The methods to try: those given, or the level's."""
+    if methods is None:
+        return LEVELS[level]
+    pairs = list(methods.items()) if isinstance(methods, Mapping) else methods
+    if isinstance(pairs, str) or not isinstance(pairs, Sequence) or not pairs or not all(isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[1], Mapping) for pair in pairs):  # fmt: skip
+        raise SlrpropError(f"methods must map names to settings, like {{'svd': {{}}}}, got {methods!r}")
+    return tuple((name, dict(settings)) for name, settings in pairs)

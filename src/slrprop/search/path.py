@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +10,32 @@ import torch
 from torch import Tensor
 
 from slrprop.api import plan_problem
-from slrprop.layers import linear_from
+from slrprop.errors import SlrpropError
+from slrprop.factors import Factors, Quantized
 from slrprop.methods import Problem, find_method
 from slrprop.methods.base import ranks_for
+from slrprop.methods.calibrated import CalibratedSettings
 from slrprop.plan import LayerPlan, Plan
 
-DEFAULT_METHODS: dict[str, dict[str, Any]] = {"svd": {}, "slr": {"criterion": "weight"}}
+Choice = tuple[str, dict[str, Any]]  # a method and settings of it
+FEW_BITS: tuple[dict[str, Any], ...] = ({"bits": 8}, {"bits": 4})
+LEVELS: dict[str, tuple[Choice, ...]] = {
+    "weights": (
+        ("svd", {}),
+        ("slr", {"criterion": "weight"}),
+        *(("svd", bits) for bits in FEW_BITS),
+        *(("slr", {"criterion": "weight"} | bits) for bits in FEW_BITS),
+    ),
+    "calibrated": (
+        *(("low_rank", bits) for bits in FEW_BITS),
+        *(("nested", {"shape": shape, "bits": 4, "sweeps": 2}) for shape in ("half", "third", "three-wide")),
+        *(("dense", bits) for bits in FEW_BITS),
+    ),
+}
+LEVELS["tuned"] = LEVELS["calibrated"]
 CALIBRATION_ROWS = 512  # inputs of each layer that predictions are made from
-LEAST_STEP = 4096  # bytes between two points of one layer: more than a file needs around its numbers
+LEAST_STEP = 4096  # bytes: more than a file needs around its numbers
+FINEST_STEP = 64  # bytes between two points of one layer
 
 
 @dataclass(frozen=True)
@@ -63,29 +81,57 @@ def layer_inputs(problem: Problem, names: tuple[str, ...]) -> dict[str, Tensor]:
     return {name: torch.cat(parts)[:: max(1, sum(map(len, parts)) // CALIBRATION_ROWS)] for name, parts in seen.items()}
 
 
-def candidates_of(problem: Problem, name: str, x: Tensor, methods: Mapping[str, dict[str, Any]]) -> list[Candidate]:
-    """All candidates of a layer, the dense one first."""
+def candidates_of(problem: Problem, name: str, x: Tensor, methods: Sequence[Choice]) -> list[Candidate]:
+    """All candidates of a layer, the dense one first.
+
+    ``error`` is of the layer's outputs on ``x``, weighed by what they do to the network's where that is known and any of
+    the methods is calibrated.
+    """
     weight = problem.weight(name).detach()
     m, n = weight.shape
     x = x.to(torch.promote_types(weight.dtype, torch.float32))
+    fitted = any("inputs" in find_method(method).settings(**settings).needs() for method, settings in methods)
+    root = problem.calibration.regression(name, {}).root if fitted else None
+    bias = problem.network.bias(name)
+
+    def weighed(y: Tensor) -> float:
+        return float((y if root is None else y.double().cpu() @ root).square().sum())
+
     y = x @ weight.to(x)
-    found = [Candidate(weight.nbytes, 0.0)]
+    energy = max(weighed(y - y.mean(0) if fitted else y), 1e-30)
+    found = [Candidate(stored_bytes(weight, bias), 0.0)]
     ranks = ranks_for(m, n)
-    if ranks:
+    if ranks and any(method in ("svd", "slr", "slrprop") for method, _ in methods):
         problem.svd(name, ranks[-1], "auto")  # the lower ranks are parts of it
-    for method, settings in methods.items():
-        if name not in find_method(method).settings(**settings).eligible(problem.network):
+    for method, given in methods:
+        kind = find_method(method).settings
+        if find_method(method).coupled:
+            raise SlrpropError(
+                f"method '{method}' treats layers together, and the search chooses for each by itself; use slrprop.plan, or leave it out"
+            )
+        if name not in kind(**given).eligible(problem.network):
             continue  # for example a layer that SLRProp's chain does not reach
-        for rank in ranks:
-            made = plan_problem(problem, method, [name], rank=rank, **settings)
-            for layer in made.layers:
-                assert layer.factors is not None
-                error = float(
-                    (y - linear_from(layer.factors, None)(x).detach()).square().sum()
-                    / y.square().sum().clamp_min(1e-30)
-                )
-                found.append(Candidate(layer.factors.bytes, error, layer))
+        for step in kind.ladder(m, n):
+            made = plan_problem(problem, method, [name], **{**step, **alone(method), **given})
+            for layer in (layer for layer in made.layers if layer.name == name):
+                factors = layer.factors
+                assert factors is not None
+                own = factors.bias if isinstance(factors, Quantized) else layer.bias
+                moved = (0 if own is None else own.to(x)) - (0 if bias is None or own is None else bias.to(x))
+                error = weighed(y - factors.product(x) - moved) / energy
+                found.append(Candidate(stored_bytes(factors, own if own is not None else bias), error, layer))
     return found
+
+
+def alone(method: str) -> dict[str, Any]:
+    """Settings that fit one layer for itself, whatever becomes of the others."""
+    return {"sequential": False} if issubclass(find_method(method).settings, CalibratedSettings) else {}
+
+
+def stored_bytes(weight: Tensor | Factors, bias: Tensor | None) -> int:
+    """Bytes of a weight or its factors, and of the bias where the factors do not hold it."""
+    size = weight.bytes if isinstance(weight, Factors) else weight.nbytes
+    return size + (0 if bias is None or (isinstance(weight, Quantized) and weight.bias is not None) else bias.nbytes)
 
 
 def hull(candidates: list[Candidate]) -> list[Candidate]:
@@ -118,7 +164,7 @@ def frontier(candidates: list[Candidate]) -> list[tuple[Candidate, float]]:
         for candidate in sorted(between, key=lambda c: (c.bytes, c.error)):
             if candidate.error < (best[-1].error if best else smaller.error):
                 best.append(candidate)
-        gap, slope = max(LEAST_STEP, corners[0].bytes // 50), _slope(larger, smaller)
+        gap, slope = max(FINEST_STEP, larger.bytes // 16), _slope(larger, smaller)
         for candidate in reversed(best):
             if found[-1][0].bytes - candidate.bytes >= gap <= candidate.bytes - smaller.bytes:
                 found.append((candidate, slope))

@@ -1,0 +1,74 @@
+"""What Net-Trim and DDLR share: settings, and the fit of one layer under constraints on its response."""
+
+from abc import ABC
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from slrprop.admm import Programme, Proximal, Solution, solve
+from slrprop.errors import SlrpropError
+from slrprop.factors import Factors
+from slrprop.methods.calibrated import CalibratedSettings, Fitted
+from slrprop.regression import Regression
+
+GAINS = (0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstrainedSettings(CalibratedSettings, ABC):
+    """Settings of methods that bound the change of a layer's outputs and let the data decide the size.
+
+    Args:
+        gain: the bound, as a share of the outputs' Frobenius norm.
+        rho: where the penalty of the iteration starts, see :func:`slrprop.admm.solve`.
+        iterations: limit of the iteration.
+        sequential: False is the articles' parallel scheme, every layer on the original inputs; True is Net-Trim's cascade:
+            layers behind compressed ones are held to 1.05 times the error that the original weight makes there.
+        bias_correction: off, since the programme has its own bias: behind a ReLU the mean pre-activation means nothing.
+    """
+
+    gain: float = 0.2
+    rho: float = 1.0
+    iterations: int = 1000
+    sequential: bool = False
+    bias_correction: bool = False
+    refit_head: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("gain", "rho"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < float("inf"):
+                raise SlrpropError(f"{name} must be a number above 0, got {value!r}")
+            object.__setattr__(self, name, float(value))  # numpy's numbers are no JSON
+        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
+            raise SlrpropError(f"iterations must be a whole number from 1, got {self.iterations!r}")
+
+    def stored_numbers(self, m: int, n: int) -> None:
+        """Not known before the data are seen."""
+
+    @classmethod
+    def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
+        return [{"gain": gain} for gain in GAINS]
+
+
+def constrained(task: Regression, settings: ConstrainedSettings, proximal: Proximal) -> tuple[Programme, Solution]:
+    """A layer's programme and its solution."""
+    x, z = task.samples()
+    if settings.sequential:
+        programme = Programme.cascade(x, z, task.relu, settings.gain, x @ task.original + task.bias)
+    else:
+        programme = Programme.parallel(x, z, task.relu, settings.gain)
+    return programme, solve(programme, proximal, settings.rho, settings.iterations)
+
+
+def reported(programme: Programme, solution: Solution, form: Factors) -> Fitted:
+    """The factors with their bias, and notes: how far they are outside the constraints (shares of ``||Y||_F``)."""
+    error, ceiling = programme.violation(form.dense(), solution.bias)
+    notes = {
+        "error_violation": error,
+        "ceiling_violation": ceiling,
+        "iterations": float(solution.iterations),
+        "converged": float(solution.converged),
+    }
+    return Fitted(form, solution.bias, notes)

@@ -1,0 +1,43 @@
+"""DDLR, data-driven low rank: the lowest rank, by its convex relaxation, that keeps a layer's response."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from slrprop.admm import TOLERANCE, singular_value_threshold
+from slrprop.factors import Dense, LowRank
+from slrprop.linalg import truncated_svd
+from slrprop.methods.calibrated import Fitted, calibrated
+from slrprop.methods.constrained import ConstrainedSettings, constrained, reported
+from slrprop.regression import Regression
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDLRSettings(ConstrainedSettings):
+    """DDLR: the least nuclear norm under a bound on the change of the outputs."""
+
+    source: ClassVar[str] = "Papadimitriou, Jain, arXiv 2107.05787, 2021"
+
+
+def numerical_rank(weight: Tensor) -> int:
+    """Singular values above the solver's tolerance, relative to the largest; at least 1.
+
+    The threshold's own zeros are zeros to rounding (1e-15 of the largest); what the iteration left below its tolerance can't
+    be told from zero either, and takes no more than the solver's own error with it.
+    """
+    s = torch.linalg.svdvals(weight)
+    return max(1, int((s > TOLERANCE * s[0]).sum()))
+
+
+def fit(task: Regression, settings: DDLRSettings) -> Fitted:
+    """The solution as two factors; as one matrix where they would hold more numbers."""
+    programme, solution = constrained(task, settings, singular_value_threshold)
+    (m, n), rank = solution.weight.shape, numerical_rank(solution.weight)
+    if rank * (m + n) >= m * n:
+        return reported(programme, solution, Dense(solution.weight))
+    return reported(programme, solution, LowRank.from_svd(truncated_svd(solution.weight, rank)))
+
+
+METHOD = calibrated("ddlr", DDLRSettings, fit)

@@ -1,0 +1,39 @@
+"""What the methods that keep single weights share: the density, and its ladder."""
+
+from abc import ABC
+from dataclasses import dataclass
+from typing import Any
+
+import slrprop.sparse_rounding  # noqa: F401  (registers how sparse values are rounded)
+from slrprop.checks import require_density
+from slrprop.methods.base import Settings
+from slrprop.sparsity import whole_share
+
+
+@dataclass(frozen=True, kw_only=True)
+class DensitySettings(Settings, ABC):
+    """Settings of methods that keep single weights.
+
+    Args:
+        density: share of the weights kept.
+    """
+
+    density: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_density("density", self.density)
+        object.__setattr__(self, "density", float(self.density))
+
+    def stored_numbers(self, m: int, n: int) -> int:
+        return whole_share(m * n, self.density)
+
+    @classmethod
+    def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
+        return [{"density": density} for density in densities_for(m, n)]
+
+
+def densities_for(m: int, n: int) -> list[float]:
+    """1/2, 3/8, 1/4, 3/16, ... down to one weight for two outputs, ascending."""
+    halves = (0.5**power * share for power in range(1, 40) for share in (1.0, 0.75))
+    return sorted(density for density in halves if density * m * n >= n / 2)

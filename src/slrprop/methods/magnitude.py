@@ -1,0 +1,40 @@
+"""Magnitude pruning."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from slrprop.factors import Sparse
+from slrprop.methods.base import Decision, Method, Problem
+from slrprop.methods.density import DensitySettings
+from slrprop.plan import LayerPlan
+from slrprop.sparsity import largest
+
+
+@dataclass(frozen=True, kw_only=True)
+class MagnitudeSettings(DensitySettings):
+    """Magnitude: the largest weights stay (size only: no faster)."""
+
+    source: ClassVar[str] = "Han, Pool, Tran, Dally, NIPS 2015"
+
+
+def pruned(weight: Tensor, count: int) -> Sparse:
+    """The ``count`` weights of largest magnitude."""
+    return Sparse.of(weight, largest(weight.abs(), count))
+
+
+def decide(problem: Problem, layers: tuple[str, ...], settings: MagnitudeSettings) -> Iterator[Decision]:
+    """Every layer by itself."""
+    for name in layers:
+        weight = problem.weight(name)
+        yield Decision(name, pruned(weight, settings.stored_numbers(*weight.shape)))
+
+
+def build(weight: Tensor, layer: LayerPlan, settings: MagnitudeSettings) -> Sparse:
+    """The factors of a planned layer from its m x n weight."""
+    return pruned(weight, settings.stored_numbers(*weight.shape))
+
+
+METHOD = Method("magnitude", MagnitudeSettings, decide, build)

@@ -1,0 +1,26 @@
+"""Net-Trim: the sparsest weight, by its convex relaxation, that keeps a layer's response."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from slrprop.admm import soft_threshold
+from slrprop.factors import Sparse
+from slrprop.methods.calibrated import Fitted, calibrated
+from slrprop.methods.constrained import ConstrainedSettings, constrained, reported
+from slrprop.regression import Regression
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetTrimSettings(ConstrainedSettings):
+    """Net-Trim: the least sum of magnitudes under a bound on the change of the outputs (size only: no faster)."""
+
+    source: ClassVar[str] = "Aghasi, Abdi, Nguyen, Romberg, NIPS 2017; SIAM J. Math. Data Sci. 2, 2020"
+
+
+def fit(task: Regression, settings: NetTrimSettings) -> Fitted:
+    """The weights that the soft threshold left."""
+    programme, solution = constrained(task, settings, soft_threshold)
+    return reported(programme, solution, Sparse.of(solution.weight))
+
+
+METHOD = calibrated("net_trim", NetTrimSettings, fit)

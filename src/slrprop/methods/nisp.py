@@ -1,0 +1,90 @@
+"""NISP: neurons removed by importance propagated back from the network's final response."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from scipy.stats import rankdata
+from torch import Tensor
+
+from slrprop.checks import require_choice
+from slrprop.methods.base import Problem
+from slrprop.methods.removal import RemovalSettings, removal
+from slrprop.relevance.simple import propagated
+
+RESPONSES = 2000  # samples that feature selection ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class NISPSettings(RemovalSettings):
+    """NISP: removes the neurons with the least importance, propagated back from the final response by ``|W|``.
+
+    ``s_k = |W_(k+1)| s_(k+1)``; activations and batch norm pass importance through.
+
+    Args:
+        start: what the recursion starts from: ``responses``, the neurons before the last dense layer ranked by
+            infinite feature selection, as in the article; ``outputs``, importance 1 for each of its outputs.
+    """
+
+    start: str = "responses"
+
+    source: ClassVar[str] = "Yu et al., CVPR 2018; Roffo, Melzi, Cristani, ICCV 2015"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("start", self.start, ("responses", "outputs"))
+
+
+def infinite_selection(x: Tensor) -> Tensor:
+    """Infinite feature selection of the columns of x (p x m): their energies, float64 (m,), larger is more important.
+
+    ``(I - r A)^-1 1 - 1`` with ``A = (max(s_i, s_j) + 1 - |rank correlation|) / 2`` and ``r = 0.9 / rho(A)``, s being
+    standard deviations scaled to 1 at most. A constant column counts as known from the others.
+    """
+    ranks = torch.from_numpy(rankdata(x.cpu().double().numpy(), axis=0))
+    ranks = ranks - ranks.mean(0)
+    length = ranks.norm(dim=0)
+    constant = length == 0
+    ranks = ranks / length.clamp_min(torch.finfo(torch.float64).tiny)
+    apart = 1 - (ranks.T @ ranks).abs()
+    apart[constant] = 0
+    apart[:, constant] = 0
+    deviation = x.cpu().double().std(0)
+    spread = torch.maximum(deviation[:, None], deviation) / deviation.max().clamp_min(1e-300)
+    affinity = (spread + apart) / 2
+    ones = torch.ones(len(affinity), dtype=torch.float64)
+    radius = torch.linalg.eigvalsh(affinity)[-1].clamp_min(1e-300)  # of a matrix without negative entries
+    return torch.linalg.solve(torch.eye(len(ones), dtype=torch.float64) - 0.9 / radius * affinity, ones) - 1
+
+
+def importances(problem: Problem, pairs: Mapping[str, str], settings: NISPSettings) -> dict[str, Tensor]:
+    """Importance of every neuron between the layers of a pair, float64 (n,), by the recursion of NISP."""
+    known: dict[str, Tensor] = {}  # of a layer's inputs
+
+    def of_inputs(name: str) -> Tensor:
+        if name not in known:
+            following = problem.network.next_layer(name)
+            known[name] = torch.ones(problem.network.shape(name)[0], dtype=torch.float64)  # for a network of circles
+            if following is not None:
+                known[name] = propagated(problem.weight(name).cpu(), of_inputs(following))
+            elif settings.start == "responses":
+                known[name] = infinite_selection(_inputs(problem, name))
+            else:
+                known[name] = problem.weight(name).cpu().double().abs().sum(1)
+        return known[name]
+
+    return {first: of_inputs(following) for first, following in pairs.items()}
+
+
+def _inputs(problem: Problem, name: str) -> Tensor:
+    """The first inputs (p x m) of a layer."""
+    found: list[Tensor] = []
+    for flow in problem.network.stream((name,), problem.data):
+        found += [x for x, _ in flow.calls[name]]
+        if sum(map(len, found)) >= RESPONSES:
+            break
+    return torch.cat(found)[:RESPONSES]
+
+
+METHOD = removal("nisp", NISPSettings, importances)

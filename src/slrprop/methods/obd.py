@@ -1,0 +1,51 @@
+"""OBD, optimal brain damage: weights are judged by the diagonal of the Hessian."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from slrprop.checks import require_flag
+from slrprop.factors import Sparse
+from slrprop.methods.calibrated import CalibratedSettings, calibrated
+from slrprop.methods.density import DensitySettings
+from slrprop.regression import Regression
+from slrprop.sparsity import largest
+
+
+@dataclass(frozen=True, kw_only=True)
+class OBDSettings(DensitySettings, CalibratedSettings):
+    """OBD: the weights whose removal costs most by the Hessian's diagonal stay (size only: no faster).
+
+    The Hessian of the loss is taken as input covariance x metric of the outputs (Kronecker), per layer.
+
+    Args:
+        sensitivity: weigh outputs by their effect on the network's outputs; without it the layer's own squared error counts.
+    """
+
+    sensitivity: bool = True
+
+    source: ClassVar[str] = "LeCun, Denker, Solla, NIPS 1989, Eq 5"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_flag("sensitivity", self.sensitivity)
+
+    @property
+    def weighted(self) -> bool:
+        return self.sensitivity
+
+
+def saliency(weight: Tensor, hessian: Tensor, metric: Tensor | None = None) -> Tensor:
+    """``h_kk w_k^2 / 2`` of every weight (m, n), h_kk the product of both diagonals."""
+    costs = hessian.diagonal()[:, None] * weight**2 / 2
+    return costs if metric is None else costs * metric.diagonal()
+
+
+def fit(task: Regression, settings: OBDSettings) -> Sparse:
+    """The chosen weights as they are."""
+    costs = saliency(task.weight, task.covariance, task.metric)
+    return Sparse.of(task.weight, largest(costs, settings.stored_numbers(*costs.shape)))
+
+
+METHOD = calibrated("obd", OBDSettings, fit)

@@ -1,0 +1,59 @@
+"""Neurons removed because another one has nearly the same weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from scipy.cluster.hierarchy import linkage
+from torch import Tensor
+
+from slrprop.methods.base import Problem
+from slrprop.methods.removal import RemovalSettings, kept_count, removal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RedundantSettings(RemovalSettings):
+    """Redundant features: clusters neurons by the angles between their weights and keeps one of each cluster.
+
+    Complete linkage of cosine distances, cut where as many clusters are left as neurons shall stay (the article cuts at a
+    threshold); of each cluster the neuron with the longest weight vector stays (the article takes any; we choose).
+    """
+
+    source: ClassVar[str] = "Ayinde, Inanc, Zurada, Neural Networks 118, 2019"
+
+
+def clusters(vectors: Tensor, count: int) -> Tensor:
+    """Which of ``count`` clusters each row of ``vectors`` (n x m) belongs to: complete linkage, cosine distance.
+
+    Returns:
+        int64 (n,), clusters numbered in no particular order.
+    """
+    n = len(vectors)
+    unit = torch.nn.functional.normalize(vectors.double(), dim=1)
+    distance = (1 - unit @ unit.T).clamp_min(0)
+    upper = torch.triu_indices(n, n, 1)
+    member = torch.arange(n)
+    if n > count:
+        merges = linkage(distance[upper[0], upper[1]].numpy(), "complete")[: n - count, :2]
+        for new, (a, b) in enumerate(merges.astype(int).tolist(), n):
+            member[(member == a) | (member == b)] = new
+    return member
+
+
+def representatives(problem: Problem, pairs: Mapping[str, str], settings: RedundantSettings) -> dict[str, Tensor]:
+    """Scores (n,) in float64: the norm of a neuron's weights for the one that stands for its cluster, else -1 / norm."""
+    found = {}
+    for first in pairs:
+        vectors = problem.weight(first).T.cpu().double()
+        length = vectors.norm(dim=1)
+        member = clusters(vectors, kept_count(len(vectors), settings.keep))
+        best = torch.zeros(len(vectors), dtype=torch.bool)
+        for cluster in member.unique():
+            inside = (member == cluster).nonzero()[:, 0]
+            best[inside[length[inside].argmax()]] = True
+        found[first] = torch.where(best, length, length - length.max() - 1)
+    return found
+
+
+METHOD = removal("redundant", RedundantSettings, representatives)

@@ -1,0 +1,163 @@
+"""Removing neurons between dense layers: smaller dense layers, the next layer's weights refitted.
+
+A criterion scores the neurons between a layer and the dense layer that reads them. Those that stay are given the next
+layer's weights anew, by least squares; what the removed ones gave on average goes into its bias.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from slrprop.checks import require_keep
+from slrprop.errors import SlrpropError
+from slrprop.factors import Narrowed
+from slrprop.losses import rows_of
+from slrprop.methods.base import Decision, Method, Problem
+from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
+from slrprop.network.base import Network
+from slrprop.network.chain import Chain
+from slrprop.regression import DAMPING, Regression
+
+Score = Callable[[Problem, Mapping[str, str], Any], dict[str, Tensor]]
+SHARES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemovalSettings(CalibratedSettings):
+    """Settings of every method that removes neurons between a layer and the next dense one.
+
+    Args:
+        keep: share of the layer's output neurons that stay, above 0, at most 1.
+        refit: fit the next layer's weights anew to the neurons that stay.
+    """
+
+    keep: float = 0.5
+    refit: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_keep(self.keep)
+        object.__setattr__(self, "keep", float(self.keep))
+        if not isinstance(self.refit, bool):
+            raise SlrpropError(f"refit must be True or False, got {self.refit!r}")
+
+    def stored_numbers(self, m: int, n: int) -> int:
+        return m * kept_count(n, self.keep)
+
+    @classmethod
+    def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
+        counts = {kept_count(n, keep): keep for keep in reversed(SHARES)}
+        return [{"keep": counts[count]} for count in sorted(counts) if count < n]
+
+    def eligible(self, network: Network) -> tuple[str, ...]:
+        return tuple(first for first in network.order if self.reader(network, first) is not None)
+
+    @staticmethod
+    def reader(network: Network, first: str) -> str | None:
+        """The dense layer that reads a layer's neurons, where both can be changed."""
+        following = network.next_layer(first)
+        free = all(network.times_called[name] == 1 and not network.tied[name] for name in (first, following) if name)
+        return following if free and following in network.order else None
+
+
+class ChainedSettings(RemovalSettings):
+    """Settings of criteria that need the loss behind a layer: a chain of dense layers up to the outputs must follow."""
+
+    def eligible(self, network: Network) -> tuple[str, ...]:
+        return tuple(name for name in super().eligible(network) if network.chain(network.next_layer(name) or ""))
+
+
+class Seen(NamedTuple):
+    """A reading layer in one batch: its inputs (p x m), outputs (p x n), weight (m x n), and what follows it."""
+
+    x: Tensor
+    y: Tensor
+    weight: Tensor
+    chain: Chain
+
+
+class ChainedFlow(NamedTuple):
+    """One batch: its labels or targets, the number of its rows, and by the neurons' own layer what reads them."""
+
+    targets: Tensor | None
+    samples: int
+    layers: dict[str, Seen]
+
+
+def chained(problem: Problem, pairs: Mapping[str, str]) -> Iterator[ChainedFlow]:
+    """Run the data through the network; ``pairs`` maps layers to the ones that read them.
+
+    Raises:
+        SlrpropError: on some batch the network does something else than the chain behind a layer.
+    """
+    network = problem.network
+    for flow in network.stream(tuple(dict.fromkeys(pairs.values())), problem.data):
+        seen = {}
+        for first, following in pairs.items():
+            (x, y), chain = flow.calls[following][0], network.chain(following)
+            if chain is None or not network.reproduces(chain, y, flow.output):
+                raise SlrpropError(
+                    f"what follows layer '{following}' is not the same for all of this data; choose another criterion, like 'apoz'"
+                )
+            x, y = (rows_of(value).to(chain.scale) for value in (x, y))
+            seen[first] = Seen(x, y, problem.weight(following).to(x), chain)
+        yield ChainedFlow(flow.batch.targets, len(rows_of(flow.output)), seen)
+
+
+def kept_count(count: int, keep: float) -> int:
+    """How many of ``count`` neurons stay: the nearest whole number, at least one."""
+    return max(1, int(count * keep + 0.5))
+
+
+def most_relevant(scores: Tensor, keep: float) -> Tensor:
+    """Mask of the neurons that stay: the highest scores; of equal ones the lower index goes."""
+    mask = torch.zeros(len(scores), dtype=torch.bool)
+    mask[scores.cpu().argsort(stable=True)[len(scores) - kept_count(len(scores), keep) :]] = True
+    return mask
+
+
+def refitted(task: Regression, rows: Tensor) -> Tensor:
+    """The weights (kept x n) for the inputs that stay, by least squares; a ridge pulls them towards the old ones."""
+    damped = task.damped(DAMPING)[rows]
+    return torch.cholesky_solve(damped @ task.weight, torch.linalg.cholesky(damped[:, rows]))
+
+
+def narrowed(task: Regression, settings: RemovalSettings, rows: Tensor | None, columns: Tensor | None) -> Narrowed:
+    """A layer without the inputs and outputs that the masks leave out (None: all stay)."""
+    weight = task.weight if settings.refit else task.original
+    if rows is not None:
+        weight = weight.clone()
+        weight[rows] = refitted(task, rows) if settings.refit else weight[rows]
+    return Narrowed.cut(weight, rows, columns)
+
+
+def removal(name: str, settings: type[RemovalSettings], score: Score) -> Method:
+    """A method from a criterion.
+
+    Args:
+        score: takes the problem, the layers whose neurons are scored, each with the layer that reads them, and the
+            settings; gives a score (n,) for every layer's neurons, larger is more relevant.
+    """
+
+    def decide(problem: Problem, layers: tuple[str, ...], chosen: RemovalSettings) -> Iterator[Decision]:
+        network = problem.network
+        pairs = {first: following for first in layers if (following := chosen.reader(network, first)) is not None}
+        kept = {first: most_relevant(found, chosen.keep) for first, found in score(problem, pairs, chosen).items()}
+        read = {pairs[first]: mask for first, mask in kept.items()}
+        made = {first: mask for first, mask in kept.items() if network.feeds_directly(first) == pairs[first]}
+
+        def method(layer: str) -> CalibratedMethod:
+            fit = partial(narrowed, rows=read.get(layer), columns=made.get(layer))
+            return CalibratedMethod(name, settings, decide, None, fit)
+
+        wide = replace(chosen, bits=32)  # for a layer that was not asked for
+        touched = {layer: (method(layer), chosen if layer in layers else wide) for layer in (*read, *made)}
+        for decision in in_order(problem, touched):
+            asked = decision.name in layers or decision.settings is not None
+            yield decision if asked else decision._replace(settings=wide)
+
+    return Method(name, settings, decide, None, coupled=True)

@@ -1,0 +1,64 @@
+"""Neurons removed by the first-order Taylor term of the loss."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slrprop.checks import require_choice
+from slrprop.losses import check_labels, pick_loss
+from slrprop.methods.base import Problem
+from slrprop.methods.removal import ChainedSettings, chained, removal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaylorSettings(ChainedSettings):
+    """Taylor: removes the neurons whose removal changes the loss least, to first order.
+
+    A neuron's score is ``|dC/dz * z|``, z being what the next layer reads of it, averaged over the calibration samples and
+    scaled to l2 norm 1 in each layer. C is the cross-entropy of the labels; without labels that of the network's own answers
+    (the class it puts first: the gradient of the divergence from itself is zero everywhere; we choose), for outputs that
+    are no classes the squared distance from the targets, and without them from zero.
+
+    Args:
+        absolute: the absolute value is taken of each ``sample``, as in the article, or of the ``mean`` over them.
+    """
+
+    absolute: str = "sample"
+
+    source: ClassVar[str] = "Molchanov, Tyree, Karras, Aila, Kautz, ICLR 2017"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("absolute", self.absolute, ("sample", "mean"))
+
+
+def loss_of(outputs: Tensor, targets: Tensor | None) -> Tensor:
+    """The loss C summed over samples, for outputs (p x c)."""
+    loss = pick_loss(targets, outputs)
+    if loss == "squared":
+        return (outputs if targets is None else outputs - targets.to(outputs).reshape(outputs.shape)).square().sum()
+    labels = outputs.argmax(1) if targets is None else check_labels(targets, outputs)
+    return functional.cross_entropy(outputs, labels, reduction="sum")
+
+
+def taylor_terms(problem: Problem, pairs: Mapping[str, str], settings: TaylorSettings) -> dict[str, Tensor]:
+    """Mean ``|dC/dz * z|`` of every neuron between the layers of a pair, float64 (n,), of norm 1."""
+    sums: dict[str, Tensor] = {}
+    samples = 0
+    for flow in chained(problem, pairs):
+        samples += flow.samples
+        for first, seen in flow.layers.items():
+            y = seen.y.detach().requires_grad_()
+            with torch.enable_grad():
+                (gradient,) = torch.autograd.grad(loss_of(seen.chain.values(y)[-1], flow.targets), y)
+            terms = (gradient @ seen.weight.T) * seen.x
+            term = (terms.abs() if settings.absolute == "sample" else terms).sum(0, dtype=torch.float64)
+            sums[first] = sums[first] + term if first in sums else term
+    return {first: functional.normalize((total / samples).abs(), dim=0) for first, total in sums.items()}
+
+
+METHOD = removal("taylor", TaylorSettings, taylor_terms)

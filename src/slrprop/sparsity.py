@@ -1,0 +1,181 @@
+"""Which weights to keep, and what the kept ones should be: what the sparse methods share.
+
+A weight W is m x n (inputs x outputs), C the m x m covariance of its inputs. A method's error is ``tr((W - S)^T C (W - S) G)``,
+the mean squared error of the layer's outputs (G = 1), or their effect on the loss (G, n x n, the Gauss-Newton metric).
+Singular covariances are the normal case: every Hessian here is ``C + damping * mean(diag C) * I``, so of all weights with the
+same error the one nearest to W is taken. A covariance of zero (inputs that never vary) counts as the identity.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+from torch import Tensor
+
+from slrprop.errors import SlrpropError
+
+DAMPING = 1e-3
+ITERATIONS = 30  # of conjugate gradients
+KEPT_NUMBERS = 1 << 27  # of Hessians kept factorised
+THIN, SMALL, CHUNK = 0.02, 1 << 20, 4096
+GROUP_NUMBERS = 1 << 22  # of Hessians that are factorised together
+
+
+def damped(matrix: Tensor, damping: float = DAMPING) -> Tensor:
+    """``C + damping * mean(diag C) * I`` in float64, exactly symmetric."""
+    full = matrix.double()
+    middle = float(full.diagonal().mean()) if len(full) else 0.0
+    eye = torch.eye(len(full), dtype=torch.float64, device=full.device)
+    return (full + full.T) / 2 + damping * middle * eye if middle > 0 else eye
+
+
+def whole_share(count: int, density: float) -> int:
+    """How many of ``count`` are kept at a density; at least one, unless the density is 0."""
+    return min(count, max(1, round(count * density))) if density > 0 else 0
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Mask of the ``count`` largest scores; ties fall to the lower index."""
+    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    mask[scores.reshape(-1).argsort(descending=True, stable=True)[:count]] = True
+    return mask.reshape(scores.shape)
+
+
+def largest_per_output(scores: Tensor, count: int) -> Tensor:
+    """Mask of the ``count`` largest scores in each column (output)."""
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    return mask.scatter(0, scores.argsort(dim=0, descending=True, stable=True)[:count], True)
+
+
+def alike(sizes: Tensor) -> list[Tensor]:
+    """Columns with sizes (n,) above 0 in groups of about one size, none of more than ``GROUP_NUMBERS`` squares."""
+    groups: list[list[int]] = []
+    largest_size = 0
+    for column in sizes.argsort(descending=True, stable=True).tolist():
+        size = int(sizes[column])
+        if (
+            size
+            and groups
+            and 5 * size >= 4 * largest_size - 40
+            and (len(groups[-1]) + 1) * largest_size**2 <= GROUP_NUMBERS
+        ):
+            groups[-1].append(column)
+        elif size:
+            groups.append([column])
+            largest_size = size
+    return [torch.tensor(group, device=sizes.device) for group in groups]
+
+
+class _Group(NamedTuple):
+    """Outputs whose supports are of about one size, filled up to the same: g outputs, s inputs each."""
+
+    real: Tensor  # bool (g, s): what is no filling
+    rows: Tensor  # inputs of all that is real, output after output
+    columns: Tensor  # their outputs
+    factor: Tensor  # (g, s, s) lower Cholesky factors of the Hessian on each support; of the identity where filled up
+
+
+class SupportedSquares:
+    """Least squares of every output on its own support: the factorised Hessians, to solve and to judge by.
+
+    Time and memory: the sum over outputs of the cube, and of the square, of the weights kept (memory up to 1 GiB, then time again).
+
+    Args:
+        hessian: positive definite (m, m).
+        support: bool (m, n).
+    """
+
+    def __init__(self, hessian: Tensor, support: Tensor) -> None:
+        self.hessian, self.support = hessian, support
+        sizes = support.sum(0)
+        self._columns = alike(sizes)
+        self._kept: list[_Group] = []
+        if int(sizes.square().sum()) <= KEPT_NUMBERS:
+            self._kept = [self._factorised(columns) for columns in self._columns]
+
+    def _groups(self) -> Iterator[_Group]:
+        """The factorised groups: made anew each time where they would take too much memory."""
+        yield from self._kept or (self._factorised(columns) for columns in self._columns)
+
+    def _factorised(self, columns: Tensor) -> _Group:
+        chosen = self.support[:, columns].T  # (g, m)
+        size = int(chosen.sum(1).max())
+        index = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :size]
+        real = chosen.gather(1, index)
+        inner = self.hessian[index[:, :, None], index[:, None, :]] * (real[:, :, None] & real[:, None, :])
+        factor, failed = torch.linalg.cholesky_ex(inner + (~real).double().diag_embed())
+        if failed.any():
+            raise SlrpropError("the Hessian of the layer's inputs is not positive definite; use more damping")
+        return _Group(real, index[real], columns[:, None].expand_as(index)[real], factor)
+
+    def _each(self, right: Tensor) -> Tensor:
+        """``H^-1`` times a right side (m, n), of every output on its own support; 0 elsewhere."""
+        found = torch.zeros_like(right)
+        for real, rows, columns, factor in self._groups():
+            filled = right.new_zeros(real.shape)
+            filled[real] = right[rows, columns]
+            found[rows, columns] = torch.cholesky_solve(filled[:, :, None], factor)[:, :, 0][real]
+        return found
+
+    def solve(
+        self, weight: Tensor, metric: Tensor | None = None, iterations: int = ITERATIONS, start: Tensor | None = None
+    ) -> Tensor:
+        """The m x n weight on the support with the least error against ``weight``.
+
+        Args:
+            metric: positive definite (n, n) coupling of the outputs; exact at once without. With it by conjugate gradients from
+                ``start``, preconditioned by the exact solution of every output for itself: the error falls with every one of
+                the ``iterations`` (fewer, if the residual is down to 1e-10).
+        """
+        if metric is None or not (metric - metric.diagonal().diag()).any():
+            return self._each(self.hessian @ weight)
+        found = torch.zeros_like(weight) if start is None else torch.where(self.support, start, 0)
+        residual = torch.where(self.support, self.hessian @ (weight - found) @ metric, 0)
+        size, before, step = float(residual.norm()), 0.0, torch.zeros_like(found)
+        for _ in range(iterations):
+            near = self._each(residual) / metric.diagonal()
+            product = float((near * residual).sum())
+            if not float(residual.norm()) > 1e-10 * size:
+                break
+            step = near + (product / before if before else 0.0) * step
+            along = self._curvature(step, metric)
+            length = product / float((step * along).sum())
+            found, residual, before = found + length * step, residual - length * along, product
+        return found
+
+    def _curvature(self, step: Tensor, metric: Tensor) -> Tensor:
+        """``H step G`` on the support, 0 elsewhere; where that is thin, no other entry is computed."""
+        rows, columns = self.support.nonzero(as_tuple=True)
+        if len(rows) > THIN * step.numel() or step.numel() < SMALL:
+            return torch.where(self.support, self.hessian @ step @ metric, 0)
+        left = torch.from_numpy(np.ascontiguousarray((csr_array(step.T.numpy()) @ self.hessian.numpy()).T))
+        found = torch.zeros_like(step)
+        for some, others in zip(rows.split(CHUNK), columns.split(CHUNK), strict=True):
+            found[some, others] = (left[some] * metric[others]).sum(1)
+        return found
+
+    def removal_costs(self, weight: Tensor) -> Tensor:
+        """The error that removing one supported weight adds, the others moved to make up for it: ``w^2 / (2 [H^-1]_qq)``.
+
+        H is the Hessian on that output's support (OBS, Hassibi and Stork 1993, Eq 5); 0 off the support.
+        """
+        costs = torch.zeros_like(weight)
+        for real, rows, columns, factor in self._groups():
+            spread = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)[real]
+            costs[rows, columns] = weight[rows, columns] ** 2 / (2 * spread)
+        return costs
+
+
+def least_squares(
+    hessian: Tensor, weight: Tensor, support: Tensor, metric: Tensor | None = None, iterations: int = ITERATIONS
+) -> Tensor:
+    """The m x n weight on a support with the least error against ``weight``, see :class:`SupportedSquares`."""
+    return SupportedSquares(hessian, support).solve(weight, metric, iterations)
+
+
+def squared_error(weight: Tensor, other: Tensor, hessian: Tensor, metric: Tensor | None = None) -> float:
+    """``tr((W - S)^T H (W - S) G)``."""
+    apart = weight - other
+    return float(((hessian @ apart) * (apart if metric is None else apart @ metric)).sum())
