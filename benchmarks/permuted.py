@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 import slrprop
 from slrprop.layers import linear_from
 from slrprop.network.torch import stored_numbers, swapped
-from slrprop.paper.experiments import EXPERIMENTS, trained
+from slrprop.paper.experiments import EXPERIMENTS, fit, trained
 from slrprop.paper.networks import LeNet5, RoomMLP
 from slrprop.permutations import packed_bytes
 from slrprop.permuted import PermutedLinear, SharedLinear, permute, train
@@ -130,6 +131,15 @@ def trained_part(args: argparse.Namespace) -> None:
         "dense 400-3-10": (lambda seed: Narrow(3), 1e-2),
     }
     train_table("LeNet-5, MNIST", lenet, data, SEEDS, 3, 128)
+    longer = replace(EXPERIMENTS["lenet5-mnist"], batch=128, learning_rate=1e-2)
+    torch.manual_seed(0)
+    model = permute(LeNet5())
+    fit(model, longer, data, "LeNet-5 permuted")
+    for bits, form in {32: model, 8: in_bits(model, 8), 4: in_bits(model, 4)}.items():
+        found = accuracy(form, data.x_test, data.y_test)
+        print(
+            f"{longer.epochs} epochs, shifted images, 1 seed, {bits} bits: {dense_part(form)[1]} bytes, {found:.2f} %"
+        )
     data = EXPERIMENTS["room-mlp"].load_data(args.data)
     room = {
         "16-4000-4000-4000-4, fc2 and fc3 permuted": (
