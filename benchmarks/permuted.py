@@ -146,7 +146,7 @@ def trained_part(args: argparse.Namespace) -> None:
             lambda seed: permute(RoomMLP(), ["fc2", "fc3"], 100 * seed),
             3e-4,
         ),
-        "dense 16-226-226-226-4": (lambda seed: RoomMLP(226), 1e-3),
+        "dense 16-226-226-226-4": (lambda seed: RoomMLP(widths=(226, 226, 226)), 1e-3),
     }
     train_table("Room network", room, data, (0,), 4, 128)
 

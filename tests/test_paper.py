@@ -67,7 +67,12 @@ def test_training_is_repeatable_and_kept(tiny, tmp_path):
 def test_the_networks_are_the_articles():
     assert [tuple(p.shape) for p in LeNet5().parameters() if p.ndim == 2] == [(120, 400), (84, 120), (10, 84)]
     assert LeNet5()(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
-    assert [tuple(p.shape) for p in RoomMLP(40).parameters() if p.ndim == 2] == [(40, 16), (40, 40), (40, 40), (4, 40)]
+    assert [tuple(p.shape) for p in RoomMLP(widths=(40, 40, 40)).parameters() if p.ndim == 2] == [
+        (40, 16),
+        (40, 40),
+        (40, 40),
+        (4, 40),
+    ]
 
 
 def test_published_figures():
