@@ -194,7 +194,7 @@ def test_half_precision_stays_half(tmp_path):
         plan = slrprop.plan(path, data, method=method, rank=4)
         slrprop.apply(path, plan, tmp_path / "s.onnx", data)
         tensors = onnx.load(tmp_path / "s.onnx").graph.initializer
-        assert {t.data_type for t in tensors} <= {TensorProto.FLOAT16, TensorProto.INT64}
+        assert {t.data_type for t in tensors} <= {TensorProto.FLOAT16, TensorProto.INT64, TensorProto.UINT8}
         assert slrprop.relevance.cost(path, "two", data, rank=3).rows.shape == (30,)
 
 

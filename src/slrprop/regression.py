@@ -19,6 +19,7 @@ from slrprop.network.base import Network
 from slrprop.network.chain import ACTIVATIONS
 
 DAMPING = 1e-4  # pull towards the original weight, times the mean variance of the inputs
+ROUNDING = 1e-12
 METRIC_DAMPING = 0.05  # of the outputs' metric, times its mean diagonal
 METRIC_ROWS = 2048  # samples that the metric is averaged over
 SELECTION_DAMPING = 1e-3
@@ -116,26 +117,32 @@ class Calibration:
         weight, bias = self._original(name)
         m, n = weight.shape
         count, sum_x, sum_z = 0, weight.new_zeros(m), weight.new_zeros(n)
+        origin: tuple[Tensor, Tensor] | None = None  # sums are taken from here, so that little cancels in the covariance
         square, cross = weight.new_zeros(m, m), weight.new_zeros(m, n)
         before = {key: value for key, value in compressed.items() if key != name}
         for x, z in self._pairs(name, before):
             x, z = x.double().cpu(), z.double().cpu()
+            origin = origin or (x.mean(0), z.mean(0))
+            x, z = x - origin[0], z - origin[1]
             count += len(x)
             sum_x += x.sum(0)
             sum_z += z.sum(0)
             square.addmm_(x.T, x)
             if before:
                 cross.addmm_(x.T, z)
-        if not count:
+        if origin is None or not count:
             raise SlrpropError(f"layer '{name}' saw no sample of the calibration data; give data that reaches it")
         mean, target_mean = sum_x / count, sum_z / count
         covariance = square.div_(count).sub_(torch.outer(mean, mean))
+        floor = ROUNDING * (origin[0] + mean).square().mean()  # what is left of constant inputs is not below zero
+        covariance.diagonal().add_(floor)
         target = weight
         if before:
             cross = cross.div_(count).sub_(torch.outer(mean, target_mean))
             pull = DAMPING * level(covariance)
             left = covariance + pull * torch.eye(m, dtype=torch.float64)
             target = torch.cholesky_solve(cross + pull * weight, torch.linalg.cholesky(left))
+        mean, target_mean = mean + origin[0], target_mean + origin[1]
         metric = self._metric(name) if weighted else None
         relu = self.network.activation(name) == "relu"
         found = Regression(

@@ -17,7 +17,6 @@ from slrprop.errors import SlrpropError
 from slrprop.export import export_onnx
 from slrprop.latency import latencies
 from slrprop.methods import METHODS, Problem
-from slrprop.methods.base import grid
 from slrprop.network import OnnxNetwork, TorchNetwork
 from slrprop.network.base import fingerprint
 from slrprop.paper.datasets import Dataset
@@ -136,7 +135,7 @@ def plans_of(bench: Bench, contender: Contender, sizes: list[int]) -> Iterator[t
         return
     judge = Judge(bench.head, bench.calibration, "agreement")
     search = Search(Door(bench.head, bench.calibration), judge, bench.problem, Log(None), contender.choices)
-    search.explore(layers)
+    search.explore(layers, max(sizes))
     prepared = time.perf_counter() - start
     for size in sizes:
         start = time.perf_counter()
@@ -148,7 +147,7 @@ def plans_of(bench: Bench, contender: Contender, sizes: list[int]) -> Iterator[t
 def _by_share(bench: Bench, choice: tuple[str, dict[str, object]]) -> Iterator[tuple[int, Plan]]:
     """Plans of a method that treats all layers together, by the bytes they store."""
     method, settings = choice
-    for share in sorted({round(step / 128, 6) for step in grid(128)}):
+    for share in (step / 128 for step in range(1, 129)):
         try:
             plan = plan_problem(bench.problem, method, list(bench.experiment.layers), keep=share, **settings)
         except SlrpropError:

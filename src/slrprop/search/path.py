@@ -34,8 +34,7 @@ LEVELS: dict[str, tuple[Choice, ...]] = {
 }
 LEVELS["tuned"] = LEVELS["calibrated"]
 CALIBRATION_ROWS = 512  # inputs of each layer that predictions are made from
-LEAST_STEP = 4096  # bytes: more than a file needs around its numbers
-FINEST_STEP = 64  # bytes between two points of one layer
+LEAST_STEP = 4096  # bytes between two points of one layer: more than a file needs around its numbers
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,10 @@ def layer_inputs(problem: Problem, names: tuple[str, ...]) -> dict[str, Tensor]:
     return {name: torch.cat(parts)[:: max(1, sum(map(len, parts)) // CALIBRATION_ROWS)] for name, parts in seen.items()}
 
 
-def candidates_of(problem: Problem, name: str, x: Tensor, methods: Sequence[Choice]) -> list[Candidate]:
-    """All candidates of a layer, the dense one first.
+def candidates_of(
+    problem: Problem, name: str, x: Tensor, methods: Sequence[Choice], most: float = math.inf
+) -> list[Candidate]:
+    """All candidates of a layer, the dense one first; none whose numbers alone take more than ``most`` bytes.
 
     ``error`` is of the layer's outputs on ``x``, weighed by what they do to the network's where that is known and any of
     the methods is calibrated.
@@ -112,6 +113,9 @@ def candidates_of(problem: Problem, name: str, x: Tensor, methods: Sequence[Choi
         if name not in kind(**given).eligible(problem.network):
             continue  # for example a layer that SLRProp's chain does not reach
         for step in kind.ladder(m, n):
+            settings = kind(**{**step, **given})
+            if (settings.stored_numbers(m, n) or 0) * min(settings.bits, 8 * weight.itemsize) / 8 > most:
+                continue
             made = plan_problem(problem, method, [name], **{**step, **alone(method), **given})
             for layer in (layer for layer in made.layers if layer.name == name):
                 factors = layer.factors
@@ -164,7 +168,7 @@ def frontier(candidates: list[Candidate]) -> list[tuple[Candidate, float]]:
         for candidate in sorted(between, key=lambda c: (c.bytes, c.error)):
             if candidate.error < (best[-1].error if best else smaller.error):
                 best.append(candidate)
-        gap, slope = max(FINEST_STEP, larger.bytes // 16), _slope(larger, smaller)
+        gap, slope = max(LEAST_STEP, corners[0].bytes // 50), _slope(larger, smaller)
         for candidate in reversed(best):
             if found[-1][0].bytes - candidate.bytes >= gap <= candidate.bytes - smaller.bytes:
                 found.append((candidate, slope))

@@ -28,6 +28,7 @@ from slrprop.search.path import (
     layer_inputs,
     neighbours,
     path_of,
+    stored_bytes,
     undominated,
 )
 from slrprop.search.result import Budget
@@ -152,8 +153,8 @@ class Search:
             limits.append(parse_size(share, 1e9 * self.latency(Plan(())), "max_latency") / 1e9)
         return min(limits, default=None)
 
-    def explore(self, layers: str | list[str] | None) -> None:
-        """Candidates of every layer, their sensitivities, and the path they make."""
+    def explore(self, layers: str | list[str] | None, most: float = math.inf) -> None:
+        """Candidates of every layer (up to ``most`` bytes each), their sensitivities, and the path they make."""
         probe = plan_problem(self.problem, "svd", layers, rank=1)
         names = tuple(layer.name for layer in probe.layers)
         if not names:
@@ -162,7 +163,7 @@ class Search:
             )
         inputs = layer_inputs(self.problem, names)
         for name in tqdm(names, desc="candidates", unit="layer", disable=None):
-            self.curves[name] = candidates_of(self.problem, name, inputs[name], self.methods)
+            self.curves[name] = candidates_of(self.problem, name, inputs[name], self.methods, most)
         hulls = {name: hull(found) for name, found in self.curves.items()}
         self.left_dense = probe.left_dense
         self.sensitivity = sensitivity = dict.fromkeys(names, 1.0)
@@ -232,31 +233,50 @@ class Search:
             tries: evaluations at most.
         """
         steps = {name: undominated(curve) for name, curve in self.curves.items()}
-        place = best_places(steps, self.sensitivity, limit)
-        if place is None:
-            return None
-        best, seen = self._evaluated(steps, place), {tuple(place.values())}
-        tries -= 1
-        while tries > 0:
-            near = [other for other in neighbours(steps, place, limit) if tuple(other.values()) not in seen]
+        target = limit  # fitted in order, a form can be some bytes larger than its candidate: places of single weights
+        while True:
+            place = best_places(steps, self.sensitivity, target)
+            if place is None:
+                return None
+            plan = self._planned(steps, place)
+            over = self.stored(plan) - limit
+            if over <= 0:
+                break
+            target -= over
+        best, seen = (plan, self.evaluate(plan)), {tuple(place.values())}
+        for _ in range(tries - 1):
+            near = [other for other in neighbours(steps, place, target) if tuple(other.values()) not in seen]
             if not near:
                 break
             other = min(near, key=lambda at: self._damage(steps, at))
             seen.add(tuple(other.values()))
-            found = self._evaluated(steps, other)
-            tries -= 1
-            if found[1].divergence < best[1].divergence:
-                place, best = other, found
+            plan = self._planned(steps, other)
+            if self.stored(plan) <= limit:
+                found = self.evaluate(plan)
+                if found.divergence < best[1].divergence:
+                    place, best = other, (plan, found)
         return best
+
+    def stored(self, plan: Plan) -> int:
+        """Bytes that the explored layers store under a plan."""
+        planned = {layer.name: layer for layer in plan.layers}
+        total = 0
+        for name, curve in self.curves.items():
+            layer = planned.get(name)
+            if layer is None or layer.factors is None:
+                total += curve[0].bytes
+            else:
+                bias = self.problem.network.bias(name) if layer.bias is None else layer.bias
+                total += stored_bytes(layer.factors, bias)
+        return total
 
     def _damage(self, steps: dict[str, list[Candidate]], place: dict[str, int]) -> float:
         return sum(self.sensitivity[name] * steps[name][at].error for name, at in place.items())
 
-    def _evaluated(self, steps: dict[str, list[Candidate]], place: dict[str, int]) -> tuple[Plan, Evaluation]:
+    def _planned(self, steps: dict[str, list[Candidate]], place: dict[str, int]) -> Plan:
         layers = {name: steps[name][at].layer for name, at in place.items()}
         known = {name: layer for name, layer in layers.items() if layer is not None}
-        plan = self.final(finished(self.problem.network, known, {}))
-        return plan, self.evaluate(plan)
+        return self.final(finished(self.problem.network, known, {}))
 
     def drop(self, at: int) -> float:
         """How much worse than the original a point is on the search part; where asked, the upper end of that."""
