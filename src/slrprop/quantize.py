@@ -125,7 +125,9 @@ def _(form: Dense, bits: int, task: Regression) -> Quantized:
 
 @compensated.register
 def _(form: Narrowed, bits: int, task: Regression) -> Quantized:
-    return _form_of(form, bits, {"block": rounded(form.block, 0, bits, task.covariance[form.rows][:, form.rows])})
+    return _form_of(
+        form, bits, {"block": rounded(form.block, 0, bits, Spread.of(task.covariance[form.rows][:, form.rows]))}
+    )
 
 
 @compensated.register
