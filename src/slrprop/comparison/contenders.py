@@ -76,10 +76,10 @@ CONTENDERS: tuple[Contender, ...] = (
     *_bits("permuted features", "calibrated", "permuted", 32, wide=False),
     Contender("auto, weights", "weights", LEVELS["weights"]),
     Contender("auto, calibrated", "calibrated", LEVELS["calibrated"]),
-    Contender("SVD, 4 bits, tuned", "tuned", (("svd", {"bits": 4}),), tuned=True),
+    Contender("SVD, 4 bits, tuned", "tuned", (("svd", {"bits": 4}),), tuned=True, slow=True),
     Contender("low rank, two-sided, 4 bits, tuned", "tuned", (("low_rank", {"bits": 4}),), tuned=True),
     Contender("nested, 4 bits, tuned", "tuned", NESTED[4], tuned=True),
-    Contender("Taylor, 4 bits, tuned", "tuned", shares=("taylor", {"bits": 4}), tuned=True),
+    Contender("Taylor, 4 bits, tuned", "tuned", shares=("taylor", {"bits": 4}), tuned=True, slow=True),
     Contender("auto, tuned", "tuned", LEVELS["tuned"], tuned=True),
     Contender(NARROWER, "trained", slow=True),
 )  # fmt: skip

@@ -24,6 +24,7 @@ from slrprop.search.path import (
     Point,
     best_places,
     candidates_of,
+    group_of,
     hull,
     layer_inputs,
     neighbours,
@@ -79,6 +80,7 @@ class Search:
         self.calibrated = any("inputs" in find_method(name).settings(**given).needs() for name, given in methods)
         self.sequential = all(settings.get("sequential", True) for _, settings in methods)
         self._finals: dict[str, Plan] = {}
+        self._known: dict[str, Evaluation] = {}
         self.evaluations = 1  # the original's
         self.points: list[Point] = []
         self.curves: dict[str, list[Candidate]] = {}
@@ -125,6 +127,12 @@ class Search:
         if not plan.layers:
             made = self.door.realise(plan)
             return Evaluation(self.judge.quality(made, self.judge.original), 0.0, self.door.size(made))
+        key = plan.to_json()
+        if key not in self._known:
+            self._known[key] = self._measure(plan)
+        return self._known[key]
+
+    def _measure(self, plan: Plan) -> Evaluation:
         self.evaluations += 1
 
         def measure() -> dict[str, float]:
@@ -232,15 +240,54 @@ class Search:
         self.points[at] = replace(self.points[at], plan=self.final(self.points[at].plan))
         return self.points[at].plan
 
-    def within(self, limit: int, tries: int) -> tuple[Plan, Evaluation] | None:
+    def within(self, limit: int, tries: int, each: bool = False) -> tuple[Plan, Evaluation] | None:
         """The best plan found whose layers' stored bytes are at most ``limit``; None where none is that small.
 
         From the choice of least predicted damage, one layer gives bytes to another as long as the measured divergence falls.
 
         Args:
             tries: evaluations at most.
+            each: start from the best of that choice and of those of each method alone, which takes one evaluation more each.
         """
-        steps = {name: undominated(curve) for name, curve in self.curves.items()}
+        best: tuple[Plan, Evaluation] | None = None
+        steps, place, target = {}, {}, limit
+        for group in self._groups()[: None if each else 1]:
+            started = self._start(group, limit)
+            if started is None:
+                continue
+            found, plan, most = started
+            measured = self.evaluate(plan)
+            if best is None or measured.divergence < best[1].divergence:
+                best, steps, place, target = (plan, measured), group, found, most
+        seen = {tuple(place.values())}
+        for _ in range(tries - 1 if best is not None else 0):
+            near = [other for other in neighbours(steps, place, target) if tuple(other.values()) not in seen]
+            if not near or best is None:
+                break
+            other = min(near, key=lambda at: self._damage(steps, at))
+            seen.add(tuple(other.values()))
+            plan = self._planned(steps, other)
+            if self.stored(plan) <= limit:
+                measured = self.evaluate(plan)
+                if measured.divergence < best[1].divergence:
+                    place, best = other, (plan, measured)
+        return best
+
+    def _groups(self) -> list[dict[str, list[Candidate]]]:
+        """All candidates that none beats, and those of each method and width of numbers alone: predictions compare them badly."""
+        kinds = sorted({group_of(candidate) for curve in self.curves.values() for candidate in curve[1:]})
+        groups = [{name: undominated(curve) for name, curve in self.curves.items()}]
+        if len(kinds) > 1:
+            for kind in kinds:
+                alone = {
+                    name: [c for c in curve if c.layer is None or group_of(c) == kind]
+                    for name, curve in self.curves.items()
+                }
+                groups.append({name: undominated(curve) for name, curve in alone.items()})
+        return groups
+
+    def _start(self, steps: dict[str, list[Candidate]], limit: int) -> tuple[dict[str, int], Plan, int] | None:
+        """The choice of least predicted damage that really stores at most ``limit`` bytes, and the limit that led to it."""
         target = limit  # fitted in order, a form can be some bytes larger than its candidate: places of single weights
         while True:
             place = best_places(steps, self.sensitivity, target)
@@ -249,21 +296,8 @@ class Search:
             plan = self._planned(steps, place)
             over = self.stored(plan) - limit
             if over <= 0:
-                break
+                return place, plan, target
             target -= over
-        best, seen = (plan, self.evaluate(plan)), {tuple(place.values())}
-        for _ in range(tries - 1):
-            near = [other for other in neighbours(steps, place, target) if tuple(other.values()) not in seen]
-            if not near:
-                break
-            other = min(near, key=lambda at: self._damage(steps, at))
-            seen.add(tuple(other.values()))
-            plan = self._planned(steps, other)
-            if self.stored(plan) <= limit:
-                found = self.evaluate(plan)
-                if found.divergence < best[1].divergence:
-                    place, best = other, (plan, found)
-        return best
 
     def stored(self, plan: Plan) -> int:
         """Bytes that the explored layers store under a plan."""
@@ -356,7 +390,9 @@ class Search:
         point = self.measured(at)
         if point.bytes > limit or self.spare < 2:
             return at
-        found = self.within(self.stored(self.final_at(at)) + limit - point.bytes, min(REFINEMENTS + 1, self.spare))
+        found = self.within(
+            self.stored(self.final_at(at)) + limit - point.bytes, min(REFINEMENTS + 1, self.spare), self.spare > 8
+        )
         better = found is not None and found[1].bytes <= limit and found[1].divergence < point.divergence
         return self._insert(*found) if found is not None and better else at
 
