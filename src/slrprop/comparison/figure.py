@@ -1,6 +1,7 @@
 """The frontier as a figure: accuracy lost against stored bytes."""
 
 import statistics
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ SHOWN = {
     "auto, tuned": ("#000000", "o", "-"),
     NARROWER: ("#555555", "x", "--"),
 }
-TICKS = (0, 0.1, 0.3, 1, 3, 10, 30, 90)
+TICKS = (-10, -3, -1, -0.3, -0.1, 0, 0.1, 0.3, 1, 3, 10, 30, 90)
 AROUND = [(0.0, 1.0), (0.0, -1.0), (1.0, 0.0), (-1.0, 0.0), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8)]
 
 
@@ -47,11 +48,12 @@ def figure(results: Results) -> Any:
     for size in results.sizes:
         if not apart or size > 1.2 * apart[-1]:
             apart.append(size)
-    axes.set_xticks(apart, [amount(size) for size in apart])
+    axes.set_xticks(apart, [amount(size) for size in apart], fontsize=9)
     axes.minorticks_off()
     axes.set_yscale("symlog", linthresh=0.1, linscale=0.5)
+    lost = [results.lost(*cell) for cell in results.cells]
     axes.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS])
-    axes.set_ylim(min(-0.05, min(min(line.get_ydata()) for line in lines.values()) - 0.03), 130)
+    axes.set_ylim(min(-0.1, 1.3 * min(lost)), 1.5 * max(0.1, *lost))
     axes.set_xlabel(f"stored bytes of the treated layers (original: {amount(results.total)})")
     axes.set_ylabel("points of test accuracy lost, mean over seeds")
     axes.set_title(f"{results.experiment.name}: every contender (grey: the others)")
@@ -64,7 +66,7 @@ def _along(line: Any, axes: Any) -> np.ndarray:
     """Pixels along a line, close together (p x 2)."""
     points = axes.transData.transform(np.column_stack(line.get_data()))
     steps = np.linspace(0, 1, 60)[:, None]
-    parts = [first + steps * (second - first) for first, second in zip(points, points[1:], strict=False)]
+    parts = [first + steps * (second - first) for first, second in pairwise(points)]
     return np.concatenate([points, *parts])
 
 
@@ -93,7 +95,8 @@ def _name(axes: Any, named: dict[str, Any], lines: list[Any]) -> None:
                     if outside or hit:
                         continue
                     covered = sum(
-                        float(((along > low) & (along < high)).all(1).sum()) * (3 if key in map(id, named.values()) else 1)
+                        float(((along > low) & (along < high)).all(1).sum())
+                        * (3 if key in map(id, named.values()) else 1)
                         for key, along in others.items()
                     )
                     nearer = min(

@@ -18,7 +18,7 @@ from slrprop.tune import TuneSettings
 LEVELS = ("weights", "calibrated", "tuned", "trained")
 KNOWN = {contender.name: contender for contender in CONTENDERS}
 NEAR = "≈"  # marks what is within one standard error of the best
-NONE = "–"
+NONE = "-"
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,7 @@ def accuracy_table(results: Results, plain: bool = False) -> list[list[str]]:
             cells[name].append(text + few)
     lines = _grouped(results, results.names, cells, _columns(results))
     accuracy = plus_minus([row.accuracy for row in results.originals.values()])
-    blank = [""] * (len(results.sizes) - 1)
-    return [lines[0], ["", f"original, {amount(results.total)}", accuracy, *blank], *lines[1:]]
+    return [lines[0], ["", f"original, {amount(results.total)}", *[accuracy] * len(results.sizes)], *lines[1:]]
 
 
 def answers_table(results: Results) -> list[list[str]]:
@@ -195,7 +194,9 @@ def files_table(results: Results) -> list[list[str]]:
 def _files(rows: dict[int, Comparison]) -> str:
     for _, row in sorted(rows.items()):
         if not math.isnan(row.latency):
-            return f"{amount(row.file_bytes)}, {1e6 * row.latency:.0f} µs, {row.faster:.{2 if row.faster < 10 else 0}f}x"
+            return (
+                f"{amount(row.file_bytes)}, {1e6 * row.latency:.0f} µs, {row.faster:.{2 if row.faster < 10 else 0}f}x"
+            )
     return NONE
 
 
@@ -220,9 +221,7 @@ def page(results: Results, verdicts: list[tuple[str, list[str]]]) -> str:
     """The network's page: verdict, figure and tables, every number from the rows."""
     experiment, name = results.experiment, results.experiment.name
     original = next((row for row in results.originals.values() if not math.isnan(row.latency)), None)
-    file = (
-        f"; the original's file: {amount(original.file_bytes)}, {1e6 * original.latency:.0f} µs" if original else ""
-    )
+    file = f"; the original's file: {amount(original.file_bytes)}, {1e6 * original.latency:.0f} µs" if original else ""
     layers = " and ".join(experiment.layers)
     parts = [
         f"# {name}: every contender at equal stored bytes",

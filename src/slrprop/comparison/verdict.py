@@ -114,7 +114,15 @@ def articles(results: Results) -> list[str]:
         lines.append(f"{name} less SVD: {told}.")
     if not cells:
         return []
-    judged = "they do not beat it" if ahead == 0 else "more often behind than ahead" if ahead < behind else "more often ahead than behind" if ahead > behind else "as often ahead as behind"
+    judged = (
+        "they do not beat it"
+        if ahead == 0
+        else "more often behind than ahead"
+        if ahead < behind
+        else "more often ahead than behind"
+        if ahead > behind
+        else "as often ahead as behind"
+    )
     return [
         f"At equal bytes, {judged}: ahead by more than one standard error in {ahead} of {cells} cells, behind in {behind}.",
         *lines,
