@@ -1,7 +1,7 @@
 """The frontier as a figure: accuracy lost against stored bytes."""
 
 import statistics
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ def figure(results: Results) -> Any:
     axes.set_xscale("log")
     apart: list[int] = []  # sizes that are not too near each other to be written
     for size in results.sizes:
-        if not apart or size > 1.2 * apart[-1]:
+        if not apart or size > 1.25 * apart[-1]:
             apart.append(size)
     axes.set_xticks(apart, [amount(size) for size in apart], fontsize=9)
     axes.minorticks_off()
@@ -70,45 +70,51 @@ def _along(line: Any, axes: Any) -> np.ndarray:
     return np.concatenate([points, *parts])
 
 
+Box = tuple[float, float, float, float]  # left, bottom, right, top, in pixels
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _cost(box: Box, own: np.ndarray, named: list[np.ndarray], grey: list[np.ndarray]) -> float:
+    """How bad a place for a name is: lines under it, those with names three times, and others' lines nearer than its own."""
+    low, high = np.array(box[:2]), np.array(box[2:])
+    covered = [float(((line > low) & (line < high)).all(1).sum()) for line in (*grey, own, *named)]
+    away = [float(np.hypot(*(line - (low + high) / 2).T).min()) for line in (own, *named)]
+    nearest = min(away[1:], default=np.inf)
+    return sum(covered) + 2 * sum(covered[len(grey) :]) + 20 * max(0.0, away[0] / max(nearest, 1.0) - 0.7)
+
+
 def _name(axes: Any, named: dict[str, Any], lines: list[Any]) -> None:
     """Write each line's name beside one of its points, where it covers no other name and least of the lines."""
     axes.figure.draw_without_rendering()  # fixes the layout
-    frame, unit = axes.get_window_extent(), axes.figure.dpi / 72
-    others = {id(line): _along(line, axes) for line in lines}
-    taken: list[tuple[float, float, float, float]] = []
+    window, unit = axes.get_window_extent(), axes.figure.dpi / 72
+    along = {name: _along(line, axes) for name, line in named.items()}
+    grey = [_along(line, axes) for line in lines if line not in named.values()]
+    taken: list[Box] = []
     for name, line in named.items():
+        points = np.column_stack(line.get_data())
         text = axes.annotate(
-            name, (line.get_xdata()[0], line.get_ydata()[0]), xytext=(0, 0), textcoords="offset points",
-            color=line.get_color(), fontsize=9, fontweight="bold", ha="center", va="center", zorder=5,
+            name, points[0], xytext=(0, 0), textcoords="offset points", color=line.get_color(), fontsize=9,
+            fontweight="bold", ha="center", va="center", zorder=5,
         )  # fmt: skip
-        size = text.get_window_extent()
-        half = np.array([size.width, size.height]) / 2 + 2 * unit
-        best = None
-        for point in np.column_stack(line.get_data()):
-            pixel = axes.transData.transform(point)
-            for side in AROUND:
-                for away in (4, 12, 22):
-                    centre = pixel + np.array(side) * (half + away * unit)
-                    low, high = centre - half, centre + half
-                    outside = low[0] < frame.x0 or low[1] < frame.y0 or high[0] > frame.x1 or high[1] > frame.y1
-                    hit = any(low[0] < x1 and x0 < high[0] and low[1] < y1 and y0 < high[1] for x0, y0, x1, y1 in taken)
-                    if outside or hit:
-                        continue
-                    covered = sum(
-                        float(((along > low) & (along < high)).all(1).sum())
-                        * (3 if key in map(id, named.values()) else 1)
-                        for key, along in others.items()
-                    )
-                    nearer = min(
-                        float(np.hypot(*(others[id(rival)] - centre).T).min()) for rival in named.values() if rival is not line
-                    ) if len(named) > 1 else np.inf  # fmt: skip
-                    own = float(np.hypot(*(others[id(line)] - centre).T).min())
-                    cost = covered + away / 4 + 20 * max(0.0, own / max(nearer, 1.0) - 0.7)
-                    if best is None or cost < best[0]:
-                        best = cost, point, (centre - pixel) / unit, (*low, *high)
+        extent = text.get_window_extent()
+        half = np.array([extent.width, extent.height]) / 2 + 2 * unit
+        rivals = [pixels for other, pixels in along.items() if other != name]
+        best: tuple[float, Any, Any, Box] | None = None
+        for point, side, away in product(points, AROUND, (4, 12, 22)):
+            offset = np.array(side) * (half + away * unit)
+            centre = axes.transData.transform(point) + offset
+            box: Box = (*(centre - half), *(centre + half))
+            inside = window.x0 < box[0] and window.y0 < box[1] and box[2] < window.x1 and box[3] < window.y1
+            if inside and not any(_overlap(box, other) for other in taken):
+                cost = away / 4 + _cost(box, along[name], rivals, grey)
+                if best is None or cost < best[0]:
+                    best = cost, point, offset / unit, box
         if best is None:
             text.remove()
-            continue
-        _, text.xy, offset, box = best
-        text.set_position(tuple(offset))
-        taken.append(box)
+        else:
+            text.xy = best[1]
+            text.set_position(tuple(best[2]))
+            taken.append(best[3])

@@ -110,7 +110,7 @@ def articles(results: Results) -> list[str]:
         cells += len(leads)
         ahead += sum(lead.clear for _, lead in leads)
         behind += sum(lead.points < -lead.error for _, lead in leads)
-        told = ", ".join(f"{amount(size)} {'+' if lead.points >= 0 else '-'}{lead}" for size, lead in leads)
+        told = ", ".join(f"{amount(size)} {'+' if lead.points > -0.005 else '-'}{lead}" for size, lead in leads)
         lines.append(f"{name} less SVD: {told}.")
     if not cells:
         return []
