@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from slrprop.api import feeds_between, finished, plan_problem, planned_layer
 from slrprop.errors import SlrpropError
-from slrprop.methods import METHODS, Method, Problem, Settings
+from slrprop.methods import METHODS, Method, Problem, Settings, find_method
 from slrprop.methods.calibrated import CalibratedMethod, in_order
 from slrprop.plan import LayerPlan, Plan
 from slrprop.search.judge import Door, Judge, Log
@@ -33,6 +33,13 @@ from slrprop.search.path import (
 )
 from slrprop.search.result import Budget
 from slrprop.tune import TuneSettings, tune
+
+REFINEMENTS = 3  # evaluations beyond those on the path
+
+
+def most_evaluations(layers: int) -> int:
+    """Runs of a whole network that a search may take."""
+    return 4 + 2 * max(8, layers)
 
 
 def parse_size(given: int | float | str, original: float, what: str) -> int:
@@ -69,6 +76,7 @@ class Search:
     ) -> None:
         self.door, self.judge, self.problem, self.log = door, judge, problem, log
         self.methods, self.confident, self.tuning = methods, confident, tuning
+        self.calibrated = any("inputs" in find_method(name).settings(**given).needs() for name, given in methods)
         self.sequential = all(settings.get("sequential", True) for _, settings in methods)
         self._finals: dict[str, Plan] = {}
         self.evaluations = 1  # the original's
@@ -303,7 +311,9 @@ class Search:
         last, layers = len(self.points) - 1, len(self.curves)
         if budget.max_drop is not None:
             steps = 1 + layers if layers > 1 else 3  # the originals, sensitivities and the check are evaluations too
-            at = self._bisect(0, last, lambda i: self.drop(i) <= float(budget.max_drop or 0), steps)
+            allowed = float(budget.max_drop)
+            at = self._bisect(0, last, lambda i: self.drop(i) <= allowed, steps)
+            at = self._between(at, allowed) if self.calibrated and at < last else at
             return at, self.fits(at, budget)
         at = 0
         if budget.max_bytes is not None:
@@ -313,10 +323,52 @@ class Search:
             at = next((i for i in range(last + 1) if self.points[i].predicted_bytes <= near), last)
             while at < last and self.measured(at).bytes > limit:
                 at += 1
+            at = self._within_file(at, limit) if self.calibrated else at
+            last = len(self.points) - 1
         if budget.max_latency is not None:
             slow = self._bisect(-1, last, lambda i: i < 0 or self.timed(i) > float(budget.max_latency or 0), 8)
             at = max(at, min(slow + 1, last))
         return at, self.fits(at, budget)
+
+    @property
+    def spare(self) -> int:
+        """Evaluations that are left before the check."""
+        return most_evaluations(len(self.curves)) - self.evaluations - 3
+
+    def _between(self, at: int, allowed: float) -> int:
+        """Between a point that holds and the next, which does not: smaller networks that hold, their bytes halved in logarithm."""
+        high, low = self.stored(self.final_at(at)), self.stored(self.points[at + 1].plan)
+        for _ in range(min(REFINEMENTS, self.spare)):
+            middle = math.isqrt(low * high)
+            found = self.within(middle, 1)
+            if found is None or self.stored(found[0]) >= high:
+                low = middle
+                continue
+            place = self._insert(*found)
+            if self.drop(place) <= allowed:
+                at, high = place, self.stored(found[0])
+            else:
+                low = middle
+        return at
+
+    def _within_file(self, at: int, limit: int) -> int:
+        """A better plan of a point's size or a little more: what the file may take beyond the point's goes to its layers."""
+        point = self.measured(at)
+        if point.bytes > limit or self.spare < 2:
+            return at
+        found = self.within(self.stored(self.final_at(at)) + limit - point.bytes, min(REFINEMENTS + 1, self.spare))
+        better = found is not None and found[1].bytes <= limit and found[1].divergence < point.divergence
+        return self._insert(*found) if found is not None and better else at
+
+    def _insert(self, plan: Plan, measured: Evaluation) -> int:
+        """A measured plan as a point of the path; its place, by size."""
+        sizes = {name: self.curves[name][0].bytes for name in self.curves}
+        rest = self.points[0].predicted_bytes - sum(sizes.values())
+        size = rest + self.stored(plan)
+        place = next((i for i, point in enumerate(self.points) if point.predicted_bytes < size), len(self.points))
+        near = self.points[min(place, len(self.points) - 1)]
+        self.points.insert(place, Point(place, plan, size, near.predicted_damage, measured))
+        return place
 
     def step_back(self, at: int) -> int:
         """A point towards the original with at most half the predicted damage."""
