@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from slrprop.methods import METHODS
 from slrprop.search.path import LEVELS, Choice
 
 ORIGINAL = "original"
@@ -29,6 +30,11 @@ class Contender:
     tuned: bool = False
     slow: bool = False
     wide: bool = True
+
+    @property
+    def faster(self) -> bool:
+        """Whether what it makes is also computed faster; else the file is smaller only, as its method's summary says."""
+        return not self.choices or not all("size only" in METHODS[method].summary for method, _ in self.choices)
 
 
 def _bits(
