@@ -5,7 +5,7 @@ import json
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -97,17 +97,36 @@ def plan(
     layers: Annotated[list[str] | None, typer.Option(help="Name or pattern; may be repeated.")] = None,
     sparsity_rate: Annotated[float, typer.Option(help="Share of the neurons that are shortened.")] = 0.5,
     reduction_rate: Annotated[float, typer.Option(help="Share of the rank that a shortened neuron keeps.")] = 0.5,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Further setting of the method, like bits=4; may be repeated.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Decide for each dense layer of an ONNX file what to do with it.
 
-    Example: slrprop plan model.onnx --calibration data.npz --method slr --rank 16 -o plan.json
+    Factors that are fitted to the data are written beside the plan, as .safetensors.
+
+    Example: slrprop plan model.onnx --calibration data.npz --method nested --rank 16 --set bits=4 -o plan.json
     """
     made = importlib.import_module("slrprop.api").plan(
-        model, calibration, method, layers or None, rank, sparsity_rate, reduction_rate
+        model, calibration, method, layers or None, rank, sparsity_rate, reduction_rate, **parsed(settings or [])
     )
     made.save(output)
     typer.echo(made.to_json() if as_json else f"{made}\nWritten: {output}")
+
+
+def parsed(settings: list[str]) -> dict[str, Any]:
+    """``name=value`` pairs; values as JSON where they are (numbers, true, false, null), else as words."""
+    found = {}
+    for pair in settings:
+        name, equals, value = pair.partition("=")
+        if not (equals and name.isidentifier()):
+            raise SlrpropError(f"--set takes name=value, like bits=4, got '{pair}'")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 @app.command("apply")

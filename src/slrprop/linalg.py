@@ -13,7 +13,7 @@ from slrprop.errors import SlrpropError
 FULL_BELOW = 512  # "auto": up to this smaller side the full decomposition is fast enough
 OVERSAMPLING = 16
 POWER_ITERATIONS = 12
-DENSE_BELOW = 1024  # symmetric matrices up to this size are decomposed whole
+DENSE_BELOW = 256  # symmetric matrices up to this size are decomposed whole
 
 
 class SVD(NamedTuple):

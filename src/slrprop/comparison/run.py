@@ -30,6 +30,7 @@ from slrprop.tune import TuneSettings, tune
 
 TRIES = 4  # evaluations per size that every contender has to share its bytes among the layers
 SLOW_SEEDS = 3
+SHARES = 128  # steps of what methods keep that treat all layers together
 KEYS = ("experiment", "seed", "method", "size")
 
 
@@ -126,12 +127,18 @@ def plans_of(bench: Bench, contender: Contender, sizes: list[int]) -> Iterator[t
     """The contender's plan at every size that it can reach, and the seconds that took."""
     layers, start = list(bench.experiment.layers), time.perf_counter()
     if contender.shares is not None:
-        known = dict(_by_share(bench, contender.shares))
-        prepared = time.perf_counter() - start
+        known: dict[int, tuple[int, Plan] | None] = {}
         for size in sizes:
-            fitting = [found for found in known.items() if found[0] <= size]
-            if fitting:
-                yield size, max(fitting, key=lambda found: found[0])[1], prepared / len(sizes)
+            low, high = 0, SHARES  # the largest share whose plan fits
+            while low < high:
+                middle = (low + high + 1) // 2
+                if middle not in known:
+                    known[middle] = _by_share(bench, contender.shares, middle / SHARES)
+                found = known[middle]
+                low, high = (middle, high) if found is None or found[0] <= size else (low, middle - 1)
+            fitting = known.get(low)
+            if fitting is not None:
+                yield size, fitting[1], time.perf_counter() - start
         return
     judge = Judge(bench.head, bench.calibration, "agreement")
     search = Search(Door(bench.head, bench.calibration), judge, bench.problem, Log(None), contender.choices)
@@ -144,15 +151,14 @@ def plans_of(bench: Bench, contender: Contender, sizes: list[int]) -> Iterator[t
             yield size, found[0], prepared + time.perf_counter() - start
 
 
-def _by_share(bench: Bench, choice: tuple[str, dict[str, object]]) -> Iterator[tuple[int, Plan]]:
-    """Plans of a method that treats all layers together, by the bytes they store."""
+def _by_share(bench: Bench, choice: tuple[str, dict[str, object]], share: float) -> tuple[int, Plan] | None:
+    """The plan of a method that treats all layers together, and the bytes it stores; None for a share that leaves no neuron."""
     method, settings = choice
-    for share in (step / 128 for step in range(1, 129)):
-        try:
-            plan = plan_problem(bench.problem, method, list(bench.experiment.layers), keep=share, **settings)
-        except SlrpropError:
-            continue  # a share that leaves no neuron
-        yield bench.stored(apply(bench.head, plan))[0], plan
+    try:
+        plan = plan_problem(bench.problem, method, list(bench.experiment.layers), keep=share, **settings)
+    except SlrpropError:
+        return None
+    return bench.stored(apply(bench.head, plan))[0], plan
 
 
 def narrower(bench: Bench, size: int) -> Comparison | None:

@@ -14,7 +14,7 @@ from slrprop.methods.base import RankSettings, grid
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.regression import Regression
 
-WIDEST = 1536
+WIDE, WIDEST = 512, 1536
 BLOCK_DAMPING = 1e-6  # of the covariance, times its mean variance: a block's own part of it is inverted
 
 
@@ -77,8 +77,10 @@ class NestedSettings(RankSettings, CalibratedSettings):
 
     @classmethod
     def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
-        """Empty for layers of more than ``WIDEST`` neurons on a side: a fit there takes minutes."""
-        ranks = grid(4 * min(m, n)) if max(m, n) <= WIDEST else []
+        """Coarse for layers of more than ``WIDE`` neurons on a side, empty beyond ``WIDEST``: a fit there takes minutes."""
+        if max(m, n) > WIDEST:
+            return []
+        ranks = grid(4 * min(m, n)) if max(m, n) <= WIDE else [2**k for k in range(2, min(m, n).bit_length())]
         return [{"rank": rank} for rank in ranks if cls(rank=rank).stored_numbers(m, n) < m * n]
 
 
