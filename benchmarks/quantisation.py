@@ -5,8 +5,9 @@
 1 thread. Random factors whose components fall like 1/sqrt(i): values do not matter for speed, and rounding sees components of
 different size. First table: the float32 factors, the nodes that slrprop writes (Cast and Mul; 4 bits also by arithmetic, for
 operator sets before 21), and DequantizeLinear in their place, with ONNX Runtime's own choice of arithmetic for what it makes of
-it and with float32 asked for (session.qdq_matmulnbits_accuracy_level 1). Second table: one product per block against padded,
-merged products, with the neurons of the blocks anywhere and in order. Third: what each limit of the zeros costs.
+it and with float32 asked for (session.qdq_matmulnbits_accuracy_level 1); "joined": the first factor has the products of both
+scales of each component. Second table: one product per block against padded, merged products, with the neurons of the
+blocks anywhere and in order. Then: what each limit of the zeros costs against the faster way of every layer.
 
 A turn runs every variant in a new random order: once unmeasured, then 5 times. Medians and quartiles of all runs.
 """
@@ -17,7 +18,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -36,9 +39,11 @@ from slrprop.quantize import quantised
 LAYERS = ["400x120x12", "120x84x8", "784x300x24", "512x4096x64", "4096x4096x64", "4096x4096x256"]
 SPARSE = [
     "120x84x8", "400x120x12", "300x100x16", "784x300x8", "784x300x24", "512x512x32", "784x300x64", "1024x1024x24", "1024x1024x64",
-    "512x4096x32", "512x4096x64", "2048x2048x64", "4096x4096x16", "4096x4096x64",
+    "784x300x128", "1024x1024x256", "512x4096x32", "512x4096x64", "2048x2048x64", "2048x2048x256", "4096x4096x16", "4096x4096x64", "4096x4096x256",
 ]  # fmt: skip
-LIMITS = [0, 2_500, 5_000, 10_000, 20_000, 40_000, 80_000, 160_000, 320_000, 640_000, 1_280_000, 10**12]
+NONE = 10**12  # more zeros than any layer has
+LIMITS = [0, 5_000, 10_000, 20_000, 40_000, 80_000, 160_000, 320_000, NONE]
+SHARES = [0, 6, 12, 25, 50, 100, 200, NONE]
 DENSE = 250_000  # numbers up to which the dense weight is measured too
 CALLS = 5  # measured runs of one variant in one turn
 LEVEL = "session.qdq_matmulnbits_accuracy_level"
@@ -104,17 +109,23 @@ def written(path: Path, form: Factors, opset: int = 21) -> None:
     dense.unlink()
 
 
-def dequantizing(path: Path, form: Quantized) -> None:
-    """One layer of products with DequantizeLinear before their right inputs."""
+def dequantizing(path: Path, form: Quantized, joined: bool = False) -> None:
+    """One layer of products with DequantizeLinear before their right inputs.
+
+    Args:
+        joined: of two factors, give the first the products of both scales of each component, the second one scale of 1.
+    """
     made, tensors, x = [], [], "x"
     axes, matrices = form.codes.scale_axes(), form.codes.matrices()
+    scales = {name: scale.float() for name, scale in form.scales.items()}
+    if joined:
+        scales = {"left": scales["left"] * scales["right"], "right": torch.tensor(1.0)}
     for index, (name, codes) in enumerate(matrices.items()):
         whole = codes.numpy().astype(ml_dtypes.int4 if form.bits == 4 else np.int8)
         tensors.append(numpy_helper.from_array(whole, name))
-        tensors.append(numpy_helper.from_array(form.scales[name].float().numpy(), f"{name}_scale"))
-        made.append(
-            helper.make_node("DequantizeLinear", [name, f"{name}_scale"], [f"{name}_real"], axis=1 - axes[name])
-        )
+        tensors.append(numpy_helper.from_array(scales[name].numpy(), f"{name}_scale"))
+        axis = {"axis": 1 - axes[name]} if scales[name].ndim else {}
+        made.append(helper.make_node("DequantizeLinear", [name, f"{name}_scale"], [f"{name}_real"], **axis))
         y = "y" if index == len(matrices) - 1 else f"hidden_{index}"
         made.append(helper.make_node("MatMul", [x, f"{name}_real"], [y]))
         x = y
@@ -139,9 +150,7 @@ def interleaved(calls: Mapping[str, Callable[[], object]], turns: int, each: int
 def runs(variants: Mapping[str, Variant], x: np.ndarray, turns: int) -> dict[str, list[float]]:
     """Seconds of running every variant on ``x``."""
     runtimes = {name: session(*variant) for name, variant in variants.items()}
-    return interleaved(
-        {name: lambda runtime=runtime: runtime.run(None, {"x": x}) for name, runtime in runtimes.items()}, turns
-    )  # type: ignore[misc]
+    return interleaved({name: partial(runtime.run, None, {"x": x}) for name, runtime in runtimes.items()}, turns)
 
 
 def spread(times: list[float]) -> str:
@@ -163,10 +172,15 @@ def bits_of(form: Factors, folder: Path, batches: list[int], turns: int) -> list
         ways: dict[str, Variant] = {
             f"{bits} bits, Cast and Mul": (folder / f"cast{bits}.onnx", None),
             f"{bits} bits, DequantizeLinear": (folder / f"dequantize{bits}.onnx", None),
-            f"{bits} bits, DequantizeLinear, level 1": (folder / f"dequantize{bits}.onnx", "1"),
         }
         written(folder / f"cast{bits}.onnx", few)
         dequantizing(folder / f"dequantize{bits}.onnx", few)
+        last = folder / f"dequantize{bits}.onnx"
+        if isinstance(form, LowRank):
+            last = folder / f"joined{bits}.onnx"
+            dequantizing(last, few, joined=True)
+            ways[f"{bits} bits, DequantizeLinear, joined"] = (last, None)
+        ways[f"{bits} bits, DequantizeLinear{', joined' * isinstance(form, LowRank)}, level 1"] = (last, "1")
         if bits == 4:
             ways["4 bits, arithmetic (opset 18)"] = (folder / "halves.onnx", None)
             written(folder / "halves.onnx", few, 18)
@@ -179,7 +193,7 @@ def bits_of(form: Factors, folder: Path, batches: list[int], turns: int) -> list
         wants = [x.double() @ whole.with_matrices({key: value.double() for key, value in whole.matrices().items()}).dense() for whole in (form, stored[name])]  # fmt: skip
         errors[name] = [float((y - want).norm() / want.norm()) for want in wants]
     times = [runs(variants, x[:batch].numpy(), turns) for batch in batches]
-    loads = interleaved({name: lambda variant=variant: session(*variant) for name, variant in variants.items()}, 3, 2)  # type: ignore[misc]
+    loads = interleaved({name: partial(session, *variant) for name, variant in variants.items()}, 3, 2)
     rows = []
     for name, variant in variants.items():
         measured = " | ".join(spread(of[name]) for of in times)
@@ -192,7 +206,10 @@ def bits_of(form: Factors, folder: Path, batches: list[int], turns: int) -> list
 def sparse_forms(m: int, n: int, k: int) -> dict[str, SparseLowRank]:
     """Nested (three-wide) and SLR at rates 0.5, the neurons of their blocks anywhere."""
     levels = NestedSettings(rank=k, shape="three-wide").sizes(m, n)
-    row_levels, column_levels = (sum((torch.arange(side) < level[axis]).byte() for level in levels)[torch.randperm(side)] for axis, side in enumerate((m, n)))  # type: ignore[index]  # fmt: skip
+    row_levels, column_levels = (
+        torch.stack([torch.arange(side) < level[axis] for level in levels]).sum(0).byte()[torch.randperm(side)]
+        for axis, side in enumerate((m, n))
+    )
     left = tuple(torch.randn(rows, rank) / m**0.5 for rows, _, rank in levels)
     right = tuple(torch.randn(rank, columns) for _, columns, rank in levels)
     low = factors(m, n, k)
@@ -219,21 +236,29 @@ def blocks_and_merged(form: SparseLowRank, folder: Path, batches: list[int], tur
     return found
 
 
-def limits(measured: Mapping[str, list[tuple[int, float, float]]]) -> list[str]:
-    """For each limit of the zeros: the mean share (geometric) of time above that of the faster way of every layer.
+class Timed(NamedTuple):
+    """A sparse layer's zeros, the numbers that its blocks gather for one sample, and median seconds both ways."""
+
+    zeros: int
+    gathered: int
+    blocks: float
+    merged: float
+
+
+def limits(values: list[int], columns: list[list[Timed]], allowed: Callable[[int, Timed], int]) -> list[str]:
+    """For each limit: the mean (geometric) of the time above that of every layer's faster way.
 
     Args:
-        measured: by column, (zeros, seconds of blocks, seconds of merged products).
+        allowed: the zeros up to which a layer is merged under a limit.
     """
     rows = []
-    for limit in LIMITS:
+    for value in values:
         cells = []
-        for layers in measured.values():
-            logs = [
-                np.log((merged if zeros <= limit else blocks) / min(blocks, merged)) for zeros, blocks, merged in layers
-            ]
-            cells.append(f"{100 * np.expm1(np.mean(logs)):.1f} %")
-        rows.append(f"| {'none' if limit == LIMITS[-1] else f'{limit:,}'} | {' | '.join(cells)} |")
+        for layers in columns:
+            taken = [t.merged if t.zeros <= allowed(value, t) else t.blocks for t in layers]
+            excess = [np.log(seconds / min(t.blocks, t.merged)) for seconds, t in zip(taken, layers, strict=True)]
+            cells.append(f"{100 * np.expm1(np.mean(excess)):.1f} %")
+        rows.append(f"| {'none' if value == NONE else f'{value:,}'} | {' | '.join(cells)} |")
     return rows
 
 
@@ -252,7 +277,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if args.layers:
-        header("layer", "numbers", "runs as", *(f"batch {batch}, µs" for batch in args.batches), "error", "own error", "bytes", "load, ms")  # fmt: skip
+        header("layer", "stored as", "runs as", *(f"batch {batch}, µs" for batch in args.batches), "error", "own error", "bytes", "load, ms")  # fmt: skip
     for m, n, k in map(sizes, args.layers):
         for form in (factors(m, n, k), *([Dense(factors(m, n, k).dense())] if m * n <= DENSE else [])):
             with tempfile.TemporaryDirectory() as folder:
@@ -261,26 +286,28 @@ def main() -> None:
         return
     print()
     columns = [f"{order}, batch {batch}" for order in ("anywhere", "in order") for batch in args.batches]
-    header("layer", "form", "zeros", *columns)
-    measured: dict[str, list[tuple[int, float, float]]] = {column: [] for column in columns}
+    header("layer", "form", "zeros", "gathered", *columns)
+    measured: dict[str, list[Timed]] = {column: [] for column in columns}
     rows = []
     for m, n, k in map(sizes, args.sparse):
         for name, form in sparse_forms(m, n, k).items():
-            zeros, cells = form.spread_numbers - form.numbers, []
-            orders = [
-                levels.long().argsort(descending=True, stable=True) for levels in (form.row_levels, form.column_levels)
-            ]
-            found = []
+            orders = [levels.long().argsort(descending=True, stable=True) for levels in (form.row_levels, form.column_levels)]  # fmt: skip
+            timed = []
             for one in (form, form.permuted(*orders)):
                 with tempfile.TemporaryDirectory() as folder:
-                    found += blocks_and_merged(one, Path(folder), args.batches, args.turns)
-            for column, (blocks, merged) in zip(columns, found, strict=True):
-                measured[column].append((zeros, blocks, merged))
-                cells.append(f"{1e6 * blocks:,.0f} / {1e6 * merged:,.0f} = {blocks / merged:.2f}")
-            rows.append((zeros, f"| {m}x{n} k = {k} | {name} | {zeros:,} | {' | '.join(cells)} |"))
+                    pairs = blocks_and_merged(one, Path(folder), args.batches, args.turns)
+                timed += [Timed(one.merged_zeros, one.gathered, *pair) for pair in pairs]
+            for column, layer in zip(columns, timed, strict=True):
+                measured[column].append(layer)
+            cells = [f"{1e6 * t.blocks:,.0f} / {1e6 * t.merged:,.0f} = {t.blocks / t.merged:.2f}" for t in timed]
+            zeros, gathered = timed[0].zeros, timed[0].gathered
+            rows.append((zeros, f"| {m}x{n} k = {k} | {name} | {zeros:,} | {gathered:,} | {' | '.join(cells)} |"))
     print("\n".join(row for _, row in sorted(rows)), end="\n\n")
-    header("limit of zeros", *columns)
-    print("\n".join(limits(measured)))
+    count = len(args.batches)
+    header("zeros", *columns[count:])
+    print("\n".join(limits(LIMITS, list(measured.values())[count:], lambda limit, _: limit)), end="\n\n")
+    header("zeros for a gathered number", *columns[:count])
+    print("\n".join(limits(SHARES, list(measured.values())[:count], lambda share, t: onnx_rewrite.MERGED + share * t.gathered)))  # fmt: skip
 
 
 if __name__ == "__main__":
