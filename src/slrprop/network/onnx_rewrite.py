@@ -216,7 +216,8 @@ class Writer:
         """Two products (one, where that is less work) of matrices that the runtime puts together when it loads the file.
 
         The blocks are stored as they are; padded with zeros, side by side, and brought into the neurons' order, they are
-        the factors of one product. Zeros are multiplied, but on a small layer that takes less time than more nodes.
+        the factors of one product. Zeros are multiplied, but that takes less time than more nodes on a small layer, or
+        than gathering (docs/quantisation.md).
         """
         orders = [
             levels.long().argsort(descending=True, stable=True) for levels in (form.row_levels, form.column_levels)
