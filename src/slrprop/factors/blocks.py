@@ -202,6 +202,18 @@ class SparseLowRank(Factors):
         """Numbers of the factors that :meth:`padded` gives, zeros included."""
         return sum(self.shape) * sum(left.shape[1] for left in self.left)
 
+    @property
+    def merged_zeros(self) -> int:
+        """Multiplications for one sample that one or two merged products take more than the blocks."""
+        return min(self.spread_numbers, self.shape[0] * self.shape[1]) - self.numbers
+
+    @property
+    def gathered(self) -> int:
+        """Inputs and outputs, for one sample, that the blocks pick one by one because no slice gives them."""
+        sets = [members(self.row_levels, level) for level in range(len(self.left))]
+        picked = sum(len(index) for index in sets if span(index) is None)
+        return picked + (self.shape[1] if self.segments()[1] is not None else 0)
+
     def product(self, x: Tensor) -> Tensor:
         left, right = self.padded()
         return x @ left @ right

@@ -17,6 +17,7 @@ from slrprop.network.onnx_file import OnnxFile
 from slrprop.network.onnx_graph import Graph
 
 MERGED = 40_000  # zeros that may be multiplied to save nodes: python -m benchmarks.quantisation
+GATHERED = 50  # zeros more for every number that blocks would gather
 SHARED = 4  # numbers at most of a constant that is stored once
 CAST = 24  # scales from which float16 and a node to cast them take fewer bytes than float32
 
@@ -174,7 +175,8 @@ class Writer:
         """Whole numbers as an initializer of ``bits`` bits, and the nodes that make real numbers of them.
 
         The nodes have constant inputs only, so the runtime runs them once, when it loads the file. DequantizeLinear would be
-        merged into its product instead, which rounds the inputs to 8 bits too and was slower (docs/quantisation.md).
+        merged into its product instead, which rounds the inputs to 8 bits too: slower for small layers, faster for large ones
+        if the scales of both factors are joined (docs/quantisation.md).
 
         Args:
             scale: float16, one for all (axis None) or one for each entry along ``axis``.
@@ -214,7 +216,8 @@ class Writer:
         """Two products (one, where that is less work) of matrices that the runtime puts together when it loads the file.
 
         The blocks are stored as they are; padded with zeros, side by side, and brought into the neurons' order, they are
-        the factors of one product. Zeros are multiplied, but on a small layer that takes less time than more nodes.
+        the factors of one product. Zeros are multiplied, but that takes less time than more nodes on a small layer, or
+        than gathering (docs/quantisation.md).
         """
         orders = [
             levels.long().argsort(descending=True, stable=True) for levels in (form.row_levels, form.column_levels)
@@ -285,7 +288,7 @@ def _(form: LowRank, writer: Writer, x: str, y: str) -> None:
 
 @product_of.register
 def _(form: SparseLowRank, writer: Writer, x: str, y: str) -> None:
-    if writer.opset >= 11 and form.spread_numbers - form.numbers <= MERGED:
+    if writer.opset >= 11 and form.merged_zeros <= MERGED + GATHERED * form.gathered:
         writer.merged(form, x, y)
     else:
         writer.blocks(form, x, y)

@@ -1,0 +1,97 @@
+"""Layers in few bits and sparse layers in ONNX files: the same product whichever nodes make it; the benchmark of both."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from benchmarks import quantisation
+from slrprop.factors import LowRank, SparseLowRank
+from slrprop.network import onnx_rewrite
+from slrprop.quantize import quantised
+
+
+def outputs(path, x):
+    return torch.from_numpy(quantisation.session(path).run(None, {"x": x.numpy()})[0])
+
+
+def anywhere(m=30, n=22, ranks=(3, 2, 2), lowest=0):
+    """Three levels with neurons anywhere, some in no block."""
+    generator = torch.Generator().manual_seed(m + n)
+    rows, columns = (torch.randint(lowest, 4, (side,), generator=generator).to(torch.uint8) for side in (m, n))
+    left = [torch.randn(int((rows > level).sum()), rank, generator=generator) for level, rank in enumerate(ranks)]
+    right = [torch.randn(rank, int((columns > level).sum()), generator=generator) for level, rank in enumerate(ranks)]
+    return SparseLowRank(tuple(left), tuple(right), rows, columns)
+
+
+@pytest.mark.parametrize("opset", [11, 18, 21])
+@pytest.mark.parametrize("bits", [32, 8, 4])
+@pytest.mark.parametrize("lowest", [0, 1])
+@pytest.mark.parametrize("limit", [-(10**12), 10**12])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_blocks_and_merged_products_compute_the_same(opset, bits, lowest, limit, ordered, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_rewrite, "MERGED", limit)
+    form = anywhere(lowest=lowest)
+    if ordered:
+        form = form.permuted(*(levels.long().argsort(descending=True) for levels in (form.row_levels, form.column_levels)))  # fmt: skip
+    form = form if bits == 32 else quantised(form, bits)
+    quantisation.written(tmp_path / "layer.onnx", form, opset)
+    x = torch.randn(5, 30)
+    torch.testing.assert_close(outputs(tmp_path / "layer.onnx", x), x @ form.dense().float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [(3, 2, 2), (12, 9, 8)])
+def test_merged_products_are_all_that_runs(ranks, tmp_path, monkeypatch):
+    """Two products, or a single one where that is less work; what else is in the file runs when it is loaded."""
+    monkeypatch.setattr(onnx_rewrite, "MERGED", 10**12)
+    form = anywhere(ranks=ranks)
+    quantisation.written(tmp_path / "layer.onnx", form)
+    work = min(form.spread_numbers, 30 * 22)
+    assert form.merged_zeros == work - form.numbers
+    assert quantisation.nodes((tmp_path / "layer.onnx", None)) == f"{1 if work == 30 * 22 else 2} MatMul"
+
+
+def test_gathered_are_the_numbers_that_the_nodes_gather(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_rewrite, "MERGED", -(10**12))
+    for form in (anywhere(lowest=1), anywhere()):
+        quantisation.written(tmp_path / "layer.onnx", form)
+        file = onnx.load(tmp_path / "layer.onnx")
+        sizes = {tensor.name: tensor.dims[0] for tensor in file.graph.initializer if tensor.dims}
+        casts = {node.output[0]: node.input[0] for node in file.graph.node if node.op_type == "Cast"}
+        picks = [casts[node.input[1]] for node in file.graph.node if node.op_type == "Gather"]
+        assert form.gathered == sum(sizes[name] for name in picks) > 0
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_the_limit_of_zeros_grows_with_what_blocks_gather(more, tmp_path, monkeypatch):
+    form = anywhere()
+    monkeypatch.setattr(onnx_rewrite, "GATHERED", 1)
+    monkeypatch.setattr(onnx_rewrite, "MERGED", form.merged_zeros - form.gathered - more)
+    quantisation.written(tmp_path / "layer.onnx", form)
+    found = {node.op_type for node in onnx.load(tmp_path / "layer.onnx").graph.node}
+    assert ("Pad" in found) == (more == 0)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_dequantised_layers_stand_for_the_same_numbers(joined, bits, tmp_path):
+    form = quantised(LowRank(torch.randn(20, 4), torch.randn(4, 12)), bits)
+    quantisation.dequantizing(tmp_path / "layer.onnx", form, joined)
+    x = torch.randn(6, 20)
+    want = x @ form.dense().float()
+    assert (outputs(tmp_path / "layer.onnx", x) - want).norm() < 0.03 * want.norm()  # inputs may be rounded to 8 bits
+
+
+def test_the_benchmark_prints_its_tables(capsys, monkeypatch):
+    sizes = ["--layers", "20x12x4", "--sparse", "24x16x6", "--batches", "1", "3", "--turns", "1"]
+    monkeypatch.setattr("sys.argv", ["quantisation", *sizes])
+    quantisation.main()
+    tables = [part.splitlines() for part in capsys.readouterr().out.strip().split("\n\n")]
+    assert [len(table) - 2 for table in tables] == [18, 2, len(quantisation.LIMITS), len(quantisation.SHARES)]
+    assert all(len({line.count("|") for line in table}) == 1 for table in tables)
+    assert all(np.isfinite(float(line.split("|")[-5])) for line in tables[0][2:])
+
+
+def test_limits_tell_what_the_slower_way_costs():
+    layers = [quantisation.Timed(10, 0, 1.0, 2.0), quantisation.Timed(5, 0, 4.0, 2.0)]
+    assert quantisation.limits([4, 5, 10], [layers], lambda limit, _: limit) == ["| 4 | 41.4 % |", "| 5 | 0.0 % |", "| 10 | 41.4 % |"]  # fmt: skip
