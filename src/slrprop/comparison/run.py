@@ -146,9 +146,9 @@ def plans_of(bench: Bench, contender: Contender, sizes: list[int]) -> Iterator[t
     prepared = time.perf_counter() - start
     for size in sizes:
         start = time.perf_counter()
-        found = search.within(size, TRIES, each=True)
-        if found is not None:
-            yield size, found[0], prepared + time.perf_counter() - start
+        chosen = search.within(size, TRIES, each=True)
+        if chosen is not None:
+            yield size, chosen[0], prepared + time.perf_counter() - start
 
 
 def _by_share(bench: Bench, choice: tuple[str, dict[str, object]], share: float) -> tuple[int, Plan] | None:
