@@ -125,7 +125,7 @@ class TestScales:
         assert torch.equal(found * scale.unsqueeze(axis), matrix)
 
     @pytest.mark.parametrize("bits", BITS)
-    @pytest.mark.parametrize("factor", [1e-5, 1.0, 1e4])
+    @pytest.mark.parametrize("factor", [1e-3, 1.0, 1e4])
     def test_size_does_not_matter_as_far_as_scales_reach(self, bits, factor):
         matrix = random_matrix(30, 20)
         relative = [
@@ -240,7 +240,7 @@ class TestQuantized:
             assert codes.dtype == torch.float32 and torch.equal(codes, codes.round())
             assert low <= codes.min() and codes.max() <= high
         assert {scale.dtype for scale in found.scales.values()} == {torch.float16}
-        assert found.numbers == forms()[name].numbers
+        assert found.numbers <= forms()[name].numbers  # a block's components beyond its smaller side go
         stored = sum(-(-matrix.numel() * bits // 8) for matrix in found.matrices().values())
         stored += 2 * sum(len(scale) for scale in found.scales.values())
         assert found.bytes == stored + sum(array.nbytes for array in found.indices().values())

@@ -1,6 +1,7 @@
 """Regressions of layers: moments, targets, metrics and best factors, each against another way to compute it."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -425,11 +426,11 @@ class TestNested:
         settings = NestedSettings(rank=11, shape=shape, sweeps=0)
         start = fit_nested(task, settings)
         refit = Refit(task)
-        for level, (left, right) in enumerate(zip(start.left, start.right, strict=True)):
+        for level, left in enumerate(start.left):
             rows, columns = members(start.row_levels, level), members(start.column_levels, level)
             refit.add(rows, columns, left.shape[1])
         errors = sweeps_of(refit, 4)
-        assert all(after <= before * (1 + 1e-9) for before, after in zip(errors, errors[1:], strict=False))
+        assert all(after <= before * (1 + 1e-9) for before, after in itertools.pairwise(errors))
         assert errors[-1] < errors[0]
         torch.testing.assert_close(task.weight - refit.rest, refit.factors().dense())
 

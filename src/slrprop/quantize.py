@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slrprop.errors import SlrpropError
 from slrprop.factors import Dense, Factors, LowRank, Narrowed, Quantized, SparseLowRank, members
 from slrprop.factors.quantized import CODES
 from slrprop.linalg import balanced
@@ -21,7 +22,7 @@ from slrprop.regression import Regression, level
 CLIPS = torch.arange(1.0, 0.39, -0.05)  # shares of the largest magnitude that may become the largest code
 ROUNDING_DAMPING = 1e-2  # of the covariance's mean variance
 BLOCK = 128  # rows whose errors are passed on together
-SMALLEST = 2.0**-24  # the smallest positive float16
+SMALLEST, LARGEST = 2.0**-24, 65504.0  # positive float16
 
 
 def scales_of(matrix: Tensor, axis: int, bits: int) -> Tensor:
@@ -29,13 +30,18 @@ def scales_of(matrix: Tensor, axis: int, bits: int) -> Tensor:
 
     Args:
         axis: the axis along which numbers share a scale; a vector has one scale.
+
+    Raises:
+        SlrpropError: not finite, or so large that its scale is no float16.
     """
     flat = matrix.reshape(1, -1) if matrix.ndim == 1 else matrix.movedim(axis, 1)
     low, high = CODES[bits]
     top = (flat.abs().amax(1, keepdim=True) if flat.shape[1] else flat.new_zeros(len(flat), 1)) / high
+    if not (top <= LARGEST).all():  # nor if it is NaN
+        raise SlrpropError(f"a matrix with numbers up to {float(flat.abs().max()):.3g} can't be stored in {bits} bits; leave its layer out, or use bits=32")  # fmt: skip
     best, error = torch.ones_like(top), torch.full_like(top, torch.inf)
     for clip in CLIPS.tolist():
-        scale = (top * clip).clamp(SMALLEST, 65504).half().to(flat)
+        scale = (top * clip).clamp(SMALLEST, LARGEST).half().to(flat)
         found = ((flat / scale).round().clamp(low, high) * scale - flat).square().sum(1, keepdim=True)
         best = torch.where(found < error, scale, best)
         error = torch.minimum(found, error)

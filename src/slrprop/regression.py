@@ -117,7 +117,7 @@ class Calibration:
         weight, bias = self._original(name)
         m, n = weight.shape
         count, sum_x, sum_z = 0, weight.new_zeros(m), weight.new_zeros(n)
-        origin: tuple[Tensor, Tensor] | None = None  # sums are taken from here, so that little cancels in the covariance
+        origin: tuple[Tensor, Tensor] | None = None  # sums are taken from here, so that little cancels
         square, cross = weight.new_zeros(m, m), weight.new_zeros(m, n)
         before = {key: value for key, value in compressed.items() if key != name}
         for x, z in self._pairs(name, before):

@@ -205,9 +205,7 @@ class TorchNetwork(Network):
                 with evaluating(self.model), torch.enable_grad():
                     output = rows_of(self.scores(main_output(self.call(batch.to(self.device)))))
                     along = directions(output, probes, random)
-                    found = [
-                        torch.autograd.grad(output, seen, d, retain_graph=True, allow_unused=True) for d in along
-                    ]
+                    found = [torch.autograd.grad(output, seen, d, retain_graph=True, allow_unused=True) for d in along]
             finally:
                 handle.remove()
             for index, y in enumerate(seen):
