@@ -150,7 +150,7 @@ def test_a_model_beside_the_plan_is_not_overwritten(trained, calibration, tmp_pa
 
 
 def test_a_plan_can_not_have_its_factors_name(trained, calibration, tmp_path):
-    with pytest.raises(SlrpropError, match="give the plan another ending, like .json"):
+    with pytest.raises(SlrpropError, match=r"give the plan another ending, like \.json"):
         fitted(trained, calibration).save(tmp_path / "plan.safetensors")
     assert not list(tmp_path.iterdir())
 

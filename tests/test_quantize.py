@@ -223,6 +223,27 @@ class TestCompensation:
         plain, found = (error(task, quantised(double, bits, given).dense(), True) for given in (None, task))
         assert found < plain
 
+    @pytest.mark.parametrize("bits", BITS)
+    @pytest.mark.parametrize("size", [1.0, 1e-4, 1e-9, 1e-20])
+    def test_components_that_hold_nothing_yet_are_used(self, size, bits, tasks):
+        """One of vanishing size takes up what rounding the others left; its right factor needs no huge numbers for that."""
+        task = tasks["2"]
+        left, right = task.low_rank(4)
+        more, across = (random_matrix(*shape) for shape in ((96, 2), (2, 80)))
+        form = LowRank(torch.cat([left, size * more], 1), torch.cat([right, size * across]))
+        found, without = quantised(form, bits, task), quantised(LowRank(left, right), bits, task)
+        assert max(matrix.abs().max() for matrix in found.plain().matrices().values()) < 1e3
+        assert error(task, found.dense()) < error(task, without.dense())
+
+    @pytest.mark.parametrize("rank", [64, 96, 128])
+    def test_ranks_above_what_there_is(self, rank, trained, calibration):
+        """The last block of a nested form has nothing to hold but rounding errors."""
+        for bits in BITS:
+            made = slrprop.plan(trained, calibration, method="nested", layers=["0"], rank=rank, shape="three-wide", bits=bits, sweeps=2)  # fmt: skip
+            for layer in made.layers[:1]:
+                plain = layer.factors.plain() if layer.method == "nested" else layer.factors
+                assert max(matrix.abs().max() for matrix in plain.matrices().values()) < 1e3
+
     @pytest.mark.parametrize("form", forms())
     def test_eight_bits_come_closer_than_four(self, form):
         wanted = forms()[form].dense()

@@ -23,6 +23,7 @@ CLIPS = torch.arange(1.0, 0.39, -0.05)  # shares of the largest magnitude that m
 ROUNDING_DAMPING = 1e-2  # of the covariance's mean variance
 BLOCK = 128  # rows whose errors are passed on together
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # positive float16
+TINY = 2.0**-10  # a left component smaller than that is scaled up, its right one down
 
 
 def scales_of(matrix: Tensor, axis: int, bits: int) -> Tensor:
@@ -163,8 +164,10 @@ def _pair(
     left: Tensor, right: Tensor, bits: int, covariance: Tensor, wanted: Tensor
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Round the left factor, fit the right one to ``wanted`` (covariance @ target), round it too; and their product."""
-    codes, scale = rounded(left, 0, bits, covariance)
-    left = codes * scale
+    size = left.abs().amax(0)
+    grown = torch.where((size > 0) & (size < TINY), size, 1.0)  # float16 scales and what is fitted to them reach so far
+    codes, scale = rounded(left / grown, 0, bits, covariance)
+    left, right = codes * scale, right * grown[:, None]
     inner = left.T @ covariance @ left
     mean = level(inner)
     damped = inner + 1e-8 * mean * torch.eye(len(inner), dtype=inner.dtype)
