@@ -23,6 +23,7 @@ from slrprop.methods.nested import SHAPES, Level, NestedSettings, Refit
 from slrprop.methods.nested import fit as fit_nested
 from slrprop.methods.slr_refit import SLRRefitSettings, refitted
 from slrprop.network import OnnxNetwork, TorchNetwork
+from slrprop.plan import Plan
 from slrprop.regression import METRIC_DAMPING, Calibration, Compressed
 
 
@@ -299,6 +300,51 @@ class TestMoments:
         task.network.stream = lambda names, data: iter(())
         with pytest.raises(SlrpropError, match="layer '2' saw no sample of the calibration data"):
             task.regression("2", {})
+
+
+class TestInOrder:
+    """Layers of a plan, one after the other."""
+
+    @pytest.mark.parametrize("bits", [32, 8])
+    @pytest.mark.parametrize("method", ["low_rank", "nested", "dense"])
+    def test_mean_outputs_are_right(self, method, bits, trained, calibration):
+        given = {} if (method, bits) == ("dense", 8) else {"bits": bits}
+        if method == "dense" and bits == 32:
+            return  # which saves nothing
+        made = slrprop.plan(trained, calibration, method=method, layers=["0", "2"], rank=5, **given)
+        small = slrprop.apply(trained, Plan(made.layers))  # neurons in their own order
+        for name in ("0", "2", "4"):
+            (_, got), (_, want) = seen(small, name, calibration[0]), seen(trained, name, calibration[0])
+            biases = [
+                layer.factors.bias for layer in made.layers if layer.name == name and hasattr(layer.factors, "bias")
+            ]
+            step = 2 * biases[0].abs().max() / 127 if biases else 0  # the bias is rounded too
+            assert (got.mean(0) - want.mean(0)).abs().max() <= 1e-4 + step
+
+    def test_the_head_is_refitted_by_least_squares(self, trained, calibration):
+        made = slrprop.plan(trained, calibration, method="low_rank", layers=["0", "2"], rank=5)
+        plain = slrprop.plan(trained, calibration, method="low_rank", layers=["0", "2"], rank=5, refit_head=False)
+        assert [layer.name for layer in made.layers] == ["0", "2", "4"] and made.layers[2].method == "dense"
+        assert [layer.fitted for layer in plain.layers] == [layer.fitted for layer in made.layers[:2]]
+        x, _ = seen(slrprop.apply(trained, Plan(plain.layers)), "4", calibration[0])
+        _, z = seen(trained, "4", calibration[0])
+        x, z = x - x.mean(0), z - z.mean(0)
+        best = torch.linalg.lstsq(x, z, driver="gelsd").solution
+        error, least = ((x @ weight - z).square().sum() for weight in (made.layers[2].factors.dense().double(), best))
+        assert least <= error <= 1.05 * least
+
+    def test_each_layer_sees_what_the_compressed_ones_give(self, trained, calibration):
+        """The second layer of a plan is the one fitted alone behind the first."""
+        made = slrprop.plan(trained, calibration, method="low_rank", layers=["0", "2"], rank=5)
+        first = made.layers[0]
+        before = {"0": Compressed(first.factors.dense().double(), first.bias.double())}
+        task = calibration_of(trained, calibration[0]).regression("2", before)
+        want = fit_low_rank(task, LowRankSettings(rank=5)).dense()
+        torch.testing.assert_close(made.layers[1].factors.dense().double(), want, rtol=1e-3, atol=1e-5)
+        alone = slrprop.plan(trained, calibration, method="low_rank", layers=["0", "2"], rank=5, sequential=False)
+        single = slrprop.plan(trained, calibration, method="low_rank", layers=["2"], rank=5)
+        assert torch.equal(alone.layers[1].factors.dense(), single.layers[0].factors.dense())
+        assert not torch.equal(alone.layers[1].factors.dense(), made.layers[1].factors.dense())
 
 
 class Residual(nn.Module):

@@ -171,9 +171,9 @@ def tune(network: Network, data: Data, plan: Plan, settings: TuneSettings | None
         student, teacher = _along(network, entry, layers), _along(network, entry, {})
     elif isinstance(network, TorchNetwork):
         inputs = _whole_inputs(data)
-        with evaluating(network.model):
-            original = swapped(network.model, {})
-            student, teacher = _whole(network, swapped(network.model, dict(layers))), _whole(network, original)
+        with evaluating(network.model):  # the copy stays in that mode
+            student = _whole(network, swapped(network.model, dict(layers)))
+        teacher = evaluating(network.model)(_whole(network, network.model))
     else:
         raise SlrpropError(
             f"tuning needs a chain of dense layers from '{names[0]}' to the output, which this ONNX graph has not; "
