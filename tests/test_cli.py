@@ -32,6 +32,7 @@ def test_methods_are_listed_with_needs_and_source():
         ["apply"],
         ["measure"],
         ["demo"],
+        ["compare"],
         ["paper", "run"],
         ["paper", "table"],
         ["paper", "figures"],

@@ -15,8 +15,8 @@ from slrprop.factors.blocks import pack_levels, unpack_levels
 from slrprop.factors.quantized import CODES, packed, unpacked
 from slrprop.linalg import truncated_svd
 from slrprop.network import TorchNetwork
-from slrprop.quantize import ROUNDING_DAMPING, Spread, compensating, quantised, rounded, scales_of, with_bias
-from slrprop.regression import Calibration
+from slrprop.quantize import compensating, quantised, rounded, scales_of, with_bias
+from slrprop.regression import ROUNDING_DAMPING, Calibration, Spread
 
 BITS = [4, 8]
 
@@ -185,7 +185,7 @@ class TestCompensation:
     def test_without_correlation_it_is_plain(self):
         matrix = random_matrix(12, 6)
         plain, scale = rounded(matrix, 0, 4)
-        found, same = rounded(matrix, 0, 4, torch.diag(torch.rand(12, dtype=torch.float64) + 0.1))
+        found, same = rounded(matrix, 0, 4, Spread.of(torch.diag(torch.rand(12, dtype=torch.float64) + 0.1)))
         assert torch.equal(plain, found) and torch.equal(scale, same)
 
     @pytest.mark.parametrize("bits", BITS)
@@ -193,10 +193,10 @@ class TestCompensation:
         x = random_matrix(4, 12)
         x[:, 3:6] = 0
         matrix = random_matrix(12, 6, 1)
-        codes, _ = rounded(matrix, 0, bits, x.T @ x)
+        codes, _ = rounded(matrix, 0, bits, Spread.of(x.T @ x))
         low, high = CODES[bits]
         assert torch.isfinite(codes).all() and low <= codes.min() and codes.max() <= high
-        codes, _ = rounded(matrix, 0, bits, torch.zeros(12, 12, dtype=torch.float64))
+        codes, _ = rounded(matrix, 0, bits, Spread.of(torch.zeros(12, 12, dtype=torch.float64)))
         assert torch.equal(codes, rounded(matrix, 0, bits)[0])
 
     @pytest.mark.parametrize("bits", BITS)

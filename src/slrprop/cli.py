@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from slrprop.comparison.commands import compare
 from slrprop.errors import SlrpropError
 from slrprop.paper.commands import paper
 from slrprop.terminal import Json, Output, need_extra, show_table
@@ -20,6 +21,7 @@ app = typer.Typer(
     help="Make trained networks smaller and faster by rewriting their dense weights.",
 )
 app.add_typer(paper, name="paper")
+app.command()(compare)
 
 OnnxFile = Annotated[Path, typer.Argument(help="An .onnx file.", show_default=False)]
 Calibration = Annotated[

@@ -7,7 +7,6 @@ second is fitted anew once the first is rounded.
 
 from dataclasses import replace
 from functools import singledispatch
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +16,9 @@ from slrprop.errors import SlrpropError
 from slrprop.factors import Dense, Factors, LowRank, Narrowed, Quantized, SparseLowRank, members
 from slrprop.factors.quantized import CODES
 from slrprop.linalg import balanced
-from slrprop.regression import Regression, level
+from slrprop.regression import Regression, Spread, level
 
 CLIPS = torch.arange(1.0, 0.39, -0.05)  # shares of the largest magnitude that may become the largest code
-ROUNDING_DAMPING = 1e-2  # of the covariance's mean variance
 BLOCK = 128  # rows whose errors are passed on together
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # positive float16
 TINY = 2.0**-10  # a left component smaller than that is scaled up, its right one down
@@ -49,12 +47,12 @@ def scales_of(matrix: Tensor, axis: int, bits: int) -> Tensor:
     return best[:, 0]
 
 
-def rounded(matrix: Tensor, axis: int, bits: int, covariance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rounded(matrix: Tensor, axis: int, bits: int, spread: Spread | None = None) -> tuple[Tensor, Tensor]:
     """Whole numbers and scales of a matrix (r x c).
 
     Args:
         axis: along which numbers share a scale.
-        covariance: (r x r) of what the rows are multiplied with; without it every number is rounded to the nearest.
+        spread: of what the r rows are multiplied with; without it every number is rounded to the nearest.
 
     Returns:
         codes (r x c) and scales, both in the dtype of ``matrix``.
@@ -62,25 +60,9 @@ def rounded(matrix: Tensor, axis: int, bits: int, covariance: Tensor | None = No
     scale = scales_of(matrix, axis, bits)
     low, high = CODES[bits]
     wide = scale if matrix.ndim == 1 else scale.unsqueeze(axis)
-    if covariance is None or matrix.ndim == 1:
+    if spread is None or matrix.ndim == 1:
         return (matrix / wide).round().clamp(low, high), scale
-    return compensating(matrix, wide.expand_as(matrix), bits, Spread.of(covariance)), scale
-
-
-class Spread(NamedTuple):
-    """How errors of one row are passed on to the others: rows by falling variance, and the inverse's Cholesky factor."""
-
-    order: Tensor
-    upper: Tensor
-
-    @classmethod
-    def of(cls, covariance: Tensor) -> "Spread":
-        """From the covariance (r x r) of what the rows are multiplied with."""
-        order = covariance.diagonal().argsort(descending=True)
-        spread = covariance[order][:, order]
-        damping = ROUNDING_DAMPING * level(spread) * torch.eye(len(order), dtype=spread.dtype)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(spread + damping))
-        return cls(order, torch.linalg.cholesky(inverse, upper=True))
+    return compensating(matrix, wide.expand_as(matrix), bits, spread), scale
 
 
 def compensating(matrix: Tensor, scale: Tensor, bits: int, spread: Spread) -> Tensor:
@@ -145,34 +127,36 @@ def compensated(form: Factors, bits: int, task: Regression) -> Quantized:
 
 @compensated.register
 def _(form: Dense, bits: int, task: Regression) -> Quantized:
-    return _form_of(form, bits, {"weight": rounded(form.weight, 0, bits, task.covariance)})
+    return _form_of(form, bits, {"weight": rounded(form.weight, 0, bits, task.spread)})
 
 
 @compensated.register
 def _(form: Narrowed, bits: int, task: Regression) -> Quantized:
-    return _form_of(form, bits, {"block": rounded(form.block, 0, bits, task.covariance[form.rows][:, form.rows])})
+    return _form_of(
+        form, bits, {"block": rounded(form.block, 0, bits, Spread.of(task.covariance[form.rows][:, form.rows]))}
+    )
 
 
 @compensated.register
 def _(form: LowRank, bits: int, task: Regression) -> Quantized:
     left, right = balanced(form.left, form.right)
-    found, _ = _pair(left, right, bits, task.covariance, task.covariance @ task.weight)
+    found, _ = _pair(left, right, bits, task.covariance, task.spread, task.covariance @ task.weight)
     return _form_of(form, bits, {"left": found[0], "right": found[1]})
 
 
 def _pair(
-    left: Tensor, right: Tensor, bits: int, covariance: Tensor, wanted: Tensor
+    left: Tensor, right: Tensor, bits: int, covariance: Tensor, spread: Spread, wanted: Tensor
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Round the left factor, fit the right one to ``wanted`` (covariance @ target), round it too; and their product."""
     size = left.abs().amax(0)
     grown = torch.where((size > 0) & (size < TINY), size, 1.0)  # float16 scales and what is fitted to them reach so far
-    codes, scale = rounded(left / grown, 0, bits, covariance)
+    codes, scale = rounded(left / grown, 0, bits, spread)
     left, right = codes * scale, right * grown[:, None]
     inner = left.T @ covariance @ left
     mean = level(inner)
     damped = inner + 1e-8 * mean * torch.eye(len(inner), dtype=inner.dtype)
     fitted = torch.linalg.solve(damped, left.T @ wanted + 1e-8 * mean * right)
-    right_codes, right_scale = rounded(fitted, 1, bits, inner)
+    right_codes, right_scale = rounded(fitted, 1, bits, Spread.of(inner))
     return [(codes, scale), (right_codes, right_scale)], left @ (right_codes * right_scale[:, None])
 
 
@@ -188,7 +172,9 @@ def _(form: SparseLowRank, bits: int, task: Regression) -> Quantized:
         if task.metric is not None and len(columns) < len(task.metric):
             weigh = torch.linalg.solve(task.metric[columns][:, columns], task.metric[columns])
             wanted = covariance @ (rest @ weigh.T)
-        pair, product = _pair(*balanced(left, right), bits, covariance[:, rows], wanted)
+        own = covariance[:, rows]
+        spread = task.spread if len(rows) == len(task.covariance) else Spread.of(own)
+        pair, product = _pair(*balanced(left, right), bits, own, spread, wanted)
         found |= {f"left_{index}": pair[0], f"right_{index}": pair[1]}
         rest[rows[:, None], columns] -= product
     return _form_of(form, bits, found)

@@ -23,6 +23,7 @@ ROUNDING = 1e-12  # relative, of sums in float64
 METRIC_DAMPING = 0.05  # of the outputs' metric, times its mean diagonal
 METRIC_ROWS = 2048  # samples that the metric is averaged over
 SELECTION_DAMPING = 1e-3
+ROUNDING_DAMPING = 1e-2  # of the covariance, when errors of rounding are passed on
 PROBES = 16  # random directions that stand for more classes than that
 KEPT_BYTES = 1 << 30  # of a layer's inputs
 SAMPLE_ROWS = 4096
@@ -31,6 +32,22 @@ SAMPLE_ROWS = 4096
 def level(matrix: Tensor) -> float:
     """The mean of a covariance's diagonal, what damping is measured by; 1 where all is zero."""
     return float(matrix.diagonal().mean()) or 1.0
+
+
+class Spread(NamedTuple):
+    """How errors of one row are passed on to the others: rows by falling variance, and the inverse's Cholesky factor."""
+
+    order: Tensor
+    upper: Tensor
+
+    @classmethod
+    def of(cls, covariance: Tensor) -> "Spread":
+        """From the covariance (r x r) of what the rows are multiplied with."""
+        order = covariance.diagonal().argsort(descending=True)
+        spread = covariance[order][:, order]
+        damping = ROUNDING_DAMPING * level(spread) * torch.eye(len(order), dtype=spread.dtype)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(spread + damping))
+        return cls(order, torch.linalg.cholesky(inverse, upper=True))
 
 
 class Compressed(NamedTuple):
@@ -71,6 +88,11 @@ class Regression:
     def root(self) -> Tensor | None:
         """Lower Cholesky factor (n x n) of the metric."""
         return None if self.metric is None else torch.linalg.cholesky(self.metric)
+
+    @cached_property
+    def spread(self) -> Spread:
+        """How rounding errors of one input's row are passed on to the others."""
+        return Spread.of(self.covariance)
 
     @cached_property
     def freedom(self) -> Tensor:

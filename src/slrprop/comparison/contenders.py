@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from slrprop.methods import METHODS
 from slrprop.search.path import LEVELS, Choice
 
 ORIGINAL = "original"
@@ -29,6 +30,11 @@ class Contender:
     tuned: bool = False
     slow: bool = False
     wide: bool = True
+
+    @property
+    def faster(self) -> bool:
+        """Whether what it makes is also computed faster; else the file is smaller only, as its method's summary says."""
+        return not self.choices or not all("size only" in METHODS[method].summary for method, _ in self.choices)
 
 
 def _bits(
@@ -76,10 +82,10 @@ CONTENDERS: tuple[Contender, ...] = (
     *_bits("permuted features", "calibrated", "permuted", 32, wide=False),
     Contender("auto, weights", "weights", LEVELS["weights"]),
     Contender("auto, calibrated", "calibrated", LEVELS["calibrated"]),
-    Contender("SVD, 4 bits, tuned", "tuned", (("svd", {"bits": 4}),), tuned=True),
+    Contender("SVD, 4 bits, tuned", "tuned", (("svd", {"bits": 4}),), tuned=True, slow=True),
     Contender("low rank, two-sided, 4 bits, tuned", "tuned", (("low_rank", {"bits": 4}),), tuned=True),
     Contender("nested, 4 bits, tuned", "tuned", NESTED[4], tuned=True),
-    Contender("Taylor, 4 bits, tuned", "tuned", shares=("taylor", {"bits": 4}), tuned=True),
+    Contender("Taylor, 4 bits, tuned", "tuned", shares=("taylor", {"bits": 4}), tuned=True, slow=True),
     Contender("auto, tuned", "tuned", LEVELS["tuned"], tuned=True),
     Contender(NARROWER, "trained", slow=True),
 )  # fmt: skip

@@ -139,7 +139,7 @@ def plans_of(bench: Bench, contender: Contender, sizes: list[int]) -> Iterator[t
     prepared = time.perf_counter() - start
     for size in sizes:
         start = time.perf_counter()
-        found = search.within(size, TRIES)
+        found = search.within(size, TRIES, each=True)
         if found is not None:
             yield size, found[0], prepared + time.perf_counter() - start
 

@@ -197,6 +197,11 @@ class SparseLowRank(Factors):
     def read(self) -> Tensor:
         return self.row_levels.cpu() > 0
 
+    @property
+    def spread_numbers(self) -> int:
+        """Numbers of the factors that :meth:`padded` gives, zeros included."""
+        return sum(self.shape) * sum(left.shape[1] for left in self.left)
+
     def product(self, x: Tensor) -> Tensor:
         left, right = self.padded()
         return x @ left @ right

@@ -14,6 +14,7 @@ from slrprop.methods.base import RankSettings, grid
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.regression import Regression
 
+WIDEST = 1536
 BLOCK_DAMPING = 1e-6  # of the covariance, times its mean variance: a block's own part of it is inverted
 
 
@@ -76,7 +77,9 @@ class NestedSettings(RankSettings, CalibratedSettings):
 
     @classmethod
     def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
-        return [{"rank": rank} for rank in grid(4 * min(m, n)) if cls(rank=rank).stored_numbers(m, n) < m * n]
+        """Empty for layers of more than ``WIDEST`` neurons on a side: a fit there takes minutes."""
+        ranks = grid(4 * min(m, n)) if max(m, n) <= WIDEST else []
+        return [{"rank": rank} for rank in ranks if cls(rank=rank).stored_numbers(m, n) < m * n]
 
 
 class Block(NamedTuple):

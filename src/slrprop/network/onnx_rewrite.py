@@ -1,5 +1,6 @@
 """ONNX models whose chosen layers compute with factors, as plain standard nodes."""
 
+import itertools
 from collections.abc import Mapping
 from functools import singledispatch
 from typing import Any
@@ -15,6 +16,10 @@ from slrprop.factors import Dense, Factors, LowRank, Narrowed, Quantized, Sparse
 from slrprop.network.onnx_file import OnnxFile
 from slrprop.network.onnx_graph import Graph
 
+MERGED = 40_000  # zeros that may be multiplied to save nodes: python -m benchmarks.quantisation
+SHARED = 4  # numbers at most of a constant that is stored once
+CAST = 24  # scales from which float16 and a node to cast them take fewer bytes than float32
+
 
 class Writer:
     """Nodes and initializers that take the place of one layer."""
@@ -27,6 +32,7 @@ class Writer:
         self.nodes: list[NodeProto] = []
         self.quantized: Quantized | None = None  # the form being written, if its numbers are in few bits
         self._taken, self._new = taken, new
+        self._turned: dict[str, str] = {}  # tensors whose transpose is there already
         self._rank = 2 if self.node.op_type == "Gemm" else self.graph.rank(self.layer.x)
         self.last_axis = -1 if self.opset >= 11 or self._rank is None else self._rank - 1
 
@@ -43,14 +49,28 @@ class Writer:
     def tensor(self, what: str, value: Tensor | np.ndarray, exact: bool = False) -> str:
         """A new initializer; real numbers take the layer's type unless they must stay ``exact``."""
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
-        name = self.fresh(what)
-        self._new[name] = array.astype(self.dtype, copy=False) if array.dtype.kind == "f" and not exact else array
+        array = array.astype(self.dtype, copy=False) if array.dtype.kind == "f" and not exact else array
+        if array.size > SHARED:
+            name = self.fresh(what)
+            self._new[name] = array
+            return name
+        for name, other in self._new.items():  # a bound or an axis is stored once for all layers
+            if other.dtype == array.dtype and other.shape == array.shape and np.array_equal(other, array):
+                return name
+        name = self.passing()
+        self._new[name] = array
+        return name
+
+    def passing(self) -> str:
+        """A short name that nothing has yet, for what is only passed on: in a small file names weigh."""
+        name = next(name for number in itertools.count(len(self._taken)) if (name := f"_{number:x}") not in self._taken)
+        self._taken.add(name)
         return name
 
     def add(self, op: str, inputs: list[str], output: str | None = None, **attributes: Any) -> str:
         """A new node; the name of its output."""
-        output = output or self.fresh(op.lower())
-        self.nodes.append(helper.make_node(op, inputs, [output], self.fresh(f"{op}_node"), **attributes))
+        output = output or self.passing()
+        self.nodes.append(helper.make_node(op, inputs, [output], **attributes))
         return output
 
     def slice(self, x: str, part: slice, axis: int | None = None) -> str:
@@ -63,19 +83,13 @@ class Writer:
 
     def gather(self, x: str, index: Tensor, output: str | None = None) -> str:
         """``x[..., index]``; by whole rows of the transpose where the axes are known: the runtime copies those far faster."""
-        small = next(
-            kind
-            for kind in (np.uint8, np.uint16, np.int32, np.int64)
-            if len(index) == 0 or int(index.max()) <= np.iinfo(kind).max
-        )
-        places = self.tensor("order", index.cpu().numpy().astype(small))
-        if small in (np.uint8, np.uint16):  # the runtime casts a constant when it loads the file
-            places = self.add("Cast", [places], to=TensorProto.INT64)
+        places = self.places(index)
         if self._rank is None:
             return self.add("Gather", [x, places], output, axis=self.last_axis)
         axes = range(self._rank)
-        turned = self.add("Transpose", [x], perm=[axes[-1], *axes[:-1]])
-        picked = self.add("Gather", [turned, places], axis=0)
+        if x not in self._turned:
+            self._turned[x] = self.add("Transpose", [x], perm=[axes[-1], *axes[:-1]])
+        picked = self.add("Gather", [self._turned[x], places], axis=0)
         return self.add("Transpose", [picked], output, perm=[*axes[1:], 0])
 
     def some(self, x: str, index: Tensor, count: int) -> str:
@@ -174,8 +188,9 @@ class Writer:
                 "Cast", [self.tensor(what, whole.astype(ml_dtypes.int4 if bits == 4 else np.int8))], to=to
             )
         wide = scale if axis is None or axis == codes.ndim - 1 else scale[:, None]
-        factor = self.tensor(f"{what}_scale", wide.cpu().numpy(), exact=True)
-        if self.dtype != np.float16:
+        short = wide.numel() > CAST  # fewer scales take less than the node that casts them
+        factor = self.tensor(f"{what}_scale", wide.cpu().numpy(), exact=short)
+        if short and self.dtype != np.float16:
             factor = self.add("Cast", [factor], to=to)
         return self.add("Mul", [number, factor])
 
@@ -194,6 +209,40 @@ class Writer:
         joined = self.add("Concat", [low, high], axis=0)
         shaped = self.add("Reshape", [joined, self.tensor("shape", np.array(whole.shape, np.int64))])
         return self.add("Sub", [shaped, eight])
+
+    def merged(self, form: SparseLowRank, x: str, y: str) -> None:
+        """Two products (one, where that is less work) of matrices that the runtime puts together when it loads the file.
+
+        The blocks are stored as they are; padded with zeros, side by side, and brought into the neurons' order, they are
+        the factors of one product. Zeros are multiplied, but on a small layer that takes less time than more nodes.
+        """
+        orders = [
+            levels.long().argsort(descending=True, stable=True) for levels in (form.row_levels, form.column_levels)
+        ]
+        ordered = form.permuted(*orders)
+        sides = []
+        for axis, (name, blocks) in enumerate((("left", ordered.left), ("right", ordered.right))):
+            parts = []
+            for level, block in enumerate(blocks):
+                part, missing = self.number(f"{name}_{level}", block), form.shape[axis] - block.shape[axis]
+                pads = np.array([0, 0, *((missing, 0) if axis == 0 else (0, missing))])
+                parts.append(self.add("Pad", [part, self.tensor("pads", pads)]) if missing else part)
+            whole = parts[0] if len(parts) == 1 else self.add("Concat", parts, axis=1 - axis)
+            back = orders[axis].argsort()
+            if not bool((back.diff() == 1).all()):
+                whole = self.add("Gather", [whole, self.places(back)], axis=axis)
+            sides.append(whole)
+        if form.spread_numbers > form.shape[0] * form.shape[1]:
+            self.product(x, self.product(*sides), y)
+        else:
+            self.product(self.product(x, sides[0]), sides[1], y)
+
+    def places(self, index: Tensor) -> str:
+        """Whole numbers from 0 as a constant of few bytes, cast when the runtime loads the file."""
+        kinds = (np.uint8, np.uint16, np.int32, np.int64)
+        small = next(kind for kind in kinds if len(index) == 0 or int(index.max()) <= np.iinfo(kind).max)
+        name = self.tensor("order", index.cpu().numpy().astype(small))
+        return self.add("Cast", [name], to=TensorProto.INT64) if small in (np.uint8, np.uint16) else name
 
     def blocks(self, form: SparseLowRank, x: str, y: str) -> None:
         """One product per row set, one per segment of columns."""
@@ -236,7 +285,10 @@ def _(form: LowRank, writer: Writer, x: str, y: str) -> None:
 
 @product_of.register
 def _(form: SparseLowRank, writer: Writer, x: str, y: str) -> None:
-    writer.blocks(form, x, y)
+    if writer.opset >= 11 and form.spread_numbers - form.numbers <= MERGED:
+        writer.merged(form, x, y)
+    else:
+        writer.blocks(form, x, y)
 
 
 @product_of.register

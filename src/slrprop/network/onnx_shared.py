@@ -101,8 +101,8 @@ class _InFile:
     ) -> str:
         if not output:
             return self.writer.add(op, inputs, **attributes)
-        names = [self.writer.fresh(op.lower()) for _ in range(output + 1)]
-        self.writer.nodes.append(helper.make_node(op, inputs, names, self.writer.fresh(f"{op}_node"), **attributes))
+        names = [self.writer.passing() for _ in range(output + 1)]
+        self.writer.nodes.append(helper.make_node(op, inputs, names, **attributes))
         return names[output]
 
 

@@ -76,10 +76,10 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows)) + "\n"
 
 
-def write_csv(results: list[Result], path: Path) -> None:
-    """All rows as CSV."""
+def write_csv(results: list[Any], path: Path) -> None:
+    """All rows (of one dataclass, at least one) as CSV."""
     with replacing(path) as part, open(part, "w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(results[0])], lineterminator="\n")
         writer.writeheader()
         for result in results:
             writer.writerow(

@@ -17,7 +17,7 @@ from slrprop.plan import Plan
 from slrprop.search.judge import Door, Judge, Log
 from slrprop.search.path import LEVELS, Choice
 from slrprop.search.result import Budget, BudgetError, Compression
-from slrprop.search.search import Search, parse_size
+from slrprop.search.search import Search, most_evaluations, parse_size
 from slrprop.tune import TuneSettings
 
 BACK_OFFS = 2
@@ -115,7 +115,7 @@ def compress(
         interval = (math.nan, math.nan) if evaluate else check.interval(outputs)
         within = budget.max_drop is None or (interval[1] if confident else drop) <= budget.max_drop
         tried.add(at)
-        spent = run.evaluations + evaluations + 1 >= 4 + 2 * max(8, len(run.curves))
+        spent = run.evaluations + evaluations + 1 >= most_evaluations(len(run.curves))
         if within or not feasible or len(tried) > BACK_OFFS or at == 0 or spent:
             break
         at = run.step_back(at)  # the promise did not hold on fresh data: half the damage

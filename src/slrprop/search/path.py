@@ -208,6 +208,12 @@ def path_of(
         points.append(point(len(points)))
 
 
+def group_of(candidate: Candidate) -> tuple[str, int]:
+    """The method of a candidate that is not the dense one, and the bits of its numbers."""
+    assert candidate.layer is not None
+    return candidate.layer.method, candidate.layer.settings["bits"]
+
+
 def undominated(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The candidates that none beats in both bytes and error, from the largest to the smallest."""
     best: list[Candidate] = []

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from slrprop.api import feeds_between, finished, plan_problem, planned_layer
 from slrprop.errors import SlrpropError
-from slrprop.methods import METHODS, Method, Problem, Settings
+from slrprop.methods import METHODS, Method, Problem, Settings, find_method
 from slrprop.methods.calibrated import CalibratedMethod, in_order
 from slrprop.plan import LayerPlan, Plan
 from slrprop.search.judge import Door, Judge, Log
@@ -24,6 +24,7 @@ from slrprop.search.path import (
     Point,
     best_places,
     candidates_of,
+    group_of,
     hull,
     layer_inputs,
     neighbours,
@@ -33,6 +34,13 @@ from slrprop.search.path import (
 )
 from slrprop.search.result import Budget
 from slrprop.tune import TuneSettings, tune
+
+REFINEMENTS = 3  # evaluations beyond those on the path
+
+
+def most_evaluations(layers: int) -> int:
+    """Runs of a whole network that a search may take."""
+    return 4 + 2 * max(8, layers)
 
 
 def parse_size(given: int | float | str, original: float, what: str) -> int:
@@ -69,8 +77,10 @@ class Search:
     ) -> None:
         self.door, self.judge, self.problem, self.log = door, judge, problem, log
         self.methods, self.confident, self.tuning = methods, confident, tuning
+        self.calibrated = any("inputs" in find_method(name).settings(**given).needs() for name, given in methods)
         self.sequential = all(settings.get("sequential", True) for _, settings in methods)
         self._finals: dict[str, Plan] = {}
+        self._known: dict[str, Evaluation] = {}
         self.evaluations = 1  # the original's
         self.points: list[Point] = []
         self.curves: dict[str, list[Candidate]] = {}
@@ -117,6 +127,12 @@ class Search:
         if not plan.layers:
             made = self.door.realise(plan)
             return Evaluation(self.judge.quality(made, self.judge.original), 0.0, self.door.size(made))
+        key = plan.to_json()
+        if key not in self._known:
+            self._known[key] = self._measure(plan)
+        return self._known[key]
+
+    def _measure(self, plan: Plan) -> Evaluation:
         self.evaluations += 1
 
         def measure() -> dict[str, float]:
@@ -224,15 +240,54 @@ class Search:
         self.points[at] = replace(self.points[at], plan=self.final(self.points[at].plan))
         return self.points[at].plan
 
-    def within(self, limit: int, tries: int) -> tuple[Plan, Evaluation] | None:
+    def within(self, limit: int, tries: int, each: bool = False) -> tuple[Plan, Evaluation] | None:
         """The best plan found whose layers' stored bytes are at most ``limit``; None where none is that small.
 
         From the choice of least predicted damage, one layer gives bytes to another as long as the measured divergence falls.
 
         Args:
             tries: evaluations at most.
+            each: start from the best of that choice and of those of each method alone, which takes one evaluation more each.
         """
-        steps = {name: undominated(curve) for name, curve in self.curves.items()}
+        best: tuple[Plan, Evaluation] | None = None
+        steps, place, target = {}, {}, limit
+        for group in self._groups()[: None if each else 1]:
+            started = self._start(group, limit)
+            if started is None:
+                continue
+            found, plan, most = started
+            measured = self.evaluate(plan)
+            if best is None or measured.divergence < best[1].divergence:
+                best, steps, place, target = (plan, measured), group, found, most
+        seen = {tuple(place.values())}
+        for _ in range(tries - 1 if best is not None else 0):
+            near = [other for other in neighbours(steps, place, target) if tuple(other.values()) not in seen]
+            if not near or best is None:
+                break
+            other = min(near, key=lambda at: self._damage(steps, at))
+            seen.add(tuple(other.values()))
+            plan = self._planned(steps, other)
+            if self.stored(plan) <= limit:
+                measured = self.evaluate(plan)
+                if measured.divergence < best[1].divergence:
+                    place, best = other, (plan, measured)
+        return best
+
+    def _groups(self) -> list[dict[str, list[Candidate]]]:
+        """All candidates that none beats, and those of each method and width of numbers alone: predictions compare them badly."""
+        kinds = sorted({group_of(candidate) for curve in self.curves.values() for candidate in curve[1:]})
+        groups = [{name: undominated(curve) for name, curve in self.curves.items()}]
+        if len(kinds) > 1:
+            for kind in kinds:
+                alone = {
+                    name: [c for c in curve if c.layer is None or group_of(c) == kind]
+                    for name, curve in self.curves.items()
+                }
+                groups.append({name: undominated(curve) for name, curve in alone.items()})
+        return groups
+
+    def _start(self, steps: dict[str, list[Candidate]], limit: int) -> tuple[dict[str, int], Plan, int] | None:
+        """The choice of least predicted damage that really stores at most ``limit`` bytes, and the limit that led to it."""
         target = limit  # fitted in order, a form can be some bytes larger than its candidate: places of single weights
         while True:
             place = best_places(steps, self.sensitivity, target)
@@ -241,21 +296,8 @@ class Search:
             plan = self._planned(steps, place)
             over = self.stored(plan) - limit
             if over <= 0:
-                break
+                return place, plan, target
             target -= over
-        best, seen = (plan, self.evaluate(plan)), {tuple(place.values())}
-        for _ in range(tries - 1):
-            near = [other for other in neighbours(steps, place, target) if tuple(other.values()) not in seen]
-            if not near:
-                break
-            other = min(near, key=lambda at: self._damage(steps, at))
-            seen.add(tuple(other.values()))
-            plan = self._planned(steps, other)
-            if self.stored(plan) <= limit:
-                found = self.evaluate(plan)
-                if found.divergence < best[1].divergence:
-                    place, best = other, (plan, found)
-        return best
 
     def stored(self, plan: Plan) -> int:
         """Bytes that the explored layers store under a plan."""
@@ -303,7 +345,9 @@ class Search:
         last, layers = len(self.points) - 1, len(self.curves)
         if budget.max_drop is not None:
             steps = 1 + layers if layers > 1 else 3  # the originals, sensitivities and the check are evaluations too
-            at = self._bisect(0, last, lambda i: self.drop(i) <= float(budget.max_drop or 0), steps)
+            allowed = float(budget.max_drop)
+            at = self._bisect(0, last, lambda i: self.drop(i) <= allowed, steps)
+            at = self._between(at, allowed) if self.calibrated and at < last else at
             return at, self.fits(at, budget)
         at = 0
         if budget.max_bytes is not None:
@@ -313,10 +357,54 @@ class Search:
             at = next((i for i in range(last + 1) if self.points[i].predicted_bytes <= near), last)
             while at < last and self.measured(at).bytes > limit:
                 at += 1
+            at = self._within_file(at, limit) if self.calibrated else at
+            last = len(self.points) - 1
         if budget.max_latency is not None:
             slow = self._bisect(-1, last, lambda i: i < 0 or self.timed(i) > float(budget.max_latency or 0), 8)
             at = max(at, min(slow + 1, last))
         return at, self.fits(at, budget)
+
+    @property
+    def spare(self) -> int:
+        """Evaluations that are left before the check."""
+        return most_evaluations(len(self.curves)) - self.evaluations - 3
+
+    def _between(self, at: int, allowed: float) -> int:
+        """Between a point that holds and the next, which does not: smaller networks that hold, their bytes halved in logarithm."""
+        high, low = self.stored(self.final_at(at)), self.stored(self.points[at + 1].plan)
+        for _ in range(min(REFINEMENTS, self.spare)):
+            middle = math.isqrt(low * high)
+            found = self.within(middle, 1)
+            if found is None or self.stored(found[0]) >= high:
+                low = middle
+                continue
+            place = self._insert(*found)
+            if self.drop(place) <= allowed:
+                at, high = place, self.stored(found[0])
+            else:
+                low = middle
+        return at
+
+    def _within_file(self, at: int, limit: int) -> int:
+        """A better plan of a point's size or a little more: what the file may take beyond the point's goes to its layers."""
+        point = self.measured(at)
+        if point.bytes > limit or self.spare < 2:
+            return at
+        found = self.within(
+            self.stored(self.final_at(at)) + limit - point.bytes, min(REFINEMENTS + 1, self.spare), self.spare > 8
+        )
+        better = found is not None and found[1].bytes <= limit and found[1].divergence < point.divergence
+        return self._insert(*found) if found is not None and better else at
+
+    def _insert(self, plan: Plan, measured: Evaluation) -> int:
+        """A measured plan as a point of the path; its place, by size."""
+        sizes = {name: self.curves[name][0].bytes for name in self.curves}
+        rest = self.points[0].predicted_bytes - sum(sizes.values())
+        size = rest + self.stored(plan)
+        place = next((i for i, point in enumerate(self.points) if point.predicted_bytes < size), len(self.points))
+        near = self.points[min(place, len(self.points) - 1)]
+        self.points.insert(place, Point(place, plan, size, near.predicted_damage, measured))
+        return place
 
     def step_back(self, at: int) -> int:
         """A point towards the original with at most half the predicted damage."""

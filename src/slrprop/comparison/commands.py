@@ -1,0 +1,107 @@
+"""``slrprop compare``: every method at equal stored bytes."""
+
+import importlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from slrprop.errors import SlrpropError
+from slrprop.paper.commands import DataFolder, Seeds
+from slrprop.terminal import Json, need_extra, show_table
+
+GROUPS = ("fast", "slow", "all")
+
+
+def chosen(text: str, slow: dict[str, bool]) -> set[str]:
+    """The contenders that a list names; a name may have commas in it, so the longest that fits is taken.
+
+    Args:
+        text: names and groups (``fast``, ``slow``, ``all``) with commas between.
+        slow: every contender, and whether it is slow.
+
+    Raises:
+        SlrpropError: a part is neither a name nor a group.
+    """
+    parts, found = [part.strip() for part in text.split(",")], set()
+    while parts:
+        fitting = [end for end in range(len(parts), 0, -1) if ", ".join(parts[:end]) in (*slow, *GROUPS)]
+        if not fitting:
+            raise SlrpropError(
+                f"no contender begins with '{parts[0]}'; there are {', '.join(GROUPS)}, or names: {'; '.join(slow)}"
+            )
+        name, parts = ", ".join(parts[: fitting[0]]), parts[fitting[0] :]
+        found |= {other for other in slow if name in (other, "all", "slow" if slow[other] else "fast")}
+    return found
+
+
+def compare(
+    name: Annotated[str, typer.Argument(help="lenet5-mnist, room-mlp or lenet300-mnist", show_default=False)],
+    sizes: Annotated[
+        str, typer.Option("--bytes", help="Stored bytes of the treated layers: 4.4kB, or shares of the original's.")
+    ] = "1%,2%,4%,8%,16%,32%",
+    seeds: Seeds = 10,
+    contenders: Annotated[str, typer.Option(help="fast, slow, all, or names with commas between.")] = "all",
+    data: DataFolder = None,
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="Folder for trained networks and results.")] = Path(
+        "runs/compare"
+    ),
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Also write NAME.csv, NAME.md, NAME.png and NAME.svg here.")
+    ] = None,
+    table_only: Annotated[bool, typer.Option("--table-only", help="Compute nothing; show what there is.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a network by every contender at equal stored bytes; a second call goes on where the first one stopped.
+
+    Example: slrprop compare lenet5-mnist --bytes 1%,4.4kB,8% --contenders fast --output docs/comparison
+    """
+    store = need_extra("slrprop.paper.store", "paper").Store
+    need_extra("matplotlib", "paper")
+    experiments = importlib.import_module("slrprop.paper.experiments")
+    experiment = experiments.find_experiment(name, experiments.COMPARED)
+    run = importlib.import_module("slrprop.comparison.run")
+    limits = [size.strip() for size in sizes.split(",")]
+    for size in limits:
+        importlib.import_module("slrprop.search.search").parse_size(size, 1e9, "--bytes")
+    names = chosen(contenders, {contender.name: contender.slow for contender in run.CONTENDERS})
+    path = run_dir / "results.sqlite"
+    if table_only and not path.exists():
+        raise SlrpropError(f"there is no '{path}' to show results from")
+    kept = store(path, run.Comparison, run.KEYS)
+    if not table_only:
+        loaded = experiment.load_data(data)
+        run.compare(experiment, loaded, run_dir, limits, seeds, kept, lambda contender: contender.name in names)
+    tables = importlib.import_module("slrprop.comparison.results")
+    results = tables.Results(experiment, kept.results(name))
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in results.rows]).replace("NaN", "null"))
+    else:
+        lines = tables.accuracy_table(results, plain=True)
+        show_table(
+            lines[0], lines[1:], f"{name}: test accuracy, %; * best, {tables.NEAR} within one standard error of it"
+        )
+    if output is not None:
+        written = write(results, output)
+        if not as_json:
+            typer.echo(f"Written: {', '.join(map(str, written))}")
+
+
+def write(results: Any, folder: Path) -> list[Path]:
+    """Write a network's rows, page and figures."""
+    tables = importlib.import_module("slrprop.comparison.results")
+    name = results.experiment.name
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.{kind}" for kind in ("csv", "md", "png", "svg")]
+    importlib.import_module("slrprop.paper.results").write_csv(results.rows, paths[0])
+    verdicts = importlib.import_module("slrprop.comparison.verdict").verdict(results)
+    tables.write(paths[1], tables.page(results, verdicts))
+    drawn = importlib.import_module("slrprop.comparison.figure").figure(results)
+    for path in paths[2:]:
+        with importlib.import_module("slrprop.files").replacing(path) as part:
+            drawn.savefig(
+                part, dpi=130, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None
+            )
+    return paths

@@ -1,0 +1,129 @@
+"""Who wins where and by how much, computed from the rows."""
+
+from slrprop.comparison.results import KNOWN, LEVELS, Lead, Results, amount, plus_minus
+
+OURS = ("nested", "low rank, two-sided", "SLR cost, refitted", "auto")  # the beginnings of their names
+ARTICLES = ("SLR weight", "SLR activation", "SLR cost", "SLR cost+weight", "SLR cost+activation", "SLRProp")
+PLAIN = "SVD"
+
+
+def verdict(results: Results) -> list[tuple[str, list[str]]]:
+    """Headings and sentences."""
+    told = [("Best at each size", [winner(results, size, LEVELS) for size in results.sizes])]
+    untrained = LEVELS[:2]
+    if any(KNOWN[name].level not in untrained for name in results.names):
+        lines = [winner(results, size, untrained) for size in results.sizes if results.reaching(size, untrained)]
+        told.append(("Best at each size without training", lines))
+    told.append(
+        ("The product's own choice", [auto(results, level) for level in LEVELS if f"auto, {level}" in results.names])
+    )
+    told.append(("The articles' SLR and SLRProp against plain SVD", articles(results)))
+    return [(heading, lines) for heading, lines in told if lines]
+
+
+def winner(results: Results, size: int, levels: tuple[str, ...]) -> str:
+    """Who is best at a size, and how far ahead of plain SVD, of the weights level and of the best that is not ours."""
+    names = results.reaching(size, levels)
+    best = results.best(size, names)
+    if best is None:
+        return f"{amount(size)}: nobody reaches it."
+    accuracy = plus_minus([row.accuracy for row in results.cell(best, size).values()])
+    others = [name for name in names if not name.startswith(OURS)]
+    parts = [
+        f"{amount(size)}: **{best}**, {accuracy} % ({_lost(results.lost(best, size))})",
+        _over(results, best, PLAIN if results.cell(PLAIN, size) else None, size, "plain SVD"),
+        _over(results, best, results.best(size, results.reaching(size, ("weights",))), size, "the weights level"),
+    ]
+    if best in others:
+        ours = results.best(size, [name for name in names if name.startswith(OURS)])
+        lead = None if ours is None else results.lead(best, ours, size)
+        parts.append("nothing of ours reaches it" if lead is None else f"the best of ours, {ours}, is {_behind(lead)}")
+    else:
+        parts.append(_over(results, best, results.best(size, others), size, "the baselines"))
+    return "; ".join(part for part in parts if part) + "."
+
+
+def _lost(points: float) -> str:
+    return f"{abs(points):.2f} points {'lost' if points >= 0 else 'gained'}"
+
+
+def _over(results: Results, best: str, other: str | None, size: int, group: str) -> str:
+    """By how much the best is ahead of the best of a group."""
+    if other is None:
+        return f"out of reach for {group}"
+    if other == best:
+        return ""
+    lead = results.lead(best, other, size)
+    named = group if group == "plain SVD" else f"the best of {group} ({other})"
+    return f"no seed in common with {named}" if lead is None else f"{_ahead(lead)} {named}"
+
+
+def _ahead(lead: Lead) -> str:
+    return f"{lead} {'ahead of' if lead.points >= 0 else 'behind'}"
+
+
+def _behind(lead: Lead) -> str:
+    return f"{lead} {'behind' if lead.points >= 0 else 'ahead'}"
+
+
+def leader(results: Results, name: str, rivals: list[str], size: int) -> tuple[str, Lead] | None:
+    """The rival furthest ahead of a contender; a clearly leading one with fewer seeds, if none with all of them is."""
+    leads = [(rival, lead) for rival in rivals if (lead := results.lead(rival, name, size)) is not None]
+    seeds = len(results.cell(name, size))
+    full = [found for found in leads if found[1].seeds == seeds]
+    few = [found for found in leads if found[1].seeds < seeds]
+    tops = [max(group, key=lambda found: found[1].points) for group in (full, few) if group]
+    return next((found for found in tops if found[1].clear), tops[0] if tops else None)
+
+
+def auto(results: Results, level: str) -> str:
+    """In how many cells the product's choice is best, or near the best, of its level and below; where it is not."""
+    name = f"auto, {level}"
+    below = LEVELS[: LEVELS.index(level) + 1]
+    best, near, lost = 0, 0, []
+    cells = [size for size in results.sizes if results.reaching(size, below)]
+    for size in cells:
+        rivals = [rival for rival in results.reaching(size, below) if rival != name]
+        if not results.cell(name, size):
+            first = results.best(size, rivals)
+            lost.append(f"{amount(size)}, where it has no plan and {first} has")
+            continue
+        found = leader(results, name, rivals, size)
+        if found is None or found[1].points <= 0:
+            best += 1
+        elif not found[1].clear:
+            near += 1
+        else:
+            few = f", over {found[1].seeds} seeds" if 1 < found[1].seeds < len(results.cell(name, size)) else ""
+            lost.append(f"{amount(size)}: {found[0]} is {found[1]} ahead{few}")
+    text = f"{name}: best or within one standard error of the best of its level and below in {best + near} of {len(cells)} cells (best in {best})"
+    return text + (f"; not at {'; '.join(lost)}." if lost else ".")
+
+
+def articles(results: Results) -> list[str]:
+    """Each variant's difference from plain SVD at every size that both reach."""
+    lines, ahead, behind, cells = [], 0, 0, 0
+    for name in ARTICLES:
+        leads = [(size, lead) for size in results.sizes if (lead := results.lead(name, PLAIN, size)) is not None]
+        if not leads:
+            continue
+        cells += len(leads)
+        ahead += sum(lead.clear for _, lead in leads)
+        behind += sum(lead.points < -lead.error for _, lead in leads)
+        told = ", ".join(f"{amount(size)} {'+' if lead.points > -0.005 else '-'}{lead}" for size, lead in leads)
+        lines.append(f"{name} less SVD: {told}.")
+    if not cells:
+        return []
+    judged = (
+        "they do not beat it"
+        if ahead == 0
+        else "more often behind than ahead"
+        if ahead < behind
+        else "more often ahead than behind"
+        if ahead > behind
+        else "as often ahead as behind"
+    )
+    return [
+        f"At equal bytes, {judged}: ahead by more than one standard error in {ahead} of {cells} cells, behind in {behind}.",
+        *lines,
+    ]
