@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from slrprop import SlrpropError
 from slrprop.checks import share
-from slrprop.factors import Dense, LowRank, SparseLowRank
+from slrprop.factors import Dense, LowRank, SparseLowRank, restored
 from slrprop.layers import linear_from
 from slrprop.linalg import SVD, truncated_svd
 from slrprop.methods.slr import SLRSettings
@@ -45,6 +45,55 @@ def test_permuted_factors_are_the_permuted_weight(case, random):
     moved = factors.permuted(torch.tensor(rows), torch.tensor(columns))
     torch.testing.assert_close(moved.dense(), factors.dense()[rows][:, columns])
     assert moved.numbers == factors.numbers
+
+
+@given(shortened())
+@settings(deadline=None)
+def test_products_are_those_of_the_dense_weight(case):
+    """And differentiable; what is padded has zeros where a neuron takes no part, and nowhere else."""
+    factors, _, _ = case
+    made = factors.with_matrices({name: block.requires_grad_() for name, block in factors.matrices().items()})
+    x = torch.randn(2, 3, factors.shape[0], dtype=torch.float64)
+    y = made.product(x)
+    torch.testing.assert_close(y, x @ factors.dense())
+    y.sum().backward()
+    assert all(block.grad is not None for block in factors.matrices().values())
+    left, right = factors.padded()
+    torch.testing.assert_close(left @ right, factors.dense())
+    assert int((left != 0).sum() + (right != 0).sum()) == factors.numbers
+    assert torch.equal(factors.read(), factors.row_levels > 0)
+    assert not factors.dense()[~factors.read()].any()
+
+
+@given(shortened())
+@settings(deadline=None)
+def test_stored_blocks_come_back(case):
+    factors, _, _ = case
+    again = restored(factors.description(), factors.arrays())
+    assert torch.equal(again.dense(), factors.dense()) and torch.equal(again.row_levels, factors.row_levels)
+    assert torch.equal(again.column_levels, factors.column_levels) and again.bytes == factors.bytes
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"row_levels": None}, {"left_0": None}, {"right_1": None}, {"left_1": None}, {"row_levels": torch.zeros(9).byte()},
+     {"column_levels": torch.zeros(1)}, {"column_levels": torch.full((1,), 255).byte()}, {"left_0": torch.ones(8)}],
+)  # fmt: skip
+def test_damaged_blocks_are_refused(change):
+    short = [torch.arange(side) < side // 2 for side in (8, 6)]
+    factors = SparseLowRank.shorten(truncated_svd(torch.randn(8, 6), 4), 2, *short)
+    arrays = {key: value for key, value in (factors.arrays() | change).items() if value is not None}
+    with pytest.raises(SlrpropError):
+        restored(factors.description(), arrays)
+    for description in (
+        {"shape": [8]},
+        {"lowest": [-1, 0]},
+        {"shape": [8, "6"]},
+        {"lowest": [0, 0]},
+        {"shape": None},
+    ):
+        with pytest.raises(SlrpropError):
+            restored(factors.description() | description, factors.arrays())
 
 
 @given(shortened(), st.booleans(), st.sampled_from([(), (3,), (2, 3)]), st.booleans())

@@ -130,13 +130,13 @@ def top_eigenvectors(apply: Callable[[Tensor], Tensor], size: int, rank: int, dt
     """
     if size <= DENSE_BELOW or rank + OVERSAMPLING > size // 4:
         vectors = torch.linalg.eigh(apply(torch.eye(size, dtype=dtype)))[1]
-        return vectors[:, -rank:].flip(1)
+        return vectors[:, size - rank :].flip(1)
     start = torch.Generator().manual_seed(0)
     basis = torch.randn(size, rank + OVERSAMPLING, dtype=dtype, generator=start)
     for _ in range(POWER_ITERATIONS):
         basis = torch.linalg.qr(apply(basis))[0]
     vectors = torch.linalg.eigh(basis.T @ apply(basis))[1]
-    return (basis @ vectors[:, -rank:]).flip(1)
+    return (basis @ vectors[:, OVERSAMPLING:]).flip(1)
 
 
 def principal(target: Tensor, covariance: Tensor, root: Tensor | None, rank: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The plan: per layer a method and its settings; frozen, saved as versioned JSON."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -176,15 +177,21 @@ class Plan:
         """Write the plan as JSON; factors that were fitted to data beside it, as safetensors of the same name.
 
         Raises:
-            SlrpropError: a file can't be written, or the plan was read without its factors.
+            SlrpropError: a file can't be written, the plan was read without its factors, or a file that holds no plan's
+                factors is in their place; existing files stay as they were.
         """
         text = self.to_json()
+        target = beside(path)
+        if Path(path) == target:
+            raise SlrpropError(
+                f"'{path}' is where the plan's factors would be; give the plan another ending, like .json"
+            )
         fitted = {f"{layer.name}/{name}": array.detach().cpu().contiguous() for layer in self.layers if layer.fitted for name, array in layer.arrays().items()}  # fmt: skip
-        if fitted:
-            with replacing(beside(path)) as part:
-                part.write_bytes(safetensors.torch.save(fitted))
-        with replacing(path) as part:
-            part.write_text(text)
+        with contextlib.ExitStack() as stack:  # both are written before one of them takes its place
+            if fitted:
+                _require_own(target)
+                stack.enter_context(replacing(target)).write_bytes(safetensors.torch.save(fitted))
+            stack.enter_context(replacing(path)).write_text(text)
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
@@ -218,6 +225,19 @@ def beside(path: str | Path) -> Path:
     return Path(path).with_suffix(".safetensors")
 
 
+def _require_own(path: Path) -> None:
+    """Refuse to write over a safetensors file with anything but a plan's factors, such as a model."""
+    if not path.exists():
+        return
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            own = all("/" in name for name in file.keys())  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError):
+        own = True  # no model anyway
+    if not own:
+        raise SlrpropError(f"'{path}' is not a plan's factors, which would be saved there; give the plan another name")
+
+
 def _with_factors(layer: LayerPlan, path: Path) -> LayerPlan:
     """A loaded layer with its fitted factors, if it has such."""
     if not layer.fitted:
@@ -228,7 +248,7 @@ def _with_factors(layer: LayerPlan, path: Path) -> LayerPlan:
             arrays = {
                 name.removeprefix(prefix): file.get_tensor(name)
                 for name in sorted(file.keys())
-                if name.startswith(prefix)
+                if name.rpartition("/")[0] == layer.name
             }
     except (OSError, safetensors.SafetensorError) as error:
         raise SlrpropError(

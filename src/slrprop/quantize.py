@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slrprop.errors import SlrpropError
 from slrprop.factors import Dense, Factors, LowRank, Narrowed, Quantized, SparseLowRank, members
 from slrprop.factors.quantized import CODES
 from slrprop.linalg import balanced
@@ -19,7 +20,8 @@ from slrprop.regression import Regression, Spread, level
 
 CLIPS = torch.arange(1.0, 0.39, -0.05)  # shares of the largest magnitude that may become the largest code
 BLOCK = 128  # rows whose errors are passed on together
-SMALLEST = 2.0**-24  # the smallest positive float16
+SMALLEST, LARGEST = 2.0**-24, 65504.0  # positive float16
+TINY = 2.0**-10  # a left component smaller than that is scaled up, its right one down
 
 
 def scales_of(matrix: Tensor, axis: int, bits: int) -> Tensor:
@@ -27,13 +29,18 @@ def scales_of(matrix: Tensor, axis: int, bits: int) -> Tensor:
 
     Args:
         axis: the axis along which numbers share a scale; a vector has one scale.
+
+    Raises:
+        SlrpropError: not finite, or so large that its scale is no float16.
     """
     flat = matrix.reshape(1, -1) if matrix.ndim == 1 else matrix.movedim(axis, 1)
     low, high = CODES[bits]
     top = (flat.abs().amax(1, keepdim=True) if flat.shape[1] else flat.new_zeros(len(flat), 1)) / high
+    if not (top <= LARGEST).all():  # nor if it is NaN
+        raise SlrpropError(f"a matrix with numbers up to {float(flat.abs().max()):.3g} can't be stored in {bits} bits; leave its layer out, or use bits=32")  # fmt: skip
     best, error = torch.ones_like(top), torch.full_like(top, torch.inf)
     for clip in CLIPS.tolist():
-        scale = (top * clip).clamp(SMALLEST, 65504).half().to(flat)
+        scale = (top * clip).clamp(SMALLEST, LARGEST).half().to(flat)
         found = ((flat / scale).round().clamp(low, high) * scale - flat).square().sum(1, keepdim=True)
         best = torch.where(found < error, scale, best)
         error = torch.minimum(found, error)
@@ -141,8 +148,10 @@ def _pair(
     left: Tensor, right: Tensor, bits: int, covariance: Tensor, spread: Spread, wanted: Tensor
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Round the left factor, fit the right one to ``wanted`` (covariance @ target), round it too; and their product."""
-    codes, scale = rounded(left, 0, bits, spread)
-    left = codes * scale
+    size = left.abs().amax(0)
+    grown = torch.where((size > 0) & (size < TINY), size, 1.0)  # float16 scales and what is fitted to them reach so far
+    codes, scale = rounded(left / grown, 0, bits, spread)
+    left, right = codes * scale, right * grown[:, None]
     inner = left.T @ covariance @ left
     mean = level(inner)
     damped = inner + 1e-8 * mean * torch.eye(len(inner), dtype=inner.dtype)

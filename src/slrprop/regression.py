@@ -19,7 +19,7 @@ from slrprop.network.base import Network
 from slrprop.network.chain import ACTIVATIONS
 
 DAMPING = 1e-4  # pull towards the original weight, times the mean variance of the inputs
-ROUNDING = 1e-12
+ROUNDING = 1e-12  # relative, of sums in float64
 METRIC_DAMPING = 0.05  # of the outputs' metric, times its mean diagonal
 METRIC_ROWS = 2048  # samples that the metric is averaged over
 SELECTION_DAMPING = 1e-3
@@ -139,9 +139,7 @@ class Calibration:
         weight, bias = self._original(name)
         m, n = weight.shape
         count, sum_x, sum_z = 0, weight.new_zeros(m), weight.new_zeros(n)
-        origin: tuple[Tensor, Tensor] | None = (
-            None  # sums are taken from here, so that little cancels in the covariance
-        )
+        origin: tuple[Tensor, Tensor] | None = None  # sums are taken from here, so that little cancels
         square, cross = weight.new_zeros(m, m), weight.new_zeros(m, n)
         before = {key: value for key, value in compressed.items() if key != name}
         for x, z in self._pairs(name, before):
@@ -158,7 +156,8 @@ class Calibration:
             raise SlrpropError(f"layer '{name}' saw no sample of the calibration data; give data that reaches it")
         mean, target_mean = sum_x / count, sum_z / count
         covariance = square.div_(count).sub_(torch.outer(mean, mean))
-        floor = ROUNDING * (origin[0] + mean).square().mean()  # what is left of constant inputs is not below zero
+        # what rounding left of constant inputs is not below zero
+        floor = ROUNDING * covariance.diagonal().mean().clamp_min(0) + (ROUNDING * (origin[0] + mean)).square().mean()
         covariance.diagonal().add_(floor)
         target = weight
         if before:

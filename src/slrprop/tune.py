@@ -21,9 +21,9 @@ from slrprop.factors.quantized import CODES
 from slrprop.losses import rows_of
 from slrprop.network import Network, TorchNetwork
 from slrprop.network.chain import ACTIVATIONS, Step
-from slrprop.network.torch import main_output, swapped
+from slrprop.network.torch import evaluating, main_output, swapped
 from slrprop.plan import LayerPlan, Plan
-from slrprop.quantize import SMALLEST, with_bias
+from slrprop.quantize import LARGEST, SMALLEST, rounded, with_bias
 
 HELD_OUT = 0.1  # of the data, to stop by
 Forward = Callable[[Tensor], Tensor]
@@ -54,6 +54,8 @@ class TuneSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SlrpropError(f"{name} must be a whole number from 1, got {value!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise SlrpropError(f"seed must be a whole number from 0, got {self.seed!r}")
         for name in ("learning_rate", "temperature"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
@@ -91,6 +93,7 @@ class Tunable(nn.Module):
 
     def _scale(self, name: str) -> Tensor:
         scale = self.scales[name].exp()
+        scale = scale + (_stored(scale).float() - scale).detach()
         return scale if self.numbers[name].ndim == 1 else scale.unsqueeze(self.axes[name])
 
     def now(self) -> Factors:
@@ -105,9 +108,16 @@ class Tunable(nn.Module):
             made[name] = (ratio + (ratio.round() - ratio).detach()).clamp(low, high) * scale
         return self.form.with_matrices(made)
 
+    def _bias(self) -> Tensor | None:
+        """The bias, rounded where it will be."""
+        if self.bias is None or not self.own_bias or not self.bias.abs().max() < LARGEST:  # too long steps
+            return self.bias
+        codes, scale = rounded(self.bias.detach().double(), 0, 8)
+        return self.bias + ((codes * scale).to(self.bias) - self.bias).detach()
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.now().product(x)
-        return y if self.bias is None else y + self.bias
+        y, bias = self.now().product(x), self._bias()
+        return y if bias is None else y + bias
 
     def finished(self) -> LayerPlan:
         """The layer's plan with the tuned factors."""
@@ -119,7 +129,7 @@ class Tunable(nn.Module):
                 )
                 return replace(self.layer, factors=form, bias=bias).sealed()
             low, high = CODES[self.bits]
-            scales = {name: scale.exp().clamp(SMALLEST, 65504).half() for name, scale in self.scales.items()}
+            scales = {name: _stored(scale.exp()) for name, scale in self.scales.items()}
             codes = {}
             for name, matrix in self.numbers.items():
                 scale = scales[name].float()
@@ -128,6 +138,11 @@ class Tunable(nn.Module):
             form = Quantized(self.form.with_matrices(codes), scales, self.bits)
             form = with_bias(form, bias) if self.own_bias and bias is not None else form
             return replace(self.layer, factors=form, bias=None if self.own_bias else bias).sealed()
+
+
+def _stored(scale: Tensor) -> Tensor:
+    """A scale as it is stored."""
+    return scale.detach().clamp(SMALLEST, LARGEST).half()
 
 
 def tune(network: Network, data: Data, plan: Plan, settings: TuneSettings | None = None, quiet: bool = False) -> Plan:
@@ -156,7 +171,9 @@ def tune(network: Network, data: Data, plan: Plan, settings: TuneSettings | None
         student, teacher = _along(network, entry, layers), _along(network, entry, {})
     elif isinstance(network, TorchNetwork):
         inputs = _whole_inputs(data)
-        student, teacher = _whole(network, swapped(network.model, dict(layers))), _whole(network, network.model)
+        with evaluating(network.model):  # the copy stays in that mode
+            student = _whole(network, swapped(network.model, dict(layers)))
+        teacher = evaluating(network.model)(_whole(network, network.model))
     else:
         raise SlrpropError(
             f"tuning needs a chain of dense layers from '{names[0]}' to the output, which this ONNX graph has not; "
@@ -164,7 +181,7 @@ def tune(network: Network, data: Data, plan: Plan, settings: TuneSettings | None
         )
     notes = _distil(student, teacher, inputs, nn.ModuleList(layers.values()), chosen, quiet)
     done = [layers[layer.name].finished() for layer in plan.layers]
-    return replace(plan, layers=tuple(replace(layer, notes=layer.notes | notes) for layer in done))
+    return replace(plan, layers=tuple(replace(layer, notes=layer.notes | notes) for layer in done), sha256="")
 
 
 def _entry(network: Network, names: list[str]) -> str | None:

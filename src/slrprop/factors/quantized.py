@@ -59,6 +59,11 @@ class Quantized(Factors):
             scale = self.scales.get(name)
             if scale is None or scale.dtype != torch.float16 or scale.shape != self._scale_shape(name, matrix):
                 raise SlrpropError(f"matrix '{name}' of shape {tuple(matrix.shape)} takes float16 scales of shape {self._scale_shape(name, matrix)}, got {None if scale is None else tuple(scale.shape)}")  # fmt: skip
+        bias, scale = self.bias_codes, self.bias_scale
+        if (bias is None) != (scale is None) or (bias is not None and scale is not None and (bias.shape != self.shape[1:] or scale.shape != (1,))):  # fmt: skip
+            raise SlrpropError(
+                f"the bias of quantised factors takes a number per output ({self.shape[1]}) and one scale"
+            )
 
     def _scale_shape(self, name: str, matrix: Tensor) -> tuple[int, ...]:
         return (1,) if matrix.ndim == 1 else (matrix.shape[1 - self.codes.scale_axes()[name]],)

@@ -100,7 +100,7 @@ def in_order(
     if last is not None:
         task = problem.calibration.regression(last, compressed, weighted=False)
         like = problem.weight(last)
-        weight = task.weight.to(like)
+        weight = task.weight.to(like).contiguous()
         yield Decision(
             last, Dense(weight), bias=task.corrected_bias(weight.double()).to(like), method="dense",
             settings=METHOD_OF["dense"].settings(bits=32),

@@ -142,21 +142,21 @@ class Network(ABC):
     def gradients(self, name: str, data: Data, probes: int) -> Iterator[Tensor]:
         """Batch by batch the gradients (d, p, n) of the outputs along d directions, in a layer's p outputs of n numbers.
 
-        The directions' outer products sum to centring over classes (for more than ``probes`` classes: on average). Nothing
-        is given where no chain follows the layer and the network has no gradient of its own.
+        The directions' outer products sum to centring over classes; for more than ``probes`` classes they are random and
+        do so on average over samples. Of a final softmax the scores are followed, see :meth:`scores`. Nothing is given where
+        no chain follows the layer and the network has no gradient of its own.
         """
         chain = self.chain(name)
         if chain is None:
             return
+        random = torch.Generator().manual_seed(0)
         for flow in self.stream((name,), data):
             for _, y in flow.calls[name]:
                 y = y.detach().requires_grad_()
                 with torch.enable_grad():
                     output = chain.values(y)[-1]
-                    along = directions(output, probes).to(output)
-                    yield torch.stack(
-                        [torch.autograd.grad(output, y, d.expand_as(output), retain_graph=True)[0] for d in along]
-                    )
+                    along = directions(output, probes, random)
+                    yield torch.stack([torch.autograd.grad(output, y, d, retain_graph=True)[0] for d in along])
 
     def activated(self, name: str, y: Tensor) -> Tensor:
         """A layer's output (p x n) after the batch norm and activation that follow it."""
@@ -173,15 +173,21 @@ class Network(ABC):
         return self._paths[name].elements if name in self._paths else []
 
 
-def directions(output: Tensor, probes: int) -> Tensor:
-    """Directions (d, c) in the space of outputs (p, c): see :meth:`Network.gradients`."""
+def directions(output: Tensor, probes: int, random: torch.Generator) -> Iterator[Tensor]:
+    """Directions (p, c), one after the other, in the space of outputs (p, c): see :meth:`Network.gradients`.
+
+    Random ones differ from sample to sample, so that the noise of an average over samples falls with their number.
+    """
     classes = output.shape[-1]
     if classes == 1:
-        return torch.ones(1, 1)
-    if classes <= probes:
-        return torch.eye(classes) - 1 / classes
-    signs = torch.randint(0, 2, (probes, classes), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
-    return (signs - signs.mean(1, keepdim=True)) / probes**0.5
+        yield torch.ones_like(output)
+    elif classes <= probes:
+        for one in torch.eye(classes) - 1 / classes:
+            yield one.to(output).expand_as(output)
+    else:
+        for _ in range(probes):
+            signs = torch.empty(output.shape).bernoulli_(generator=random) * 2 - 1
+            yield ((signs - signs.mean(-1, keepdim=True)) / probes**0.5).to(output)
 
 
 def require_finite(output: Tensor) -> None:

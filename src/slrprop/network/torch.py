@@ -191,19 +191,21 @@ class TorchNetwork(Network):
         if self.chain(name) is not None:
             yield from super().gradients(name, data, probes)
             return
+        random = torch.Generator().manual_seed(0)
         for batch in data:
             seen: list[Tensor] = []
 
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor, seen: list[Tensor] = seen) -> Tensor:
-                seen.append(y.detach().requires_grad_())
+                # a later call's output may depend on the first one's
+                seen.append(y if seen and y.requires_grad else y.detach().requires_grad_())
                 return seen[-1]
 
             handle = self.modules[name].register_forward_hook(hook, prepend=True)
             try:
                 with evaluating(self.model), torch.enable_grad():
-                    output = rows_of(main_output(self.call(batch.to(self.device))))
-                    along = directions(output, probes).to(output)
-                    found = [torch.autograd.grad(output, seen, d.expand_as(output), retain_graph=True, allow_unused=True) for d in along]  # fmt: skip
+                    output = rows_of(self.scores(main_output(self.call(batch.to(self.device)))))
+                    along = directions(output, probes, random)
+                    found = [torch.autograd.grad(output, seen, d, retain_graph=True, allow_unused=True) for d in along]
             finally:
                 handle.remove()
             for index, y in enumerate(seen):

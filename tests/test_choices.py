@@ -1,0 +1,251 @@
+"""What a search chooses among its candidates, against brute force; and what it finds at each level."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import nn
+
+import slrprop
+from slrprop import SlrpropError, compress
+from slrprop.api import realised
+from slrprop.data import Data
+from slrprop.methods import Problem
+from slrprop.network import open_network
+from slrprop.search import Candidate
+from slrprop.search.judge import Door, Judge, Log
+from slrprop.search.path import LEVELS, best_places, frontier, hull, neighbours, path_of, undominated
+from slrprop.search.search import Search
+from slrprop.tune import TuneSettings
+
+POINTS = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 40)), min_size=1, max_size=9)
+
+
+def candidates(points):
+    return [Candidate(size, error / 7) for size, error in points]
+
+
+def pairs(found):
+    return [(candidate.bytes, candidate.error) for candidate in found]
+
+
+@given(POINTS)
+@hypothesis_settings(deadline=None)
+def test_undominated_by_brute_force(points):
+    given_ones = candidates(points)
+    found = undominated(given_ones)
+
+    def beaten(one):
+        return any(
+            (other.bytes <= one.bytes and other.error < one.error) or (other.bytes < one.bytes and other.error <= one.error)
+            for other in given_ones
+        )  # fmt: skip
+
+    assert set(pairs(found)) == {
+        pair for pair, one in zip(pairs(given_ones), given_ones, strict=True) if not beaten(one)
+    }
+    assert all(a.bytes > b.bytes and a.error < b.error for a, b in itertools.pairwise(found))
+
+
+@given(POINTS)
+@hypothesis_settings(deadline=None)
+def test_hulls_lie_below_all_candidates(points):
+    """From the largest candidate to the smallest, convex, and no candidate is below."""
+    given_ones = candidates(points)
+    found = hull(given_ones)
+    sizes = [candidate.bytes for candidate in given_ones]
+    assert (found[0].bytes, found[-1].bytes) == (max(sizes), min(sizes))
+    for one in given_ones:
+        for large, small in itertools.pairwise(found):
+            if small.bytes <= one.bytes <= large.bytes:
+                share = (large.bytes - one.bytes) / (large.bytes - small.bytes)
+                assert one.error >= large.error + share * (small.error - large.error) - 1e-9
+        if len(found) == 1:
+            assert one.error >= found[0].error
+    slopes = [(b.error - a.error) / (a.bytes - b.bytes) for a, b in itertools.pairwise(found)]
+    assert all(a <= b + 1e-9 for a, b in itertools.pairwise(slopes))
+    assert pairs(found)[0] in pairs([one for one, _ in frontier(given_ones)])
+
+
+@given(
+    st.lists(POINTS, min_size=1, max_size=3), st.integers(0, 190), st.lists(st.integers(1, 20), min_size=3, max_size=3)
+)
+@hypothesis_settings(deadline=None, max_examples=200)
+def test_best_places_against_brute_force(layers, limit, weights):
+    """Never above the limit, none only where nothing fits; at most one layer's step of its hull from the optimum."""
+    steps = {str(i): undominated(candidates(points)) for i, points in enumerate(layers)}
+    # slightly unlike sensitivities, so that no two layers' steps have the same price
+    sensitivity = {str(i): weights[i] + 1e-4 * (1 + i) ** 0.5 for i in range(len(layers))}
+    found = best_places(steps, sensitivity, limit)
+    every = [dict(zip(steps, at, strict=True)) for at in itertools.product(*(range(len(s)) for s in steps.values()))]
+
+    def size(place):
+        return sum(steps[name][at].bytes for name, at in place.items())
+
+    def damage(place):
+        return sum(sensitivity[name] * steps[name][at].error for name, at in place.items())
+
+    fitting = [place for place in every if size(place) <= limit]
+    assert (found is None) == (not fitting)
+    if found is None:
+        return
+    assert found.keys() == steps.keys() and size(found) <= limit
+    best = min(map(damage, fitting))
+    edges = [
+        sensitivity[name] * (b.error - a.error) for name, s in steps.items() for a, b in itertools.pairwise(hull(s))
+    ]
+    assert best <= damage(found) <= best + max(edges, default=0) + 1e-9
+    for name, at in found.items():  # nothing that fits is left
+        assert all(size(found | {name: i}) > limit for i in range(at))
+    if len(steps) == 1:
+        assert damage(found) == best
+    assert best_places(steps, sensitivity, 10**6) == dict.fromkeys(steps, 0)
+
+
+@given(st.lists(POINTS, min_size=1, max_size=3), st.integers(0, 190))
+@hypothesis_settings(deadline=None)
+def test_neighbours_fit_and_differ_in_two_layers(layers, limit):
+    steps = {str(i): undominated(candidates(points)) for i, points in enumerate(layers)}
+    place = best_places(steps, dict.fromkeys(steps, 1.0), limit)
+    if place is None:
+        return
+    for other in neighbours(steps, place, limit):
+        moved = [other[name] - place[name] for name in steps]
+        assert moved.count(1) == 1 and sum(step < 0 for step in moved) == 1 and sum(map(bool, moved)) == 2
+        assert sum(steps[name][at].bytes for name, at in other.items()) <= limit
+
+
+@given(st.lists(POINTS, min_size=1, max_size=3), st.integers(0, 50))
+@hypothesis_settings(deadline=None)
+def test_paths_go_down(layers, rest):
+    """From all layers' largest to all layers' smallest; bytes fall at every step, and predicted bytes add up."""
+    found = {str(i): candidates([*points, (100, 0)]) for i, points in enumerate(layers)}
+    points = path_of(found, dict.fromkeys(found, 1.0), {}, rest)
+    sizes = [point.predicted_bytes for point in points]
+    assert sizes[0] == rest + 100 * len(layers)
+    assert sizes[-1] == rest + sum(min(candidate.bytes for candidate in curve) for curve in found.values())
+    assert all(a > b for a, b in itertools.pairwise(sizes)) and [point.step for point in points] == [
+        *range(len(points))
+    ]
+    assert all(a.predicted_damage <= b.predicted_damage + 1e-9 for a, b in itertools.pairwise(points))
+
+
+@pytest.fixture(scope="module")
+def fresh(digits):
+    x, y = digits
+    return x[1200:], y[1200:]
+
+
+METHODS = (("low_rank", {"bits": 8}), ("low_rank", {"bits": 4}), ("nested", {"shape": "half", "bits": 4, "sweeps": 1}))
+
+
+def explored(model, data, methods=METHODS, tuning=None):
+    opened = Data(data)
+    judge = Judge(model, opened, None)
+    run = Search(
+        Door(model, opened), judge, Problem(open_network(model, opened), opened), Log(None), methods, False, tuning
+    )
+    run.explore(None)
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(trained, fresh):
+    return explored(trained, fresh)
+
+
+def file_bytes(model, names):
+    """Bytes of the tensors that these layers of a module store."""
+    return sum(
+        tensor.nbytes for key, tensor in model.state_dict().items() if key.rpartition(".")[0].partition(".")[0] in names
+    )
+
+
+class TestWithin:
+    @pytest.mark.parametrize("limit", [4000, 6001, 9000, 15000, 40000])
+    def test_never_above_its_limit(self, limit, run, trained):
+        """In the bytes that the layers of the network made take."""
+        plan, found = run.within(limit, 3)
+        stored = run.stored(plan)
+        made = realised(trained, plan)
+        assert stored <= limit and file_bytes(made, run.curves) <= limit
+        assert file_bytes(made, run.curves) == pytest.approx(
+            stored, abs=64
+        )  # packed numbers of two blocks may share a byte
+        assert found.bytes <= limit + 6000 and found == run.evaluate(plan)
+
+    def test_the_original_where_that_fits(self, run):
+        plan, found = run.within(10**7, 3)
+        assert not plan.layers and found.divergence == 0
+
+    def test_none_where_nothing_fits(self, run):
+        assert run.within(100, 3) is None
+
+    def test_more_tries_never_do_worse(self, run):
+        one, four = (run.within(7000, tries)[1].divergence for tries in (1, 4))
+        assert four <= one
+
+    def test_no_more_evaluations_than_tries(self, run):
+        before = run.evaluations
+        run.within(8000, 2)
+        assert run.evaluations - before <= 2
+
+    def test_layers_without_bias(self, fresh):
+        """The bias that a fitted layer gets is counted."""
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 48, bias=False), nn.ReLU(), nn.Linear(48, 40, bias=False), nn.ReLU(), nn.Linear(40, 10, bias=False)).eval()  # fmt: skip
+        search = explored(model, fresh[0], (("low_rank", {}), ("low_rank", {"bits": 8})))
+        for limit in (3000, 9000):
+            plan, _ = search.within(limit, 2)
+            assert file_bytes(realised(model, plan), search.curves) <= limit
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level_meets_a_budget_of_bytes(level, trained, fresh):
+    found = compress(trained, fresh, max_bytes="15%", level=level, tuning=TuneSettings(epochs=2))
+    assert found.met and found.bytes[1] <= 0.15 * found.bytes[0] and found.settings["level"] == level
+    assert found.evaluations <= 4 + 2 * 8
+    assert {layer.method for layer in found.plan.layers} <= {name for name, _ in LEVELS[level]} | {"dense"}
+    assert ("tuned_epochs" in found.plan.layers[0].notes) == (level == "tuned")
+
+
+def test_fitting_and_tuning_pay_at_equal_bytes(trained, fresh):
+    """On the check part, in divergence; what the search chose for the same budget."""
+    _, check = Data(fresh).split(0)
+    judge = Judge(trained, check, None)
+    found = {
+        level: compress(trained, fresh, max_bytes=9000, level=level, tuning=TuneSettings(epochs=6)) for level in LEVELS
+    }
+    lost = {level: judge.divergence(judge.outputs(one.model)) for level, one in found.items()}
+    assert lost["calibrated"] < lost["weights"] and lost["tuned"] <= 1.02 * lost["calibrated"]
+    assert all(one.bytes[1] <= 9000 for one in found.values())
+
+
+@pytest.mark.parametrize("budget", [{"max_drop": 1.0}, {"max_bytes": "12%"}, {"max_drop": 2.0, "max_bytes": "20%"}])
+def test_few_evaluations_of_ten_layers(budget, fresh):
+    torch.manual_seed(0)
+    wide = [part for _ in range(8) for part in (nn.Linear(40, 40), nn.ReLU())]
+    model = nn.Sequential(nn.Linear(64, 40), nn.ReLU(), *wide, nn.Linear(40, 10)).eval()
+    methods = [("low_rank", {"bits": 4}), ("dense", {"bits": 8})]
+    try:
+        found = compress(model, fresh[0], methods=methods, **budget)
+    except slrprop.BudgetError as error:
+        found = error.best
+    assert len(found.curves) == 10 and found.evaluations <= 4 + 2 * 10
+
+
+def test_unknown_levels_and_methods(trained, fresh):
+    with pytest.raises(SlrpropError, match="level must be one of weights, calibrated, tuned, got 'best'"):
+        compress(trained, fresh, max_drop=1, level="best")
+    for methods in ("svd", [], [("svd",)], {"svd": None}, 3):
+        with pytest.raises(SlrpropError, match="methods must map names to settings"):
+            compress(trained, fresh, max_drop=1, methods=methods)
+    with pytest.raises(SlrpropError, match="treats layers together, and the search chooses for each by itself"):
+        compress(trained, fresh, max_drop=1, methods={coupled(): {}})
+
+
+def coupled():
+    return next(name for name, method in slrprop.methods.METHODS.items() if method.coupled)

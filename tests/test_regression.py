@@ -1,0 +1,428 @@
+"""Regressions of layers: moments, targets, metrics and best factors, each against another way to compute it."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, jacrev, vmap
+
+import slrprop
+from slrprop import SlrpropError
+from slrprop.data import Data
+from slrprop.factors import members
+from slrprop.linalg import truncated_svd
+from slrprop.methods.low_rank import LowRankSettings
+from slrprop.methods.low_rank import fit as fit_low_rank
+from slrprop.methods.nested import SHAPES, Level, NestedSettings, Refit
+from slrprop.methods.nested import fit as fit_nested
+from slrprop.methods.slr_refit import SLRRefitSettings, refitted
+from slrprop.network import OnnxNetwork, TorchNetwork
+from slrprop.plan import Plan
+from slrprop.regression import METRIC_DAMPING, Calibration, Compressed
+from tests.test_reduced_rank import random_matrix, weighted_error
+
+
+def calibration_of(model, x, size=512):
+    data = Data((x, None), size)
+    return Calibration(TorchNetwork(model, data), data)
+
+
+def narrowed_by(model, name, rank):
+    """What a layer computes at a low rank, with another bias."""
+    linear = model.get_submodule(name)
+    svd = truncated_svd(linear.weight.detach().T.double(), rank)
+    bias = 0.1 * torch.arange(linear.out_features, dtype=torch.float64)
+    return Compressed(svd.left @ svd.vt, bias)
+
+
+def put(model, compressed):
+    """A copy of the model with the compressed layers in it."""
+    twin = copy.deepcopy(model)
+    for name, (weight, bias) in compressed.items():
+        linear = twin.get_submodule(name)
+        linear.weight.data, linear.bias.data = weight.T.to(linear.weight).contiguous(), bias.to(linear.weight)
+    return twin
+
+
+def seen(model, name, x):
+    """A layer's (inputs, outputs)."""
+    found = []
+    handle = model.get_submodule(name).register_forward_hook(lambda _, given, y: found.append((given[0], y)))
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    return tuple(torch.cat([pair[i].flatten(0, -2) for pair in found]).double() for i in range(2))
+
+
+def jacobian_metric(model, name, x, scores=lambda output: output):
+    """Mean of ``J H J^T`` by torch.func: the outputs' Jacobian in a layer's bias; and its damping."""
+    parameters = dict(model.named_parameters())
+    key = f"{name}.bias"
+
+    def run(bias, sample):
+        return scores(functional_call(model, parameters | {key: bias}, (sample[None],)))[0]
+
+    jacobians = vmap(jacrev(run), (None, 0))(parameters[key].detach(), x).double()  # p x c x n
+    jacobians = jacobians.detach()
+    centred = jacobians - jacobians.mean(1, keepdim=True) if jacobians.shape[1] > 1 else jacobians
+    metric = torch.einsum("pcn,pck->nk", centred, centred) / len(x)
+    return metric + METRIC_DAMPING * metric.diagonal().mean() * torch.eye(len(metric), dtype=torch.float64)
+
+
+class TestMoments:
+    @pytest.mark.parametrize("shift", [0.0, 300.0])
+    @pytest.mark.parametrize("compressed", [False, True])
+    def test_they_are_those_of_the_module_itself(self, compressed, shift, trained, calibration):
+        """Also where means are large: nothing cancels."""
+        model = copy.deepcopy(trained).double()
+        with torch.no_grad():
+            model[2].bias += shift
+            model[4].bias -= model[4].weight.sum(1) * shift
+        x = calibration[0].double()
+        before = {"0": narrowed_by(model, "0", 7)} if compressed else {}
+        task = calibration_of(model, x).regression("4", before)
+        inputs, _ = seen(put(model, before), "4", x)
+        _, wanted = seen(model, "4", x)
+        torch.testing.assert_close(task.mean, inputs.mean(0))
+        torch.testing.assert_close(task.target_mean, wanted.mean(0))
+        want = torch.from_numpy(np.cov(inputs.numpy(), rowvar=False, bias=True))
+        assert (task.covariance - want).norm() < 1e-9 * want.norm()
+        xs, zs = task.samples()
+        assert torch.equal(xs, inputs) or torch.allclose(xs, inputs)
+        torch.testing.assert_close(zs, wanted)
+
+    def test_batches_do_not_matter(self, trained, calibration):
+        model, x = copy.deepcopy(trained).double(), calibration[0].double()
+        before = {"0": narrowed_by(model, "0", 7)}
+        one, many = (calibration_of(model, x, size).regression("2", before) for size in (300, 13))
+        for name in ("weight", "mean", "covariance", "target_mean", "metric"):
+            torch.testing.assert_close(getattr(one, name), getattr(many, name), rtol=1e-7, atol=1e-9)
+
+    def test_one_large_constant_input_leaves_the_others_alone(self):
+        """Nothing is added to the variances of the others that they would notice."""
+        generator = torch.Generator().manual_seed(0)
+        x = 0.01 * torch.randn(200, 6, dtype=torch.float64, generator=generator)
+        x[:, 2] = 1e6
+        task = calibration_of(nn.Sequential(nn.Linear(6, 4)).double(), x).regression("0", {})
+        want = torch.from_numpy(np.cov(x.numpy(), rowvar=False, bias=True))
+        assert (task.covariance - want).abs().max() < 1e-8 * want.max()
+        assert torch.linalg.eigvalsh(task.damped(1e-6)).min() > 0
+
+    @pytest.mark.parametrize("value", [0.0, 0.1, 1e6])
+    def test_inputs_that_never_change(self, value):
+        """A layer that always sees the same is fitted all the same: its bias makes the output right."""
+        torch.manual_seed(0)
+        x = torch.full((50, 6), value)
+        model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+        for method in ("low_rank", "nested", "dense"):
+            plan = slrprop.plan(model, x, method=method, layers=["0"], rank=1)
+            got, want = slrprop.apply(model, plan)(x), model(x)
+            torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * max(1.0, value))
+
+    def test_the_anchored_target_is_least_squares(self, trained, calibration):
+        """From the compressed inputs to the original pre-activations, pulled to the original weight a little."""
+        model, x = copy.deepcopy(trained).double(), calibration[0].double()
+        before = {"0": narrowed_by(model, "0", 12)}
+        task = calibration_of(model, x).regression("2", before)
+        inputs, _ = seen(put(model, before), "2", x)
+        _, wanted = seen(model, "2", x)
+        centred, goal = inputs - inputs.mean(0), wanted - wanted.mean(0)
+        ridge = (1e-4 * centred.square().sum() / centred.shape[1]).sqrt()
+        stacked = torch.cat([centred, ridge * torch.eye(centred.shape[1], dtype=torch.float64)])
+        right = torch.cat([goal, ridge * task.original])
+        want = torch.linalg.lstsq(stacked, right).solution
+        torch.testing.assert_close(task.weight, want, rtol=1e-6, atol=1e-8)
+        error = (centred @ task.weight - goal).square().sum()
+        assert error < 0.9 * (centred @ task.original - goal).square().sum()
+
+    @pytest.mark.parametrize("name", ["2", "4"])
+    def test_chains_and_whole_runs_give_the_same(self, name, trained, calibration, monkeypatch):
+        before = {"0": narrowed_by(trained, "0", 7)}
+        chain = calibration_of(trained, calibration[0])
+        assert chain._entry(name, before) == "0"
+        short = chain.regression(name, before)
+        whole = calibration_of(trained, calibration[0])
+        monkeypatch.setattr(whole, "_entry", lambda *given: None)
+        long = whole.regression(name, before)
+        for field in ("weight", "mean", "covariance", "target_mean", "metric"):
+            torch.testing.assert_close(getattr(short, field), getattr(long, field), rtol=1e-4, atol=1e-5)
+
+    def test_batch_norm_is_no_plain_chain(self, calibration):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(64, 30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30, 20)).eval()
+        model[1].running_mean.uniform_(-1, 1)
+        before = {"0": narrowed_by(model, "0", 5)}
+        found = calibration_of(model, calibration[0])
+        assert found._entry("3", before) is None
+        task = found.regression("3", before)
+        inputs, _ = seen(put(model, before), "3", calibration[0])
+        torch.testing.assert_close(task.mean, inputs.mean(0), rtol=1e-4, atol=1e-5)
+
+    def test_files_and_modules_are_the_same(self, trained, calibration, tmp_path):
+        x = calibration[0]
+        slrprop.export_onnx(trained, tmp_path / "model.onnx", x[:4])
+        data = Data((x, None))
+        network = OnnxNetwork(tmp_path / "model.onnx", data)
+        torch_side, onnx_side = calibration_of(trained, x), Calibration(network, data)
+        first, second = network.order[:2]
+        weight, bias = narrowed_by(trained, "0", 7)
+        for mine, theirs in ((torch_side.regression("0", {}), onnx_side.regression(first, {})), (
+            torch_side.regression("2", {"0": Compressed(weight, bias)}),
+            onnx_side.regression(second, {first: Compressed(weight, bias)}),
+        )):  # fmt: skip
+            assert mine.relu == theirs.relu
+            for field in ("weight", "bias", "mean", "covariance", "target_mean", "metric"):
+                torch.testing.assert_close(getattr(mine, field), getattr(theirs, field), rtol=1e-4, atol=1e-5)
+
+    def test_corrected_biases_make_the_mean_output_right(self, trained, calibration):
+        before = {"0": narrowed_by(trained, "0", 7)}
+        task = calibration_of(trained, calibration[0]).regression("2", before)
+        weight = task.low_rank(3)[0] @ task.low_rank(3)[1]
+        after = put(trained, before | {"2": Compressed(weight, task.corrected_bias(weight))})
+        (_, got), (_, want) = seen(after, "2", calibration[0]), seen(trained, "2", calibration[0])
+        torch.testing.assert_close(got.mean(0), want.mean(0), rtol=1e-4, atol=1e-4)
+
+    def test_layers_that_no_sample_reaches(self, trained, calibration):
+        task = calibration_of(trained, calibration[0])
+        task.network.order = ()
+        task.network.stream = lambda names, data: iter(())
+        with pytest.raises(SlrpropError, match="layer '2' saw no sample of the calibration data"):
+            task.regression("2", {})
+
+
+class TestInOrder:
+    """Layers of a plan, one after the other."""
+
+    @pytest.mark.parametrize("bits", [32, 8])
+    @pytest.mark.parametrize("method", ["low_rank", "nested", "dense"])
+    def test_mean_outputs_are_right(self, method, bits, trained, calibration):
+        given = {} if (method, bits) == ("dense", 8) else {"bits": bits}
+        if method == "dense" and bits == 32:
+            return  # which saves nothing
+        made = slrprop.plan(trained, calibration, method=method, layers=["0", "2"], rank=5, **given)
+        small = slrprop.apply(trained, Plan(made.layers))  # neurons in their own order
+        for name in ("0", "2", "4"):
+            (_, got), (_, want) = seen(small, name, calibration[0]), seen(trained, name, calibration[0])
+            biases = [
+                layer.factors.bias for layer in made.layers if layer.name == name and hasattr(layer.factors, "bias")
+            ]
+            step = 2 * biases[0].abs().max() / 127 if biases else 0  # the bias is rounded too
+            assert (got.mean(0) - want.mean(0)).abs().max() <= 1e-4 + step
+
+    def test_the_head_is_refitted_by_least_squares(self, trained, calibration):
+        made = slrprop.plan(trained, calibration, method="low_rank", layers=["0", "2"], rank=5)
+        plain = slrprop.plan(trained, calibration, method="low_rank", layers=["0", "2"], rank=5, refit_head=False)
+        assert [layer.name for layer in made.layers] == ["0", "2", "4"] and made.layers[2].method == "dense"
+        assert [layer.fitted for layer in plain.layers] == [layer.fitted for layer in made.layers[:2]]
+        x, _ = seen(slrprop.apply(trained, Plan(plain.layers)), "4", calibration[0])
+        _, z = seen(trained, "4", calibration[0])
+        x, z = x - x.mean(0), z - z.mean(0)
+        best = torch.linalg.lstsq(x, z, driver="gelsd").solution
+        error, least = ((x @ weight - z).square().sum() for weight in (made.layers[2].factors.dense().double(), best))
+        assert least <= error <= 1.05 * least
+
+    def test_each_layer_sees_what_the_compressed_ones_give(self, trained, calibration):
+        """The second layer of a plan is the one fitted alone behind the first."""
+        made = slrprop.plan(trained, calibration, method="low_rank", layers=["0", "2"], rank=5)
+        first = made.layers[0]
+        before = {"0": Compressed(first.factors.dense().double(), first.bias.double())}
+        task = calibration_of(trained, calibration[0]).regression("2", before)
+        want = fit_low_rank(task, LowRankSettings(rank=5)).dense()
+        torch.testing.assert_close(made.layers[1].factors.dense().double(), want, rtol=1e-3, atol=1e-5)
+        alone = slrprop.plan(trained, calibration, method="low_rank", layers=["0", "2"], rank=5, sequential=False)
+        single = slrprop.plan(trained, calibration, method="low_rank", layers=["2"], rank=5)
+        assert torch.equal(alone.layers[1].factors.dense(), single.layers[0].factors.dense())
+        assert not torch.equal(alone.layers[1].factors.dense(), made.layers[1].factors.dense())
+
+
+class Residual(nn.Module):
+    """No chain leads out of ``inner``."""
+
+    def __init__(self, classes=5, softmax=False, times=1):
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(8, 7), nn.Linear(7, 7), nn.Linear(7, classes)
+        self.softmax, self.times = softmax, times
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        for _ in range(self.times):
+            h = h + torch.tanh(self.inner(h))
+        output = self.last(h)
+        return output.softmax(-1) if self.softmax else output
+
+
+def residual(**given):
+    torch.manual_seed(2)
+    return Residual(**given).eval(), torch.randn(40, 8)
+
+
+class TestMetric:
+    @pytest.mark.parametrize("name", ["0", "2", "4"])
+    def test_of_chains_by_jacobians(self, name, trained, calibration):
+        x = calibration[0][:60]
+        metric = calibration_of(trained, x).regression(name, {}).metric
+        torch.testing.assert_close(metric, jacobian_metric(trained, name, x), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("classes", [5, 1])
+    @pytest.mark.parametrize("name", ["first", "inner", "last"])
+    def test_without_a_chain_by_jacobians(self, name, classes):
+        model, x = residual(classes=classes)
+        found = calibration_of(model, x, 17)
+        assert (found.network.chain(name) is None) == (name == "first" or name == "inner")
+        torch.testing.assert_close(found.regression(name, {}).metric, jacobian_metric(model, name, x), rtol=1e-4, atol=1e-6)  # fmt: skip
+
+    @pytest.mark.parametrize("name", ["inner", "last"])
+    def test_of_probabilities_it_is_that_of_the_logits(self, name):
+        """Whether a chain leads to a final softmax or not, outputs are compared as scores."""
+        (plain, x), (ending, _) = residual(), residual(softmax=True)
+        want, got = (calibration_of(model, x).regression(name, {}).metric for model in (plain, ending))
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+    def test_of_a_layer_called_twice_reaches_through_the_second_call(self):
+        model, x = residual(times=2)
+        metric = calibration_of(model, x).regression("inner", {}).metric
+        weight, bias = model.inner.weight.detach(), model.inner.bias.detach()
+
+        def run(moves, sample):
+            h = torch.tanh(model.first(sample))
+            for move in moves:
+                h = h + torch.tanh(h @ weight.T + bias + move)
+            return model.last(h)
+
+        jacobians = vmap(jacrev(run), (None, 0))(torch.zeros(2, 7), x).detach().double()  # p x c x calls x n
+        centred = jacobians - jacobians.mean(1, keepdim=True)
+        want = torch.einsum("pcan,pcak->nk", centred, centred) / (2 * len(x))
+        want += METRIC_DAMPING * want.diagonal().mean() * torch.eye(7, dtype=torch.float64)
+        torch.testing.assert_close(metric, want, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("size", [400, 20])
+    @pytest.mark.parametrize("chain", [True, False])
+    def test_of_many_classes_by_probes(self, chain, size):
+        """Random directions differ from sample to sample and batch to batch, so that their noise averages out."""
+        torch.manual_seed(0)
+        model = residual(classes=40)[0]
+        x = torch.randn(400, 8)
+        name = "last" if chain else "inner"
+        metric = calibration_of(model, x, size).regression(name, {}).metric
+        want = jacobian_metric(model, name, x)
+        assert (metric - want).norm() < 0.1 * want.norm()
+        again = calibration_of(model, x, size).regression(name, {}).metric
+        assert torch.equal(metric, again)
+
+    def test_a_network_that_ignores_a_layer_has_none(self):
+        class Deaf(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+            def forward(self, x):
+                return self.b(x) + 0 * self.a(x).sum(-1, keepdim=True)
+
+        task = calibration_of(Deaf(), torch.randn(20, 4)).regression("a", {})
+        assert task.metric is None and task.root is None
+        assert torch.isfinite(fit_nested(task, NestedSettings(rank=2, shape="half")).dense()).all()
+
+
+@pytest.fixture(scope="module")
+def task(trained, calibration):
+    """The regression of layer '2' behind a compressed layer '0'."""
+    return calibration_of(trained, calibration[0]).regression("2", {"0": narrowed_by(trained, "0", 12)})
+
+
+def sweeps_of(refit, count):
+    """The weighted error before and after each of some sweeps."""
+    errors = []
+    for _ in range(count):
+        errors.append(weighted_error(refit.rest, refit.covariance, refit.task.metric))
+        refit.sweep()
+    return [*errors, weighted_error(refit.rest, refit.covariance, refit.task.metric)]
+
+
+class TestNested:
+    def test_one_level_is_low_rank(self, task, monkeypatch):
+        monkeypatch.setitem(SHAPES, "one", (Level(1, 1, 1),))
+        nested = fit_nested(task, NestedSettings(rank=5, shape="one"))
+        low = fit_low_rank(task, LowRankSettings(rank=5))
+        torch.testing.assert_close(nested.dense(), low.dense())
+        assert nested.numbers == low.numbers
+
+    def test_two_levels_with_the_same_sets_are_slr_refit(self, task, monkeypatch):
+        """Half of the neurons, a quarter of the rank for all: what SLR at these rates shortens."""
+        nested = fit_nested(task, NestedSettings(rank=8, shape="half", sweeps=3))
+        rows, columns = nested.row_levels == 2, nested.column_levels == 2
+        settings = SLRRefitSettings(rank=8, reduction_rate=0.25, sweeps=3)
+        slr = refitted(task, settings, rows, columns)
+        assert settings.reduced_rank == 2 and torch.equal(slr.row_levels, nested.row_levels)
+        torch.testing.assert_close(slr.dense(), nested.dense())
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_sweeps_never_raise_the_error(self, shape, task):
+        settings = NestedSettings(rank=11, shape=shape, sweeps=0)
+        start = fit_nested(task, settings)
+        refit = Refit(task)
+        for level, left in enumerate(start.left):
+            rows, columns = members(start.row_levels, level), members(start.column_levels, level)
+            refit.add(rows, columns, left.shape[1])
+        errors = sweeps_of(refit, 4)
+        assert all(after <= before * (1 + 1e-9) for before, after in itertools.pairwise(errors))
+        assert errors[-1] < errors[0]
+        torch.testing.assert_close(task.weight - refit.rest, refit.factors().dense())
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("rank", [1, 6, 40, 200])
+    def test_sets_are_nested_and_sizes_are_as_said(self, shape, rank, task):
+        settings = NestedSettings(rank=rank, shape=shape, sweeps=0)
+        found = fit_nested(task, settings)
+        m, n = task.weight.shape
+        assert found.numbers == settings.stored_numbers(m, n)
+        for level, (rows, columns, k) in enumerate(settings.sizes(m, n)):
+            assert (found.left[level].shape, found.right[level].shape) == ((rows, k), (k, columns))
+            assert int((found.row_levels > level).sum()) == rows
+
+    def test_a_block_is_the_best_of_its_rank(self, task):
+        """By random search around it: no other factors on these neurons come nearer."""
+        refit = Refit(task)
+        rows, columns = torch.arange(0, 96, 2), torch.arange(0, 80, 3)
+        refit.add(rows, columns, 3)
+        best = weighted_error(refit.rest, refit.covariance, task.metric)
+        block = refit.blocks[0]
+        for seed in range(20):
+            left = block.left + 1e-3 * random_matrix(*block.left.shape, seed)
+            right = block.right + 1e-3 * random_matrix(*block.right.shape, seed + 50)
+            rest = task.weight.clone()
+            rest[rows[:, None], columns] -= left @ right
+            assert weighted_error(rest, refit.covariance, task.metric) >= best
+
+    def test_more_sweeps_and_ranks_come_nearer(self, task):
+        def error(**given):
+            rest = task.weight - fit_nested(task, NestedSettings(shape="three", **given)).dense()
+            return weighted_error(rest, task.covariance, task.metric)
+
+        assert error(rank=8, sweeps=4) < error(rank=8, sweeps=0)
+        assert error(rank=16) < error(rank=8) < error(rank=4)
+
+    @pytest.mark.parametrize("rate", [0.0, 0.5, 0.99])
+    def test_slr_refit_stores_what_slr_stores(self, rate, trained, calibration):
+        """Also where nothing is shortened, or everything."""
+        for name in ("sparsity_rate", "reduction_rate"):
+            made, slr = (
+                slrprop.plan(trained, calibration, method=method, layers=["2"], rank=6, criterion="weight", **{name: rate})
+                for method in ("slr_refit", "slr")
+            )  # fmt: skip
+            assert made.layers[0].numbers <= slr.layers[0].numbers
+
+    def test_parts_of_larger_ranks_are_the_smaller_ones(self, task):
+        first = [factor.clone() for factor in task.low_rank(9)]
+        small = task.low_rank(4)
+        again = calibration_again(task).low_rank(4)
+        torch.testing.assert_close(small[0] @ small[1], again[0] @ again[1])
+        torch.testing.assert_close(task.low_rank(9)[0], first[0])
+
+
+def calibration_again(task):
+    """The same regression that knows nothing yet."""
+    fields = {name: getattr(task, name) for name in task.__dataclass_fields__}
+    return type(task)(**fields)
