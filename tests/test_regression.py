@@ -388,10 +388,10 @@ class TestNested:
         rows, columns = torch.arange(0, 96, 2), torch.arange(0, 80, 3)
         refit.add(rows, columns, 3)
         best = weighted_error(refit.rest, refit.covariance, task.metric)
-        block = refit.blocks[0]
+        _, best_left, best_right = refit.blocks[0]
         for seed in range(20):
-            left = block.left + 1e-3 * random_matrix(*block.left.shape, seed)
-            right = block.right + 1e-3 * random_matrix(*block.right.shape, seed + 50)
+            left = best_left + 1e-3 * random_matrix(*best_left.shape, seed)
+            right = best_right + 1e-3 * random_matrix(*best_right.shape, seed + 50)
             rest = task.weight.clone()
             rest[rows[:, None], columns] -= left @ right
             assert weighted_error(rest, refit.covariance, task.metric) >= best

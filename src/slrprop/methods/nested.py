@@ -9,7 +9,7 @@ from torch import Tensor
 from slrprop.checks import require_choice
 from slrprop.errors import SlrpropError
 from slrprop.factors import SparseLowRank
-from slrprop.linalg import reduced_rank
+from slrprop.linalg import balanced, reduced_rank
 from slrprop.methods.base import RankSettings, grid
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.regression import Regression
@@ -80,69 +80,73 @@ class NestedSettings(RankSettings, CalibratedSettings):
         """Coarse for layers of more than ``WIDE`` neurons on a side, empty beyond ``WIDEST``: a fit there takes minutes."""
         if max(m, n) > WIDEST:
             return []
-        ranks = grid(4 * min(m, n)) if max(m, n) <= WIDE else [2**k for k in range(2, min(m, n).bit_length())]
-        return [{"rank": rank} for rank in ranks if cls(rank=rank).stored_numbers(m, n) < m * n]
+        wide = max(m, n) > WIDE
+        ranks = [2**k for k in range(2, 12)] if wide else grid(4 * min(m, n))
+        most = m * n // 4 if wide else m * n - 1
+        return [{"rank": rank} for rank in ranks if cls(rank=rank).stored_numbers(m, n) <= most]
 
 
-class Block(NamedTuple):
-    """Rows and columns of a block (ascending), and its factors."""
+class Frame:
+    """Where a block stands, and how what is to be fitted is projected onto it in the metric of inputs and outputs.
 
-    rows: Tensor
-    columns: Tensor
-    left: Tensor
-    right: Tensor
+    ``rows`` and ``columns`` are ascending.
+    """
+
+    def __init__(self, task: Regression, covariance: Tensor, rows: Tensor, columns: Tensor) -> None:
+        self.rows, self.columns = rows, columns
+        metric, self.root, self.weigh = task.metric, task.root, None
+        self.narrow, self.low = len(columns) < len(task.target_mean), len(rows) < len(covariance)
+        if self.narrow and metric is not None:
+            own = metric[columns][:, columns]
+            self.root = torch.linalg.cholesky(own)
+            self.weigh = torch.cholesky_solve(metric[columns], self.root).T.contiguous()
+        self.across = covariance[rows] if self.low else covariance
+        self.covariance = self.across[:, rows] if self.low else covariance
+        self.factor = torch.linalg.cholesky(self.covariance) if self.low else None
+
+    def fitted(self, rest: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """The best factors for a rest (m x n): its projection onto the block, then reduced rank."""
+        target = rest if not self.narrow else rest[:, self.columns] if self.weigh is None else rest @ self.weigh
+        if self.factor is not None:
+            target = torch.cholesky_solve(self.across @ target, self.factor)
+        return reduced_rank(target, self.covariance, self.root, rank)
 
 
 class Refit:
-    """Blocks fitted one after the other to what the rest leaves, in the metric of inputs and outputs."""
+    """Blocks fitted one after the other to what the rest leaves."""
 
     def __init__(self, task: Regression) -> None:
         self.task = task
         self.covariance = task.damped(BLOCK_DAMPING)
         self.rest = task.weight.clone()
-        self.blocks: list[Block] = []
-
-    def fitted(self, rows: Tensor, columns: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """The best factors of one block for the present rest: its projection onto the block, then reduced rank."""
-        m, n = self.rest.shape
-        metric, target, covariance = self.task.metric, self.rest, self.covariance
-        if len(columns) < n:
-            weigh = None if metric is None else torch.linalg.solve(metric[columns][:, columns], metric[columns])
-            target = target[:, columns] if weigh is None else target @ weigh.T
-            metric = None if metric is None else metric[columns][:, columns]
-        if len(rows) < m:
-            target = covariance[rows] @ target
-            covariance = covariance[rows][:, rows]
-            target = torch.cholesky_solve(target, torch.linalg.cholesky(covariance))
-        if metric is not None:
-            metric = self.task.root if len(columns) == n else torch.linalg.cholesky(metric)
-        return reduced_rank(target, covariance, metric, rank)
+        self.blocks: list[tuple[Frame, Tensor, Tensor]] = []
 
     def add(self, rows: Tensor, columns: Tensor, rank: int) -> None:
         """One more block."""
-        whole = not self.blocks and (len(rows), len(columns)) == tuple(self.rest.shape)
-        left, right = self.task.low_rank(rank) if whole else self.fitted(rows, columns, rank)
-        self.blocks.append(Block(rows, columns, left, right))
-        self.rest[rows[:, None], columns] -= left @ right
+        frame = Frame(self.task, self.covariance, rows, columns)
+        whole = not self.blocks and not frame.narrow and not frame.low
+        self._place(frame, *(self.task.low_rank(rank) if whole else frame.fitted(self.rest, rank)))
+
+    def _place(self, frame: Frame, left: Tensor, right: Tensor) -> None:
+        self.blocks.append((frame, left, right))
+        self.rest[frame.rows[:, None], frame.columns] -= left @ right
 
     def sweep(self) -> None:
         """Fit every block anew, the others fixed."""
-        for index, (rows, columns, left, right) in enumerate(self.blocks):
-            self.rest[rows[:, None], columns] += left @ right
-            left, right = self.fitted(rows, columns, left.shape[1])
-            self.blocks[index] = Block(rows, columns, left, right)
-            self.rest[rows[:, None], columns] -= left @ right
+        blocks, self.blocks = self.blocks, []
+        for frame, left, right in blocks:
+            self.rest[frame.rows[:, None], frame.columns] += left @ right
+            self._place(frame, *frame.fitted(self.rest, left.shape[1]))
 
     def factors(self) -> SparseLowRank:
         """The blocks as one form."""
         m, n = self.rest.shape
         row_levels, column_levels = torch.zeros(m, dtype=torch.uint8), torch.zeros(n, dtype=torch.uint8)
-        for block in self.blocks:
-            row_levels[block.rows] += 1
-            column_levels[block.columns] += 1
-        return SparseLowRank(
-            tuple(b.left for b in self.blocks), tuple(b.right for b in self.blocks), row_levels, column_levels
-        )
+        for frame, _, _ in self.blocks:
+            row_levels[frame.rows] += 1
+            column_levels[frame.columns] += 1
+        pairs = [balanced(left, right) for _, left, right in self.blocks]
+        return SparseLowRank(tuple(a for a, _ in pairs), tuple(b for _, b in pairs), row_levels, column_levels)
 
 
 def largest(scores: Tensor, among: Tensor, count: int) -> Tensor:
