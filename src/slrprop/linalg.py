@@ -13,6 +13,7 @@ from slrprop.errors import SlrpropError
 FULL_BELOW = 512  # "auto": up to this smaller side the full decomposition is fast enough
 OVERSAMPLING = 16
 POWER_ITERATIONS = 12
+SUBSPACE_ITERATIONS = 8
 DENSE_BELOW = 256  # symmetric matrices up to this size are decomposed whole
 
 
@@ -133,7 +134,7 @@ def top_eigenvectors(apply: Callable[[Tensor], Tensor], size: int, rank: int, dt
         return vectors[:, size - rank :].flip(1)
     start = torch.Generator().manual_seed(0)
     basis = torch.randn(size, rank + OVERSAMPLING, dtype=dtype, generator=start)
-    for _ in range(POWER_ITERATIONS):
+    for _ in range(SUBSPACE_ITERATIONS):
         basis = torch.linalg.qr(apply(basis))[0]
     vectors = torch.linalg.eigh(basis.T @ apply(basis))[1]
     return (basis @ vectors[:, OVERSAMPLING:]).flip(1)

@@ -20,7 +20,7 @@ from slrprop.search.result import Budget, BudgetError, Compression
 from slrprop.search.search import Search, most_evaluations, parse_size
 from slrprop.tune import TuneSettings
 
-BACK_OFFS = 2
+BACK_OFFS = 3
 
 
 def compress(
@@ -118,7 +118,7 @@ def compress(
         spent = run.evaluations + evaluations + 1 >= most_evaluations(len(run.curves))
         if within or not feasible or len(tried) > BACK_OFFS or at == 0 or spent:
             break
-        at = run.step_back(at)  # the promise did not hold on fresh data: half the damage
+        at = run.step_back(at, len(tried))  # the promise did not hold on fresh data
         feasible = run.fits(at, budget)
     latency = (math.nan, math.nan) if budget.max_latency is None else (run.timed(0), run.timed(at))
     result = Compression(

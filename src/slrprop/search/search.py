@@ -406,7 +406,7 @@ class Search:
         self.points.insert(place, Point(place, plan, size, near.predicted_damage, measured))
         return place
 
-    def step_back(self, at: int) -> int:
-        """A point towards the original with at most half the predicted damage."""
-        half = self.points[at].predicted_damage / 2
-        return max((i for i in range(at) if self.points[i].predicted_damage <= half), default=0)
+    def step_back(self, at: int, times: int) -> int:
+        """A point towards the original with at most a quarter of the predicted damage, a 16th the second time, and so on."""
+        less = self.points[at].predicted_damage / 4**times
+        return max((i for i in range(at) if self.points[i].predicted_damage <= less), default=0)
