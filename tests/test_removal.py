@@ -16,7 +16,7 @@ from slrprop.data import Data
 from slrprop.methods import METHODS, Problem
 from slrprop.methods.removal import kept_count, most_relevant, refitted
 from slrprop.network import TorchNetwork
-from slrprop.tune import tune
+from slrprop.tune import distilled
 
 REMOVAL = ("apoz", "lrp", "nisp", "redundant", "taylor")
 PAIRS = {"0": "2", "2": "4"}
@@ -247,7 +247,7 @@ def test_distillation_takes_what_is_left(trained, calibration):
     data = Data(calibration)
     network = TorchNetwork(trained, data)
     made = slrprop.plan(trained, calibration, method="lrp", keep=0.15)
-    tuned = tune(network, data, made, quiet=True)
+    tuned = distilled(network, data, made, quiet=True)
     before, after = (slrprop.apply(trained, plan) for plan in (made, tuned))
     assert [before[i].weight.shape for i in (0, 2, 4)] == [after[i].weight.shape for i in (0, 2, 4)]
     with torch.no_grad():

@@ -19,7 +19,7 @@ from slrprop.methods.base import Problem
 from slrprop.network import TorchNetwork
 from slrprop.quantize import quantised
 from slrprop.sparsity import SupportedSquares, damped, largest, largest_per_output, least_squares, squared_error
-from slrprop.tune import TuneSettings, tune
+from slrprop.tune import TuneSettings, distilled
 
 SPARSE = ("magnitude", "wanda", "obd", "obs", "lasso", "group_lasso", "low_rank_plus_sparse")
 
@@ -286,7 +286,7 @@ def test_sparse_plans_can_be_tuned(method, bits, trained, calibration):
     network = TorchNetwork(trained, Data(calibration))
     extra = {"rank": 2} if method == "low_rank_plus_sparse" else {}
     made = slrprop.plan(trained, calibration, method=method, layers=["0", "2"], density=0.05, bits=bits, **extra)
-    better = tune(network, Data(calibration), made, TuneSettings(epochs=2), quiet=True)
+    better = distilled(network, Data(calibration), made, TuneSettings(epochs=2), quiet=True)
     assert [layer.bytes for layer in better.layers] == [layer.bytes for layer in made.layers]
     places = [
         (getattr(layer.factors, "codes", layer.factors)).indices()["gaps"]

@@ -11,14 +11,14 @@ from slrprop import SlrpropError
 from slrprop.data import Data
 from slrprop.network import open_network
 from slrprop.quantize import with_bias
-from slrprop.tune import Tunable, TuneSettings, distance, tune
+from slrprop.tune import Tunable, TuneSettings, distance, distilled
 
 FAST = TuneSettings(epochs=3, learning_rate=2e-3, batch=128)
 
 
 def tuned(model, data, plan, settings=FAST):
     opened = Data(data)
-    return tune(open_network(model, opened), opened, plan, settings, quiet=True)
+    return distilled(open_network(model, opened), opened, plan, settings, quiet=True)
 
 
 def divergence(model, original, x):

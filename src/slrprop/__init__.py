@@ -9,12 +9,14 @@ from slrprop.network.onnx_parity import Parity
 from slrprop.plan import Plan
 from slrprop.search import BudgetError, compress
 from slrprop.storage import load, save
+from slrprop.tune import TuneSettings, tune
 
 __all__ = [
     "BudgetError",
     "Parity",
     "Plan",
     "SlrpropError",
+    "TuneSettings",
     "apply",
     "compress",
     "export_onnx",
@@ -25,5 +27,6 @@ __all__ = [
     "plan",
     "relevance",
     "save",
+    "tune",
 ]
 __version__ = "0.1.0"

@@ -235,7 +235,7 @@ def compress(
     try:
         found = search.compress(
             model, calibration, max_drop=max_drop, max_bytes=max_bytes, max_latency_ms=max_latency_ms, max_latency=max_latency,
-            metric=metric, level=level, methods=[(name, {}) for name in method] if method else None,
+            metric=metric, level=level, methods=[(name, search.QUICK.get(name, {})) for name in method] if method else None,
             layers=layers or None, confident=confident, seed=seed, run_dir=run_dir,
         )  # fmt: skip
     except search.BudgetError as error:

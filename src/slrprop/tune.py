@@ -9,17 +9,18 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from slrprop.data import Data
+from slrprop.data import Data, open_data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Factors, Quantized
 from slrprop.factors.quantized import CODES
 from slrprop.losses import rows_of
-from slrprop.network import Network, TorchNetwork
+from slrprop.network import Network, TorchNetwork, open_network
 from slrprop.network.chain import ACTIVATIONS, Step
 from slrprop.network.torch import evaluating, main_output, swapped
 from slrprop.plan import LayerPlan, Plan
@@ -145,7 +146,15 @@ def _stored(scale: Tensor) -> Tensor:
     return scale.detach().clamp(SMALLEST, LARGEST).half()
 
 
-def tune(network: Network, data: Data, plan: Plan, settings: TuneSettings | None = None, quiet: bool = False) -> Plan:
+def tune(model: Any, data: Any, plan: Plan, settings: TuneSettings | None = None) -> Plan:
+    """:func:`distilled` for a torch module or the path of an ONNX file, on anything that :class:`slrprop.data.Data` takes."""
+    opened = open_data(data)
+    return distilled(open_network(model, opened), opened, plan, settings)
+
+
+def distilled(
+    network: Network, data: Data, plan: Plan, settings: TuneSettings | None = None, quiet: bool = False
+) -> Plan:
     """A plan whose factors were tuned on the original network's outputs.
 
     Where a chain of dense layers and activations leads from the first planned layer to the output, only that chain is run.

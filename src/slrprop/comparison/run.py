@@ -26,7 +26,7 @@ from slrprop.paper.store import Store
 from slrprop.plan import Plan, wording
 from slrprop.search.judge import Door, Judge, Log
 from slrprop.search.search import Search, parse_size
-from slrprop.tune import TuneSettings, tune
+from slrprop.tune import TuneSettings, distilled
 
 TRIES = 4  # evaluations per size that every contender has to share its bytes among the layers
 SLOW_SEEDS = 3
@@ -238,7 +238,7 @@ def _rows(bench: Bench, contender: Contender, sizes: list[int], timed: bool) -> 
     for size, plan, seconds in plans_of(bench, contender, sizes):
         start = time.perf_counter()
         if contender.tuned:
-            plan = tune(bench.network, Data((bench.x_train, None)), plan, TuneSettings(), quiet=True)
+            plan = distilled(bench.network, Data((bench.x_train, None)), plan, TuneSettings(), quiet=True)
         seconds += time.perf_counter() - start
         yield bench.row(contender.name, size, plan, apply(bench.head, plan), seconds, timed)
 

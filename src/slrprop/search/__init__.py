@@ -6,11 +6,13 @@
 2. The candidates on the convex hull of (bytes, damage) form one path from the original to the smallest network:
    at each step the layer that saves the most bytes per damage moves on.
 3. Bisection along the path with real evaluations on the search part of the data finds the smallest network in the budget.
-4. The result is measured on the check part, which nothing before has seen.
+4. Where layers are calibrated, what is evaluated is the plan fitted in order, each layer on the outputs of those before it
+   (at the level ``tuned`` also distilled), and some evaluations go to choices between two points of the path.
+5. The result is measured on the check part, which nothing before has seen.
 """
 
 from slrprop.search.compress import compress
-from slrprop.search.path import LEVELS, Candidate, Point, hull
+from slrprop.search.path import LEVELS, QUICK, Candidate, Point, hull
 from slrprop.search.result import Budget, BudgetError, Compression
 
-__all__ = ["LEVELS", "Budget", "BudgetError", "Candidate", "Compression", "Point", "compress", "hull"]
+__all__ = ["LEVELS", "QUICK", "Budget", "BudgetError", "Candidate", "Compression", "Point", "compress", "hull"]

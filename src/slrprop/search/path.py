@@ -33,6 +33,7 @@ LEVELS: dict[str, tuple[Choice, ...]] = {
     ),
 }
 LEVELS["tuned"] = LEVELS["calibrated"]
+QUICK: dict[str, dict[str, Any]] = {"slr": {"criterion": "weight"}}  # settings of methods named without any
 CALIBRATION_ROWS = 512  # inputs of each layer that predictions are made from
 LEAST_STEP = 4096  # bytes between two points of one layer: more than a file needs around its numbers
 

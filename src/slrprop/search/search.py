@@ -33,7 +33,7 @@ from slrprop.search.path import (
     undominated,
 )
 from slrprop.search.result import Budget
-from slrprop.tune import TuneSettings, tune
+from slrprop.tune import TuneSettings, distilled
 
 REFINEMENTS = 3  # evaluations beyond those on the path
 
@@ -97,7 +97,7 @@ class Search:
         if key not in self._finals:
             found = self.fitted(plan)
             if self.tuning is not None and found.layers:
-                found = tune(self.problem.network, self.problem.data, found, self.tuning)
+                found = distilled(self.problem.network, self.problem.data, found, self.tuning)
             self._finals[key] = self._finals[found.to_json()] = found
         return self._finals[key]
 
