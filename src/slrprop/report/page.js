@@ -153,7 +153,7 @@
   const charts = {
     values(box, layer) {
       const y = layer.singular_values;
-      if (!y.length) return (box.textContent = "Not known: the layer has no low-rank candidate.");
+      if (!y.length) return (box.textContent = "Not known: no candidate of this layer needed them.");
       let sum = 0;
       const text = y.map((value) => `${((100 * (sum += value * value)) / layer.energy).toFixed(1)} %`);
       const marks = layer.rank ? [mark(layer.rank, `rank ${layer.rank}`)] : [];
