@@ -257,7 +257,7 @@ class Search:
                 continue
             found, plan, most = started
             measured = self.evaluate(plan)
-            if best is None or measured.divergence < best[1].divergence:
+            if best is None or self.better(measured, best[1]):
                 best, steps, place, target = (plan, measured), group, found, most
         seen = {tuple(place.values())}
         for _ in range(tries - 1 if best is not None else 0):
@@ -269,9 +269,19 @@ class Search:
             plan = self._planned(steps, other)
             if self.stored(plan) <= limit:
                 measured = self.evaluate(plan)
-                if measured.divergence < best[1].divergence:
+                if self.better(measured, best[1]):
                     place, best = other, (plan, measured)
         return best
+
+    def better(self, one: Evaluation, other: Evaluation) -> bool:
+        """Whether a measurement is better: by the metric where it differs by more than chance would, else by the divergence."""
+        gain = (one.quality - other.quality) * (-1 if self.judge.lower_is_better else 1)
+        chance = (
+            math.inf
+            if self.judge.metric == "squared_error" or self.judge.own
+            else 100 / math.sqrt(len(self.judge.original))
+        )
+        return gain > 0 if abs(gain) > chance else one.divergence < other.divergence
 
     def _groups(self) -> list[dict[str, list[Candidate]]]:
         """All candidates that none beats, and those of each method and width of numbers alone: predictions compare them badly."""
@@ -393,7 +403,7 @@ class Search:
         found = self.within(
             self.stored(self.final_at(at)) + limit - point.bytes, min(REFINEMENTS + 1, self.spare), self.spare > 8
         )
-        better = found is not None and found[1].bytes <= limit and found[1].divergence < point.divergence
+        better = found is not None and found[1].bytes <= limit and self.better(found[1], point)
         return self._insert(*found) if found is not None and better else at
 
     def _insert(self, plan: Plan, measured: Evaluation) -> int:
