@@ -98,6 +98,15 @@ def test_confident_demands_the_upper_end(trained, fresh):
     assert loose.drop <= 3 and strict.interval[1] <= 3 and strict.bytes[1] >= loose.bytes[1]
 
 
+def test_it_says_why_it_chose(trained, fresh):
+    found = compress(trained, fresh, max_drop=3.0)
+    assert [reason.split(":")[0] for reason in found.reasons()] == [layer.name for layer in found.plan.layers]
+    for layer, reason in zip(found.plan.layers, found.reasons(), strict=True):
+        assert layer.method in reason and (
+            "times the damage" in reason or "that small" in reason or "refitted" in reason
+        )
+
+
 def test_few_evaluations_for_eight_layers(fresh):
     torch.manual_seed(0)
     wide = [part for _ in range(6) for part in (nn.Linear(48, 48), nn.ReLU())]

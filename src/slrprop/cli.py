@@ -252,6 +252,7 @@ def compress(
         typer.echo(json.dumps(found.summary() | {"file": str(output), "parity": asdict(parity)}))
         return
     typer.echo(str(found.plan) or "every layer stays as it is")
+    typer.echo("\n".join(f"why {reason}" for reason in found.reasons()), nl=bool(found.plan.layers))
     typer.echo(str(found))
     typer.echo(f"Written: {output}; it computes what the plan says to within {max(parity.outputs.values()):.1e}")
     if report is not None:

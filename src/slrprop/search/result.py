@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from slrprop.errors import SlrpropError
-from slrprop.plan import Plan
+from slrprop.plan import Plan, method_of, wording
 from slrprop.search.observed import Observed
 from slrprop.search.path import (
     Candidate,
@@ -89,6 +89,28 @@ class Compression:
             )
         lines.append(f"evaluations: {self.evaluations}, {self.seconds:.1f} s")
         return "\n".join(lines)
+
+    def reasons(self) -> list[str]:
+        """Why each layer has its form: what the best other method of at most as many bytes is predicted to cost."""
+        found = []
+        for layer in self.plan.layers:
+            curve = self.curves.get(layer.name, [])
+            mine = next((c for c in curve if c.layer is not None and wording(c.layer) == wording(layer)), None)
+            if mine is None:
+                found.append(f"{layer.name}: refitted to the new inputs")
+                continue
+            forms = [c for c in curve if c.layer is not None and c.bytes <= mine.bytes]
+            others = [c for c in forms if c.layer is not None and method_of(c.layer) != method_of(layer)]
+            best = min(others, key=lambda c: c.error, default=None)
+            if best is None or best.layer is None:
+                found.append(f"{layer.name}: {wording(layer)}, no other method is that small")
+                continue
+            times = best.error / mine.error if mine.error > 0 else math.inf
+            found.append(
+                f"{layer.name}: {wording(layer)}; of {len(forms)} forms of at most {mine.bytes:,} bytes the best of another "
+                f"method is {wording(best.layer)}, predicted to do {times:.2g} times the damage"
+            )
+        return found
 
     def between(self) -> str:
         """The interval in words; nothing where none is known."""
