@@ -216,7 +216,9 @@ def test_near_names_are_suggested() -> None:
     refused("solver gave factors of shapes", plan, solver=lambda w, k: (w, w, w), criterion="weight")
 
 
-@pytest.mark.parametrize("settings", [{"rank": np.int64(3)}, {"sparsity_rate": np.float32(0.5)}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"rank": np.int64(3)}, {"sparsity_rate": np.float32(0.5)}, {"bits": np.int64(4)}], ids=str
+)
 def test_numpy_numbers_are_numbers(settings: dict[str, Any], tmp_path: Path) -> None:
     made = plan(criterion="weight", **settings)
     made.save(tmp_path / "plan.json")
@@ -688,3 +690,54 @@ def test_the_process_ends_with_a_code_and_no_traceback(tmp_path: Path) -> None:
     done = python("import sys; from slrprop.cli import main; main()", "paper", "table", "nonsense", folder=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(r"error: no experiment is called 'nonsense'[^\n]*\n", done.stderr)
+
+
+@pytest.mark.parametrize("name", ["model", "data", "method", "layers", "rank", "sparsity_rate", "problem"])
+def test_settings_that_have_options_of_their_own(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slrprop.export_onnx(network(), tmp_path / "model.onnx", samples()[0])
+    monkeypatch.chdir(tmp_path)
+    text = command(capsys, monkeypatch, *f"plan model.onnx --method svd -o plan.json --set {name}=2".split())
+    assert re.fullmatch(f"error: [^\n]*{name}[^\n]*\n", text), text
+
+
+def test_a_setting_of_deep_brackets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slrprop.export_onnx(network(), tmp_path / "model.onnx", samples()[0])
+    monkeypatch.chdir(tmp_path)
+    arguments = ["plan", "model.onnx", "--method", "svd", "-o", "plan.json", "--set", "bits=" + 9999 * "["]
+    assert command(capsys, monkeypatch, *arguments).startswith("error: bits must be 32, 8 or 4")
+
+
+@pytest.mark.parametrize("bits", [3, "4", True, 4.0, None, torch.tensor(4)], ids=repr)
+def test_bits(bits: Any) -> None:
+    refused("bits must be 32, 8 or 4", plan, method="svd", bits=bits)
+
+
+@pytest.mark.parametrize("sweeps", [-1, 1.5, True, "2", None], ids=repr)
+@pytest.mark.parametrize("method", ["nested", "slr_refit"])
+def test_sweeps(method: str, sweeps: Any) -> None:
+    refused("sweeps must be a whole number from 0", plan, method=method, sweeps=sweeps)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("slr", "sparsity_rate"), ("magnitude", "density"), ("low_rank_plus_sparse", "density"), ("nisp", "keep"), ("ddlr", "gain")],
+)  # fmt: skip
+def test_numbers_too_large_for_a_float(method: str, name: str) -> None:
+    refused(f"{name} must be", plan, method=method, **{name: 10**400})
+
+
+@pytest.mark.parametrize("method", ["slr", "slrprop", "slr_refit"])
+@pytest.mark.parametrize("zero", ["weights", "inputs"])
+def test_costs_where_no_neuron_changes_anything(method: str, zero: str) -> None:
+    model, (inputs, labels) = network(), samples()
+    if zero == "weights":
+        for weight in model.parameters():
+            weight.data.zero_()
+    else:
+        inputs = torch.zeros_like(inputs)
+    made = plan(model=model, data=(inputs, labels), method=method)
+    assert torch.isfinite(slrprop.apply(model, made)(inputs)).all()

@@ -92,7 +92,7 @@ def plan(
 
 
 def plan_problem(
-    problem: Problem, method: str, layers: str | list[str] | tuple[str, ...] | None, **settings: Any
+    problem: Problem, /, method: str, layers: str | list[str] | tuple[str, ...] | None, **settings: Any
 ) -> Plan:
     """Like :func:`plan`, for a problem that may already know its decompositions, statistics and costs."""
     chosen = find_method(method)
@@ -152,7 +152,7 @@ def planned_layer(problem: Problem, decision: Decision, method: Method, settings
     return layer.sealed() if method.build is None or isinstance(factors, Quantized) else layer
 
 
-def _settings(method: Method, **given: Any) -> Settings:
+def _settings(method: Method, /, **given: Any) -> Settings:
     known = {field.name for field in fields(method.settings)}
     shared = {"rank", "sparsity_rate", "reduction_rate"}
     for name in given:

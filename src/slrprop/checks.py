@@ -10,13 +10,18 @@ from slrprop.errors import SlrpropError
 
 def require_rank(rank: Any) -> None:
     """A rank is a whole number from 1."""
-    if isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1:
-        raise SlrpropError(f"rank must be a whole number from 1, got {rank!r}")
+    require_count("rank", rank, 1)
+
+
+def require_count(what: str, value: Any, least: int) -> None:
+    """A count is a whole number from ``least``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise SlrpropError(f"{what} must be a whole number from {least}, got {value!r}")
 
 
 def require_rate(what: str, rate: Any) -> None:
     """A rate is a number in [0, 1)."""
-    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= float(rate) < 1:
+    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= rate < 1:
         raise SlrpropError(f"{what} must be at least 0 and below 1, got {rate!r}")
 
 
@@ -28,7 +33,7 @@ def require_flag(what: str, value: Any) -> None:
 
 def require_keep(keep: Any) -> None:
     """A share that stays is a number in (0, 1]."""
-    if isinstance(keep, bool) or not isinstance(keep, Real) or not 0 < float(keep) <= 1:
+    if isinstance(keep, bool) or not isinstance(keep, Real) or not 0 < keep <= 1:
         raise SlrpropError(f"keep must be above 0 and at most 1, got {keep!r}")
 
 
@@ -53,5 +58,5 @@ def share(count: int, rate: float) -> int:
 
 def require_density(what: str, density: Any) -> None:
     """A density is a number above 0, at most 1."""
-    if isinstance(density, bool) or not isinstance(density, Real) or not 0 < float(density) <= 1:
+    if isinstance(density, bool) or not isinstance(density, Real) or not 0 < density <= 1:
         raise SlrpropError(f"{what} must be above 0 and at most 1, got {density!r}")

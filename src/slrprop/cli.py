@@ -115,6 +115,9 @@ def plan(
     typer.echo(made.to_json() if as_json else f"{made}\nWritten: {output}")
 
 
+OPTIONS = ("model", "data", "method", "layers", "rank", "sparsity_rate", "reduction_rate")  # of plan
+
+
 def parsed(settings: list[str]) -> dict[str, Any]:
     """``name=value`` pairs; values as JSON where they are (numbers, true, false, null), else as words."""
     found = {}
@@ -122,9 +125,11 @@ def parsed(settings: list[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not (equals and name.isidentifier()):
             raise SlrpropError(f"--set takes name=value, like bits=4, got '{pair}'")
+        if name in OPTIONS:
+            raise SlrpropError(f"--set can't give {name}, which has a place of its own; see: slrprop plan --help")
         try:
             found[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             found[name] = value
     return found
 

@@ -91,6 +91,8 @@ class SoftmaxPoint:
         ``sample`` indexes the samples so that the result broadcasts against ``d``.
         """
         moved = torch.expm1(d).mul_(at(self.p, sample)).sum(-1).log1p_()
+        if not d.numel():  # no sample changes
+            return moved
         low, high = torch.aminmax(d)
         if high > LARGE or low < -LARGE:
             large = (d.abs().amax(-1) > LARGE).nonzero(as_tuple=True)

@@ -238,7 +238,9 @@ def _distil(
     count = len(inputs)
     held = int(count * HELD_OUT)
     if held < 1:
-        raise SlrpropError(f"tuning needs 10 samples or more, got {count}; give more data")
+        raise SlrpropError(
+            f"tuning needs 10 samples or more (compress tunes on half of the data), got {count}; give more data"
+        )
     random = torch.Generator().manual_seed(chosen.seed)
     order = torch.randperm(count, generator=random)
     aside, rest = order[:held], order[held:]

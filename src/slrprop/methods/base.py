@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -35,8 +36,9 @@ class Settings(ABC):
     source: ClassVar[str]
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or self.bits not in (32, *BITS):
+        if isinstance(self.bits, bool) or not isinstance(self.bits, Integral) or self.bits not in (32, *BITS):
             raise SlrpropError(f"bits must be 32, 8 or 4, got {self.bits!r}")
+        object.__setattr__(self, "bits", int(self.bits))  # numpy's numbers are no JSON
 
     @abstractmethod
     def stored_numbers(self, m: int, n: int) -> int | None:

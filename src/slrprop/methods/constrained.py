@@ -1,11 +1,13 @@
 """What Net-Trim and DDLR share: settings, and the fit of one layer under constraints on its response."""
 
+import sys
 from abc import ABC
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 from slrprop.admm import Programme, Proximal, Solution, solve
+from slrprop.checks import require_count
 from slrprop.errors import SlrpropError
 from slrprop.factors import Factors
 from slrprop.methods.calibrated import CalibratedSettings, Fitted
@@ -38,11 +40,11 @@ class ConstrainedSettings(CalibratedSettings, ABC):
         super().__post_init__()
         for name in ("gain", "rho"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < float("inf"):
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= sys.float_info.max:
                 raise SlrpropError(f"{name} must be a number above 0, got {value!r}")
             object.__setattr__(self, name, float(value))  # numpy's numbers are no JSON
-        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
-            raise SlrpropError(f"iterations must be a whole number from 1, got {self.iterations!r}")
+        require_count("iterations", self.iterations, 1)
+        object.__setattr__(self, "iterations", int(self.iterations))
 
     def stored_numbers(self, m: int, n: int) -> None:
         """Not known before the data are seen."""

@@ -6,8 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from slrprop.checks import require_choice
-from slrprop.errors import SlrpropError
+from slrprop.checks import require_choice, require_count
 from slrprop.factors import SparseLowRank
 from slrprop.linalg import balanced, reduced_rank
 from slrprop.methods.base import RankSettings, grid
@@ -55,8 +54,8 @@ class NestedSettings(RankSettings, CalibratedSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("shape", self.shape, SHAPES)
-        if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 0:
-            raise SlrpropError(f"sweeps must be a whole number from 0, got {self.sweeps!r}")
+        require_count("sweeps", self.sweeps, 0)
+        object.__setattr__(self, "sweeps", int(self.sweeps))  # numpy's numbers are no JSON
 
     @property
     def weighted(self) -> bool:

@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from slrprop.errors import SlrpropError
+from slrprop.checks import require_count
 from slrprop.factors import Shared
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.regression import Regression
@@ -38,8 +37,7 @@ class PermutedSettings(CalibratedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.refine, bool) or not isinstance(self.refine, Integral) or self.refine < 0:
-            raise SlrpropError(f"refine must be a whole number from 0, got {self.refine!r}")
+        require_count("refine", self.refine, 0)
         object.__setattr__(self, "refine", int(self.refine))
 
     def stored_numbers(self, m: int, n: int) -> int:

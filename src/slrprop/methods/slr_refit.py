@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from slrprop.checks import require_count
 from slrprop.factors import SparseLowRank
 from slrprop.methods.base import Decision, Problem
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
@@ -28,6 +29,11 @@ class SLRRefitSettings(SLRSettings, CalibratedSettings):
     source: ClassVar[str] = (
         "Swaminathan, Garg, Kannan, Andres, Neurocomputing 398, 2020, for the pattern; refit: slrprop, 2026"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_count("sweeps", self.sweeps, 0)
+        object.__setattr__(self, "sweeps", int(self.sweeps))  # numpy's numbers are no JSON
 
     @property
     def weighted(self) -> bool:
