@@ -741,3 +741,11 @@ def test_costs_where_no_neuron_changes_anything(method: str, zero: str) -> None:
         inputs = torch.zeros_like(inputs)
     made = plan(model=model, data=(inputs, labels), method=method)
     assert torch.isfinite(slrprop.apply(model, made)(inputs)).all()
+
+
+def test_a_plan_is_not_applied_onto_its_own_model(tmp_path: Path) -> None:
+    slrprop.export_onnx(network(), tmp_path / "model.onnx", samples()[0])
+    before = (tmp_path / "model.onnx").read_bytes()
+    made = slrprop.plan(tmp_path / "model.onnx", None, "svd", rank=2)
+    refused("is the model itself", slrprop.apply, tmp_path / "model.onnx", made, tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").read_bytes() == before

@@ -258,6 +258,8 @@ def apply(model: Model, plan: Plan, output: str | Path | None = None, data: Any 
         return _apply_module(model, plan)
     if output is None:
         raise SlrpropError("an ONNX file was given, so apply needs the path of the file to write")
+    if Path(output).exists() and Path(model).exists() and Path(output).samefile(model):
+        raise SlrpropError(f"'{output}' is the model itself, which stays as it is; name another file")
     network = OnnxNetwork(model, None)
     done = _file_forms(network, plan)
     samples = None if data is None else open_data(data)
