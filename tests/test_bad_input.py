@@ -749,3 +749,8 @@ def test_a_plan_is_not_applied_onto_its_own_model(tmp_path: Path) -> None:
     made = slrprop.plan(tmp_path / "model.onnx", None, "svd", rank=2)
     refused("is the model itself", slrprop.apply, tmp_path / "model.onnx", made, tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx").read_bytes() == before
+
+
+@pytest.mark.parametrize("given", [None, "plan.json", Path("plan.json"), {}], ids=repr)
+def test_what_is_no_plan(given: Any) -> None:
+    refused("plan must be a slrprop plan", slrprop.apply, network(), given)

@@ -254,6 +254,8 @@ def apply(model: Model, plan: Plan, output: str | Path | None = None, data: Any 
         SlrpropError: the plan was made for another model (names, shapes and the weights' fingerprints are checked), or
             the outputs differ; no file is left then.
     """
+    if not isinstance(plan, Plan):
+        raise SlrpropError(f"plan must be a slrprop plan, read from a file by Plan.load, got {type(plan).__name__}")
     if isinstance(model, nn.Module):
         return _apply_module(model, plan)
     if output is None:

@@ -21,7 +21,7 @@ def require_count(what: str, value: Any, least: int) -> None:
 
 def require_rate(what: str, rate: Any) -> None:
     """A rate is a number in [0, 1)."""
-    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= rate < 1:
+    if isinstance(rate, bool) or not isinstance(rate, Real) or rate < 0 or not rate < 1:
         raise SlrpropError(f"{what} must be at least 0 and below 1, got {rate!r}")
 
 
@@ -33,7 +33,7 @@ def require_flag(what: str, value: Any) -> None:
 
 def require_keep(keep: Any) -> None:
     """A share that stays is a number in (0, 1]."""
-    if isinstance(keep, bool) or not isinstance(keep, Real) or not 0 < keep <= 1:
+    if isinstance(keep, bool) or not isinstance(keep, Real) or keep <= 0 or not keep <= 1:
         raise SlrpropError(f"keep must be above 0 and at most 1, got {keep!r}")
 
 
@@ -58,5 +58,5 @@ def share(count: int, rate: float) -> int:
 
 def require_density(what: str, density: Any) -> None:
     """A density is a number above 0, at most 1."""
-    if isinstance(density, bool) or not isinstance(density, Real) or not 0 < density <= 1:
+    if isinstance(density, bool) or not isinstance(density, Real) or density <= 0 or not density <= 1:
         raise SlrpropError(f"{what} must be above 0 and at most 1, got {density!r}")

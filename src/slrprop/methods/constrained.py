@@ -40,7 +40,7 @@ class ConstrainedSettings(CalibratedSettings, ABC):
         super().__post_init__()
         for name in ("gain", "rho"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= sys.float_info.max:
+            if isinstance(value, bool) or not isinstance(value, Real) or value <= 0 or not value <= sys.float_info.max:
                 raise SlrpropError(f"{name} must be a number above 0, got {value!r}")
             object.__setattr__(self, name, float(value))  # numpy's numbers are no JSON
         require_count("iterations", self.iterations, 1)
