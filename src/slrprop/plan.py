@@ -137,8 +137,9 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [
-            f"{layer.name}: {layer.shape[0]} x {layer.shape[1]}, {wording(layer)}, {layer.numbers:,} numbers, "
-            f"compression_rate {layer.numbers / (layer.shape[0] * layer.shape[1]):.4f}"
+            f"{layer.name}: {layer.shape[0]} x {layer.shape[1]}, {wording(layer)}, {layer.numbers:,} numbers"
+            + (f" in {layer.bytes:,} bytes" if layer.bytes else "")
+            + f", compression_rate {layer.numbers / (layer.shape[0] * layer.shape[1]):.4f}"
             + "".join(f", {key} {value:.3g}" for key, value in layer.notes.items())
             for layer in self.layers
         ]

@@ -148,6 +148,8 @@ def _stored(scale: Tensor) -> Tensor:
 
 def tune(model: Any, data: Any, plan: Plan, settings: TuneSettings | None = None) -> Plan:
     """:func:`distilled` for a torch module or the path of an ONNX file, on anything that :class:`slrprop.data.Data` takes."""
+    if not isinstance(plan, Plan):
+        raise SlrpropError(f"tune takes a plan that slrprop.plan made, got {type(plan).__name__}")
     opened = open_data(data)
     return distilled(open_network(model, opened), opened, plan, settings)
 
