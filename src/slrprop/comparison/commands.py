@@ -65,7 +65,7 @@ def compare(
     run = importlib.import_module("slrprop.comparison.run")
     limits = [size.strip() for size in sizes.split(",")]
     for size in limits:
-        importlib.import_module("slrprop.search.search").parse_size(size, 1e9, "--bytes")
+        importlib.import_module("slrprop.search.result").parse_size(size, 1e9, "--bytes")
     names = chosen(contenders, {contender.name: contender.slow for contender in run.CONTENDERS})
     path = run_dir / "results.sqlite"
     if table_only and not path.exists():

@@ -25,7 +25,8 @@ from slrprop.paper.networks import DenseHead
 from slrprop.paper.store import Store
 from slrprop.plan import Plan, wording
 from slrprop.search.judge import Door, Judge, Log
-from slrprop.search.search import Search, parse_size
+from slrprop.search.result import parse_size
+from slrprop.search.search import Search
 from slrprop.tune import TuneSettings, distilled
 
 TRIES = 4  # evaluations per size that every contender has to share its bytes among the layers

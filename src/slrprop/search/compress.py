@@ -16,8 +16,8 @@ from slrprop.methods import Problem
 from slrprop.plan import Plan
 from slrprop.search.judge import Door, Judge, Log
 from slrprop.search.path import LEVELS, Choice
-from slrprop.search.result import Budget, BudgetError, Compression
-from slrprop.search.search import Search, most_evaluations, parse_size
+from slrprop.search.result import Budget, BudgetError, Compression, most_evaluations, parse_size
+from slrprop.search.search import Search
 from slrprop.tune import TuneSettings
 
 BACK_OFFS = 3

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,6 +30,25 @@ class Budget:
             "" if self.max_latency is None else f"at most {1e3 * self.max_latency:.3g} ms",
         ]
         return ", ".join(part for part in parts if part)
+
+
+def most_evaluations(layers: int) -> int:
+    """Runs of a whole network that a search may take."""
+    return 4 + 2 * max(8, layers)
+
+
+def parse_size(given: int | float | str, original: float, what: str) -> int:
+    """A number, ``"300KB"``, ``"1.5MB"`` or ``"25%"`` of the original, in whole units."""
+    found = re.fullmatch(r"\s*([0-9.]+)\s*(%|[kKmMgG]?[bB]?)\s*", str(given))
+    try:
+        value = float(found.group(1)) if found else math.nan
+    except ValueError:
+        value = math.nan
+    unit = found.group(2).lower().rstrip("b") if found else ""
+    total = value * (original / 100 if unit == "%" else {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[unit])
+    if not 1 <= total < math.inf:
+        raise SlrpropError(f"{what} must be a positive number, like 300000, '300KB' or '25%', got {str(given)[:40]!r}")
+    return int(total)
 
 
 class BudgetError(SlrpropError):
