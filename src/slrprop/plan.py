@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,13 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _arrays_digest(form: dict[str, Any], arrays: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(form, sort_keys=True).encode())
+def _text_of(form: dict[str, Any]) -> str:
+    return json.dumps(form, sort_keys=True)
+
+
+def arrays_digest(head: str, arrays: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a text and of arrays: their names, shapes, dtypes and values."""
+    digest = hashlib.sha256(head.encode())
     for name, array in sorted(arrays.items()):
         array = array.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(array.shape)} {array.dtype}".encode())
@@ -91,7 +97,7 @@ class LayerPlan:
         """
         assert self.factors is not None
         form = self.factors.description()
-        return replace(self, form=form, fitted=_arrays_digest(form, self.arrays()))
+        return replace(self, form=form, fitted=arrays_digest(_text_of(form), self.arrays()))
 
 
 def wording(layer: LayerPlan) -> str:
@@ -255,7 +261,7 @@ def _with_factors(layer: LayerPlan, path: Path) -> LayerPlan:
         raise SlrpropError(
             f"the factors of layer '{layer.name}' can't be read from '{path}', which belongs beside the plan: {error}"
         ) from error
-    if _arrays_digest(layer.form, arrays) != layer.fitted:
+    if arrays_digest(_text_of(layer.form), arrays) != layer.fitted:
         raise SlrpropError(f"the factors of layer '{layer.name}' in '{path}' are not those of this plan; the file is damaged or another's")  # fmt: skip
     bias = arrays.pop("new_bias", None)
     factors = restored(layer.form, arrays)

@@ -1,6 +1,5 @@
 """Models as safetensors files: tensors, and in the header which layers are factored. No pickle."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from slrprop.factors import Dense
 from slrprop.files import replacing
 from slrprop.layers import LAYERS, FactoredLinear, linear_from, note_shape, original_shape
 from slrprop.network.torch import dense_modules, swapped
+from slrprop.plan import arrays_digest
 
 FORMAT = "slrprop-model"
 VERSION = "1"
@@ -43,7 +43,7 @@ def to_bytes(model: nn.Module) -> bytes:
     }
     state = _unique_state(model)
     head = {"format": FORMAT, "version": VERSION, "layers": json.dumps(kinds)}
-    return safetensors.torch.save(state, head | {"sha256": _digest(state, head["layers"])})
+    return safetensors.torch.save(state, head | {"sha256": arrays_digest(head["layers"], state)})
 
 
 def _described(module: nn.Module) -> dict[str, Any]:
@@ -51,14 +51,6 @@ def _described(module: nn.Module) -> dict[str, Any]:
     form = module.factors().description() if isinstance(module, FactoredLinear) else {"kind": Dense.kind}
     shape = original_shape(module)
     return form | {"original_shape": list(shape)} if shape else form
-
-
-def _digest(state: dict[str, Tensor], layers: str) -> str:
-    digest = hashlib.sha256(layers.encode())
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -96,7 +88,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         raise SlrpropError(f"'{path}' can't be read as a safetensors file: {error}") from error
     if not isinstance(kinds, dict) or not all(isinstance(kind, dict) for kind in kinds.values()):
         raise SlrpropError(f"the header of '{path}' names no layers; the file is damaged")
-    if header.get("sha256") != _digest(state, header["layers"]):
+    if header.get("sha256") != arrays_digest(header["layers"], state):
         raise SlrpropError(f"'{path}' is damaged: its tensors differ from their checksum; save it again")
     loaded = swapped(model, {name: _skeleton(model, name, kind, state) for name, kind in kinds.items()})
     aliases = set(loaded.state_dict()) - set(_unique_state(loaded))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from slrprop.errors import SlrpropError
+from slrprop.checks import require_flag
 from slrprop.factors import Dense, Factors, Quantized
 from slrprop.methods.base import Decision, Method, Problem, Settings
 from slrprop.plan import LayerPlan
@@ -44,8 +44,7 @@ class CalibratedSettings(Settings, ABC):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("sequential", "bias_correction", "refit_head"):
-            if not isinstance(getattr(self, name), bool):
-                raise SlrpropError(f"{name} must be True or False, got {getattr(self, name)!r}")
+            require_flag(name, getattr(self, name))
 
     @property
     def weighted(self) -> bool:

@@ -59,7 +59,7 @@ def compress(
         lower_is_better: for ``evaluate``.
         level: what the search may use, ``weights`` (the factors come from the weights alone), ``calibrated`` (they are fitted
             to the data; no labels, nothing is trained) or ``tuned`` (each measured plan is fine-tuned on the original's
-            outputs). It also names the methods that are tried: those that ``docs/comparison.md`` shows to be ahead.
+            outputs). It also names the methods that are tried: those that ``docs/comparison`` shows to be ahead.
         methods: methods to try instead and their settings, ``{"svd": {}, "slr": {"criterion": "weight"}}`` or pairs.
         tuning: settings of the level ``tuned``.
         layers: names or patterns; None for all.
