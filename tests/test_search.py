@@ -281,6 +281,22 @@ def test_a_layer_that_runs_slower_stays_dense(trained, fresh, monkeypatch):
     assert found.left_dense["2"].startswith("its form ran 2.00 times as long as the original")
 
 
+def test_a_refitted_head_is_no_form_that_could_stay_dense(trained, fresh, monkeypatch):
+    """Only '0' and '2' were asked for; the last layer is refitted, as large as before, and happens to be timed slower."""
+
+    def slow(self, plans, repetitions=50):
+        weigh = {name: {layer.name for layer in plan.layers} for name, plan in plans.items()}
+        return {
+            name: 1e-3 * (1.5 if layers == {"4"} else 1 - 0.3 * len(layers & {"0", "2"}))
+            for name, layers in weigh.items()
+        }
+
+    monkeypatch.setattr(Door, "latencies", slow)
+    found = compress(trained, fresh, max_drop=3.0, max_latency="90%", layers=["0", "2"])
+    assert set(found.curves) == {"0", "2"} and "4" not in found.left_dense
+    assert "4" in {layer.name for layer in found.plan.layers}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

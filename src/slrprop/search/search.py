@@ -178,7 +178,7 @@ class Search:
     def leave_slower_dense(self, at: int) -> bool:
         """Take from the path every layer whose form at this point runs slower alone than the original network."""
         plan = self.points[at].plan
-        alone = {layer.name: replace(plan, layers=(layer,)) for layer in plan.layers}
+        alone = {layer.name: replace(plan, layers=(layer,)) for layer in plan.layers if layer.name in self.curves}
 
         def measure() -> dict[str, float]:
             return self.door.latencies({"": Plan(()), **alone})
