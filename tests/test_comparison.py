@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 from slrprop import SlrpropError, cli
 from slrprop.comparison import contenders, figure, run, verdict
 from slrprop.comparison.commands import chosen
+from slrprop.comparison.contenders import CONTENDERS
 from slrprop.comparison.results import Results, accuracy_table, answers_table, files_table, page
 from slrprop.comparison.run import Comparison
+from slrprop.methods import find_method
 from slrprop.paper import experiments
 from slrprop.paper.datasets import Dataset
 from slrprop.paper.networks import LeNet300
@@ -216,3 +218,9 @@ def test_mistakes_are_one_sentence(tiny, tmp_path, arguments, sentence):
 def test_no_rows_are_a_mistake():
     with pytest.raises(SlrpropError, match="compute them with: slrprop compare lenet5-mnist"):
         Results(LENET5, ROWS[-1:])
+
+
+def test_every_contender_names_methods_and_settings_that_exist():
+    for contender in CONTENDERS:
+        for method, settings in (*contender.choices, *([contender.shares] if contender.shares else [])):
+            assert find_method(method).settings(**settings).bits == settings.get("bits", 8 if method == "dense" else 32)

@@ -16,7 +16,7 @@ from slrprop.data import Data
 from slrprop.errors import SlrpropError
 from slrprop.export import export_onnx
 from slrprop.latency import latencies
-from slrprop.methods import METHODS, Problem
+from slrprop.methods import Problem
 from slrprop.network import OnnxNetwork, TorchNetwork
 from slrprop.network.base import fingerprint
 from slrprop.paper.datasets import Dataset
@@ -242,6 +242,3 @@ def _rows(bench: Bench, contender: Contender, sizes: list[int], timed: bool) -> 
             plan = distilled(bench.network, Data((bench.x_train, None)), plan, TuneSettings(), quiet=True)
         seconds += time.perf_counter() - start
         yield bench.row(contender.name, size, plan, apply(bench.head, plan), seconds, timed)
-
-
-assert all(method in METHODS for contender in CONTENDERS for method, _ in contender.choices)
