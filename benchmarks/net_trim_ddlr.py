@@ -87,7 +87,9 @@ def stored(form: Sparse | LowRank, x: Tensor, bias: Tensor, bits: int) -> tuple[
         return form.with_matrices({key: matrix.float() for key, matrix in form.matrices().items()}), bias
     weight, mean = form.dense(), x.mean(0)
     covariance = (x - mean).T @ (x - mean) / len(x)
-    task = Regression("", weight, weight, bias, mean, covariance, mean @ weight + bias, None, True, lambda: (x, x))
+    task = Regression(
+        "", weight, weight, bias, mean, covariance, mean @ weight + bias, None, None, True, lambda: (x, x)
+    )
     rounded = quantised(form, bits, task)
     return rounded, task.corrected_bias(rounded.dense().double())
 

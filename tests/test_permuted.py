@@ -219,7 +219,7 @@ def test_a_weight_that_is_permuted_is_fitted_exactly(m, n):
     """Scales of both signs and offsets included."""
     weight = really_permuted(m, n)
     torch.testing.assert_close(fitted(weight).dense(), weight, rtol=1e-9, atol=1e-9)
-    task = Regression("", weight, weight, weight[0], weight[:, 0], torch.eye(m, dtype=torch.float64), weight[0], None, False, None)  # fmt: skip
+    task = Regression("", weight, weight, weight[0], weight[:, 0], torch.eye(m, dtype=torch.float64), weight[0], None, None, False, None)  # fmt: skip
     torch.testing.assert_close(fit(task, PermutedSettings(refine=3)).dense(), weight, rtol=1e-8, atol=1e-8)
 
 

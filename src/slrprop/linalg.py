@@ -1,5 +1,6 @@
 """Truncated singular value decomposition by several solvers behind one front."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ FULL_BELOW = 512  # "auto": up to this smaller side the full decomposition is fa
 OVERSAMPLING = 16
 POWER_ITERATIONS = 12
 SUBSPACE_ITERATIONS = 8
+WARM_ITERATIONS = 2  # from a start that is near the solution
 DENSE_BELOW = 256  # symmetric matrices up to this size are decomposed whole
 
 
@@ -120,7 +122,9 @@ def truncated_svd(w: Tensor, rank: int, solver: Solver = "auto") -> SVD:
     return SVD((u * sign).contiguous(), s, (vt * sign[:, None]).contiguous())
 
 
-def top_eigenvectors(apply: Callable[[Tensor], Tensor], size: int, rank: int, dtype: torch.dtype) -> Tensor:
+def top_eigenvectors(
+    apply: Callable[[Tensor], Tensor], size: int, rank: int, dtype: torch.dtype, near: Tensor | None = None
+) -> Tensor:
     """Eigenvectors (size x rank) of the largest eigenvalues of a symmetric positive semi-definite operator.
 
     Below ``DENSE_BELOW`` or for high ranks the whole matrix is decomposed; else block subspace iteration with
@@ -128,22 +132,40 @@ def top_eigenvectors(apply: Callable[[Tensor], Tensor], size: int, rank: int, dt
 
     Args:
         apply: multiplies a (size x j) matrix by the operator.
+        near: vectors (size x rank) near the solution; the result's Ritz values are no smaller than theirs.
     """
-    if size <= DENSE_BELOW or rank + OVERSAMPLING > size // 4:
+    if size <= DENSE_BELOW or rank + OVERSAMPLING > size // (4 if near is None else 2):
         vectors = torch.linalg.eigh(apply(torch.eye(size, dtype=dtype)))[1]
         return vectors[:, size - rank :].flip(1)
     start = torch.Generator().manual_seed(0)
-    basis = torch.randn(size, rank + OVERSAMPLING, dtype=dtype, generator=start)
-    for _ in range(SUBSPACE_ITERATIONS):
+    basis = torch.randn(size, OVERSAMPLING + (rank if near is None else 0), dtype=dtype, generator=start)
+    if near is not None:
+        basis = torch.linalg.qr(torch.cat([basis / math.sqrt(size), near], 1))[0]
+    for _ in range(SUBSPACE_ITERATIONS if near is None else WARM_ITERATIONS):
         basis = torch.linalg.qr(apply(basis))[0]
     vectors = torch.linalg.eigh(basis.T @ apply(basis))[1]
     return (basis @ vectors[:, OVERSAMPLING:]).flip(1)
 
 
-def principal(target: Tensor, covariance: Tensor, root: Tensor | None, rank: int) -> Tensor:
-    """The top principal directions (n x k) of the weighed output ``C^.5 T L``, see :func:`reduced_rank`."""
-    wide = target if root is None else target @ root
-    return top_eigenvectors(lambda v: wide.T @ (covariance @ (wide @ v)), wide.shape[1], rank, wide.dtype)
+def principal(target: Tensor, covariance: Tensor, root: Tensor | None, rank: int, near: Tensor | None = None) -> Tensor:
+    """The top principal directions (n x k) of the weighed output ``C^.5 T L``, see :func:`reduced_rank`.
+
+    ``near``: directions (n x k) to start from, see :func:`top_eigenvectors`.
+    """
+    m, n = target.shape
+    factors = (target,) if root is None else (target, root)
+    if root is not None and (n <= DENSE_BELOW or m < 4 * SUBSPACE_ITERATIONS * rank):  # else the product costs more
+        factors = (target @ root,)
+
+    def apply(v: Tensor) -> Tensor:
+        for factor in reversed(factors):
+            v = factor @ v
+        v = covariance @ v
+        for factor in factors:
+            v = factor.T @ v
+        return v
+
+    return top_eigenvectors(apply, n, rank, target.dtype, near)
 
 
 def projected(target: Tensor, root: Tensor | None, vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,9 @@ the inputs says (Frantar et al., GPTQ, ICLR 2023, after optimal brain surgery). 
 second is fitted anew once the first is rounded.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import singledispatch
+from functools import partial, singledispatch
 
 import numpy as np
 import torch
@@ -140,14 +141,19 @@ def _(form: Narrowed, bits: int, task: Regression) -> Quantized:
 @compensated.register
 def _(form: LowRank, bits: int, task: Regression) -> Quantized:
     left, right = balanced(form.left, form.right)
-    found, _ = _pair(left, right, bits, task.covariance, task.spread, task.covariance @ task.weight)
+    wanted = partial(_between, task.covariance, task.weight)
+    found, _ = _pair(left, right, bits, task.covariance, task.spread, wanted)
     return _form_of(form, bits, {"left": found[0], "right": found[1]})
 
 
 def _pair(
-    left: Tensor, right: Tensor, bits: int, covariance: Tensor, spread: Spread, wanted: Tensor
+    left: Tensor, right: Tensor, bits: int, covariance: Tensor, spread: Spread, wanted: Callable[[Tensor], Tensor]
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Round the left factor, fit the right one to ``wanted`` (covariance @ target), round it too; and their product."""
+    """Round the left factor, fit the right one, round it too; and their product.
+
+    Args:
+        wanted: of the left factor A: ``A.T @ covariance @ target``.
+    """
     size = left.abs().amax(0)
     grown = torch.where((size > 0) & (size < TINY), size, 1.0)  # float16 scales and what is fitted to them reach so far
     codes, scale = rounded(left / grown, 0, bits, spread)
@@ -155,9 +161,13 @@ def _pair(
     inner = left.T @ covariance @ left
     mean = level(inner)
     damped = inner + 1e-8 * mean * torch.eye(len(inner), dtype=inner.dtype)
-    fitted = torch.linalg.solve(damped, left.T @ wanted + 1e-8 * mean * right)
+    fitted = torch.linalg.solve(damped, wanted(left) + 1e-8 * mean * right)
     right_codes, right_scale = rounded(fitted, 1, bits, Spread.of(inner))
     return [(codes, scale), (right_codes, right_scale)], left @ (right_codes * right_scale[:, None])
+
+
+def _between(across: Tensor, target: Tensor, left: Tensor) -> Tensor:
+    return left.T @ across @ target
 
 
 @compensated.register
@@ -167,14 +177,13 @@ def _(form: SparseLowRank, bits: int, task: Regression) -> Quantized:
     for index, (left, right) in enumerate(zip(form.left, form.right, strict=True)):
         rows, columns = members(form.row_levels, index), members(form.column_levels, index)
         rest[rows[:, None], columns] += left @ right
-        covariance = task.covariance[rows]
-        wanted = covariance @ rest[:, columns]
+        across = task.covariance[rows]
+        target = rest[:, columns]
         if task.metric is not None and len(columns) < len(task.metric):
-            weigh = torch.linalg.solve(task.metric[columns][:, columns], task.metric[columns])
-            wanted = covariance @ (rest @ weigh.T)
-        own = covariance[:, rows]
+            target = rest @ torch.linalg.solve(task.metric[columns][:, columns], task.metric[columns]).T
+        own = across[:, rows]
         spread = task.spread if len(rows) == len(task.covariance) else Spread.of(own)
-        pair, product = _pair(*balanced(left, right), bits, own, spread, wanted)
+        pair, product = _pair(*balanced(left, right), bits, own, spread, partial(_between, across, target))
         found |= {f"left_{index}": pair[0], f"right_{index}": pair[1]}
         rest[rows[:, None], columns] -= product
     return _form_of(form, bits, found)

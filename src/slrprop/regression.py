@@ -46,8 +46,9 @@ class Spread(NamedTuple):
         order = covariance.diagonal().argsort(descending=True)
         spread = covariance[order][:, order]
         damping = ROUNDING_DAMPING * level(spread) * torch.eye(len(order), dtype=spread.dtype)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(spread + damping))
-        return cls(order, torch.linalg.cholesky(inverse, upper=True))
+        # from A = U U^T with U upper triangular: A^-1 = R^T R for R = U^-1
+        factor = torch.linalg.cholesky((spread + damping).flip(0, 1)).flip(0, 1)
+        return cls(order, torch.linalg.solve_triangular(factor, torch.eye(len(order), dtype=spread.dtype), upper=True))
 
 
 class Compressed(NamedTuple):
@@ -65,7 +66,7 @@ class Regression:
     before are compressed, the least-squares weight from their outputs to z (ridge towards the original). ``bias`` (n,) is the
     original one, ``mean`` (m,) and ``covariance`` (m x m, centred) are of x, ``target_mean`` (n,) of z. ``metric`` (n x n)
     weighs errors of z by what they do to the network's outputs (Gauss-Newton: the mean of ``J H J^T``, J the Jacobian of the
-    outputs, H centring over classes), damped; None weighs all alike. ``relu``: the layer's activation is ReLU.
+    outputs, H centring over classes), damped; None weighs all alike. ``root`` is its lower Cholesky factor. ``relu``: the layer's activation is ReLU.
     ``samples`` gives up to ``SAMPLE_ROWS`` of (x, z), (p x m) and (p x n).
     """
 
@@ -77,17 +78,13 @@ class Regression:
     covariance: Tensor
     target_mean: Tensor
     metric: Tensor | None
+    root: Tensor | None
     relu: bool
     samples: Callable[[], tuple[Tensor, Tensor]]
 
     def corrected_bias(self, weight: Tensor) -> Tensor:
         """The bias (n,) that makes the mean output right for a dense weight (m x n)."""
         return self.target_mean - self.mean @ weight
-
-    @cached_property
-    def root(self) -> Tensor | None:
-        """Lower Cholesky factor (n x n) of the metric."""
-        return None if self.metric is None else torch.linalg.cholesky(self.metric)
 
     @cached_property
     def spread(self) -> Spread:
@@ -122,7 +119,7 @@ class Calibration:
     def __init__(self, network: Network, data: Data) -> None:
         self.network, self.data = network, data
         self._inputs: dict[str, list[Tensor] | None] = {}
-        self._metrics: dict[str, Tensor | None] = {}
+        self._metrics: dict[str, tuple[Tensor, Tensor] | None] = {}
         self._first: dict[tuple[str, bool], Regression] = {}  # of layers whose inputs are the original ones
 
     def regression(self, name: str, compressed: Mapping[str, Compressed], weighted: bool = True) -> Regression:
@@ -166,11 +163,13 @@ class Calibration:
             left = covariance + pull * torch.eye(m, dtype=torch.float64)
             target = torch.cholesky_solve(cross + pull * weight, torch.linalg.cholesky(left))
         mean, target_mean = mean + origin[0], target_mean + origin[1]
-        metric = self._metric(name) if weighted else None
+        metric, root = (self._metric(name) if weighted else None) or (None, None)
         relu = self.network.activation(name) == "relu"
-        found = Regression(
-            name, weight, target, bias, mean, covariance, target_mean, metric, relu, lambda: self._samples(name, before)
-        )
+
+        def samples() -> tuple[Tensor, Tensor]:
+            return self._samples(name, before)
+
+        found = Regression(name, weight, target, bias, mean, covariance, target_mean, metric, root, relu, samples)
         if not before:
             self._first[name, weighted] = found
         return found
@@ -260,10 +259,14 @@ class Calibration:
             x = z
         raise AssertionError
 
-    def _metric(self, name: str) -> Tensor | None:
-        """The damped Gauss-Newton metric (n x n) of a layer's outputs; None where the outputs' gradient can't be had."""
+    def _metric(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """The damped Gauss-Newton metric (n x n) of a layer's outputs and its lower Cholesky factor.
+
+        None where the outputs' gradient can't be had or is zero.
+        """
         if name not in self._metrics:
             total, count = None, 0
+            self._metrics[name] = None
             for gradients in self.network.gradients(name, self.data, PROBES):
                 flat = gradients.double().cpu().reshape(-1, gradients.shape[-1])
                 total = flat.T @ flat if total is None else total.addmm_(flat.T, flat)
@@ -273,6 +276,7 @@ class Calibration:
             if total is not None:
                 total /= count
                 mean = total.diagonal().mean()
-                total = total + METRIC_DAMPING * mean * torch.eye(len(total), dtype=torch.float64) if mean > 0 else None
-            self._metrics[name] = total
+                if mean > 0:
+                    total.diagonal().add_(METRIC_DAMPING * mean)
+                    self._metrics[name] = total, torch.linalg.cholesky(total)
         return self._metrics[name]

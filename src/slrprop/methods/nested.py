@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slrprop.checks import require_choice, require_count
 from slrprop.factors import SparseLowRank
-from slrprop.linalg import balanced, reduced_rank
+from slrprop.linalg import balanced, principal, projected
 from slrprop.methods.base import RankSettings, grid
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.regression import Regression
@@ -102,13 +102,15 @@ class Frame:
         self.across = covariance[rows] if self.low else covariance
         self.covariance = self.across[:, rows] if self.low else covariance
         self.factor = torch.linalg.cholesky(self.covariance) if self.low else None
+        self.directions: Tensor | None = None  # of the weighed output, of the last fit
 
     def fitted(self, rest: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """The best factors for a rest (m x n): its projection onto the block, then reduced rank."""
         target = rest if not self.narrow else rest[:, self.columns] if self.weigh is None else rest @ self.weigh
         if self.factor is not None:
             target = torch.cholesky_solve(self.across @ target, self.factor)
-        return reduced_rank(target, self.covariance, self.root, rank)
+        self.directions = principal(target, self.covariance, self.root, rank, self.directions)
+        return projected(target, self.root, self.directions)
 
 
 class Refit:

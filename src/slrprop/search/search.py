@@ -94,6 +94,10 @@ class Search:
                 fixed[layer.name] = layer
         if not chosen:
             return plan
+        first = next(layer for layer in plan.layers if layer.name in chosen)
+        if len(chosen) > 1 and plan.layers[0] is first:  # nothing is compressed before it: fitted as it stands
+            fixed[first.name] = replace(first, settings=first.settings | {"sequential": self.sequential})
+            del chosen[first.name]
         layers: dict[str, LayerPlan] = dict(fixed)
         for decision in in_order(self.problem, chosen, fixed):  # type: ignore[arg-type]
             used, own = chosen.get(decision.name, (METHODS["dense"], None))
