@@ -43,11 +43,11 @@ class TuneSettings:
         seed: of the order of the samples.
     """
 
-    epochs: int = 6
-    learning_rate: float = 1e-3
+    epochs: int = 20
+    learning_rate: float = 3e-3
     batch: int = 256
     temperature: float = 2.0
-    patience: int = 3
+    patience: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ from slrprop.search.search import Search
 from slrprop.tune import TuneSettings, distilled
 
 TRIES = 4  # evaluations per size that every contender has to share its bytes among the layers
+WIDE_TRIES = 2  # the same where layers have thousands of neurons
 SLOW_SEEDS = 3
 SHARES = 128  # steps of what methods keep that treat all layers together
 KEYS = ("experiment", "seed", "method", "size")
@@ -78,6 +79,7 @@ class Bench:
         self.calibration = Data((self.x_train[drawn], data.y_train[drawn]))
         self.network = TorchNetwork(self.head, self.calibration)
         self.problem = Problem(self.network, self.calibration)
+        self.wide = max(min(self.network.shape(name)) for name in experiment.layers) > 2048
         self._onnx: tuple[tempfile.TemporaryDirectory[str], Path, dict[str, str]] | None = None
 
     def stored(self, model: nn.Module) -> tuple[int, int]:
@@ -147,7 +149,7 @@ def plans_of(bench: Bench, contender: Contender, sizes: list[int]) -> Iterator[t
     prepared = time.perf_counter() - start
     for size in sizes:
         start = time.perf_counter()
-        chosen = search.within(size, TRIES, each=True)
+        chosen = search.within(size, WIDE_TRIES if bench.wide else TRIES, each=True)
         if chosen is not None:
             yield size, chosen[0], prepared + time.perf_counter() - start
 
@@ -216,12 +218,11 @@ def compare(
                 row = bench.row(ORIGINAL, total, Plan(()), bench.head, 0.0, timed and seed == 0)
                 store.add(row)
                 done.add(store.key(row))
-            wide = max(min(bench.network.shape(name)) for name in experiment.layers) > 2048
             for contender in contenders:
                 bar.update()
                 bar.set_postfix_str(f"seed {seed}, {contender.name}")
                 missing = [size for size in limits if (experiment.name, seed, contender.name, size) not in done]
-                if not missing or (contender.slow and seed >= SLOW_SEEDS) or (wide and not contender.wide):
+                if not missing or (contender.slow and seed >= SLOW_SEEDS) or (bench.wide and not contender.wide):
                     continue
                 for row in _rows(bench, contender, missing, timed and seed == 0):
                     store.add(row)
