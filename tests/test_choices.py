@@ -238,10 +238,12 @@ def test_few_evaluations_of_ten_layers(budget, fresh):
 
 
 def test_unknown_levels_and_methods(trained, fresh):
+    with pytest.raises(SlrpropError, match="'auto' chooses among methods within a budget: call compress, or name one"):
+        slrprop.plan(trained, fresh, "auto")
     with pytest.raises(SlrpropError, match="level must be one of weights, calibrated, tuned, got 'best'"):
         compress(trained, fresh, max_drop=1, level="best")
     for methods in ("svd", [], [("svd",)], {"svd": None}, 3):
-        with pytest.raises(SlrpropError, match="methods must map names to settings"):
+        with pytest.raises(SlrpropError, match="methods must be 'auto' or map names to settings"):
             compress(trained, fresh, max_drop=1, methods=methods)
     with pytest.raises(SlrpropError, match="treats layers together, and the search chooses for each by itself"):
         compress(trained, fresh, max_drop=1, methods={coupled(): {}})

@@ -306,7 +306,7 @@ def test_a_refitted_head_is_no_form_that_could_stay_dense(trained, fresh, monkey
         ({"max_bytes": "9" * 400}, "max_bytes must be a positive number"),
         ({"max_bytes": "0.0001%"}, "max_bytes must be a positive number"),
         ({"max_latency_ms": -1}, "max_latency_ms must be a positive number of milliseconds, got -1"),
-        ({"max_drop": 1, "methods": ["svd"]}, "methods must map names to settings"),
+        ({"max_drop": 1, "methods": ["svd"]}, "methods must be 'auto' or map names to settings"),
         ({"max_drop": 1, "evaluate": lambda _: math.nan}, "evaluate must give a finite number, got nan"),
         ({"max_drop": 1, "evaluate": len, "confident": True}, "confident needs an interval"),
     ],

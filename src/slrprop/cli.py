@@ -92,7 +92,7 @@ def plan(
     model: OnnxFile,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan (JSON).")],
     calibration: Calibration = None,
-    method: Annotated[str, typer.Option(help="See: slrprop methods")] = "slr",
+    method: Annotated[str, typer.Option(help="See: slrprop methods")] = "slrprop",
     rank: Annotated[int, typer.Option(help="Singular triplets kept.")] = 16,
     layers: Annotated[list[str] | None, typer.Option(help="Name or pattern; may be repeated.")] = None,
     sparsity_rate: Annotated[float, typer.Option(help="Share of the neurons that are shortened.")] = 0.5,
@@ -209,9 +209,7 @@ def compress(
     max_latency: Annotated[str | None, typer.Option(help="The same as a share of the original's: 50%.")] = None,
     metric: Annotated[str | None, typer.Option(help="accuracy, agreement or squared_error; found by default.")] = None,
     level: Annotated[str, typer.Option(help="What it may use: weights, calibrated or tuned.")] = "calibrated",
-    method: Annotated[
-        list[str] | None, typer.Option(help="Method to try instead of the level's; may be repeated.")
-    ] = None,
+    method: Annotated[list[str], typer.Option(help="May be repeated; auto: those of the level.")] = ["auto"],  # noqa: B006
     layers: Annotated[list[str] | None, typer.Option(help="Name or pattern; may be repeated.")] = None,
     confident: Annotated[bool, typer.Option(help="The upper end of the drop's interval must hold too.")] = False,
     seed: Annotated[int, typer.Option(help="Which half of the data searches.")] = 0,
@@ -240,7 +238,7 @@ def compress(
     try:
         found = search.compress(
             model, calibration, max_drop=max_drop, max_bytes=max_bytes, max_latency_ms=max_latency_ms, max_latency=max_latency,
-            metric=metric, level=level, methods=[(name, search.QUICK.get(name, {})) for name in method] if method else None,
+            metric=metric, level=level, methods="auto" if method == ["auto"] else [(name, search.QUICK.get(name, {})) for name in method],
             layers=layers or None, confident=confident, seed=seed, run_dir=run_dir,
         )  # fmt: skip
     except search.BudgetError as error:

@@ -1,6 +1,7 @@
 """The methods, one file each. A new one is registered by adding its ``METHOD`` here."""
 
 from slrprop.checks import require_choice
+from slrprop.errors import SlrpropError
 from slrprop.methods import (
     apoz,
     ddlr,
@@ -56,6 +57,8 @@ METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _A
 
 def find_method(name: str) -> Method:
     """The method of that name."""
+    if name == "auto":
+        raise SlrpropError("'auto' chooses among methods within a budget: call compress, or name one method")
     require_choice("method", name, METHODS)
     return METHODS[name]
 

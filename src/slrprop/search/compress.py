@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -35,7 +35,7 @@ def compress(
     evaluate: Callable[[Any], float] | None = None,
     lower_is_better: bool = False,
     level: str = "calibrated",
-    methods: Mapping[str, dict[str, Any]] | Sequence[Choice] | None = None,
+    methods: Mapping[str, dict[str, Any]] | Sequence[Choice] | Literal["auto"] = "auto",
     tuning: TuneSettings | None = None,
     layers: str | list[str] | None = None,
     confident: bool = False,
@@ -59,8 +59,9 @@ def compress(
         lower_is_better: for ``evaluate``.
         level: what the search may use, ``weights`` (the factors come from the weights alone), ``calibrated`` (they are fitted
             to the data; no labels, nothing is trained) or ``tuned`` (each measured plan is fine-tuned on the original's
-            outputs). It also names the methods that are tried: those that ``docs/comparison`` shows to be ahead.
-        methods: methods to try instead and their settings, ``{"svd": {}, "slr": {"criterion": "weight"}}`` or pairs.
+            outputs).
+        methods: what is tried for each layer: ``"auto"``, those of the level that ``docs/comparison`` shows to be ahead, or
+            methods and their settings, ``{"svd": {}, "slr": {"criterion": "weight"}}`` or pairs.
         tuning: settings of the level ``tuned``.
         layers: names or patterns; None for all.
         confident: the upper end of the drop's interval must be within ``max_drop`` too.
@@ -143,9 +144,9 @@ def compress(
 
 def choices_of(methods: Any, level: str) -> tuple[Choice, ...]:
     """The methods to try: those given, or the level's."""
-    if methods is None:
+    if methods == "auto":
         return LEVELS[level]
     pairs = list(methods.items()) if isinstance(methods, Mapping) else methods
     if isinstance(pairs, str) or not isinstance(pairs, Sequence) or not pairs or not all(isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[1], Mapping) for pair in pairs):  # fmt: skip
-        raise SlrpropError(f"methods must map names to settings, like {{'svd': {{}}}}, got {methods!r}")
+        raise SlrpropError(f"methods must be 'auto' or map names to settings, like {{'svd': {{}}}}, got {methods!r}")
     return tuple((name, dict(settings)) for name, settings in pairs)
