@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -19,7 +20,11 @@ def test_methods_are_listed_with_needs_and_source():
     assert listed["low_rank"]["needs"] == ["inputs", "sensitivity"]
     assert "Sensors 23(5):2718" in listed["slrprop"]["source"]
     table = runner.invoke(cli.app, ["methods"]).stdout
-    assert "weights only" in table and "sparsity_rate=0.5" in table
+    assert "weights only" in table and all(name in table for name in METHODS)
+    one = runner.invoke(cli.app, ["methods", "slr"]).stdout
+    assert re.search(r"sparsity_rate *│ *0\.5", one) and "Neurocomputing 398" in one and "cost" in one
+    alone = json.loads(runner.invoke(cli.app, ["methods", "slr", "--json"]).stdout)
+    assert alone == [listed["slr"]]
 
 
 @pytest.mark.parametrize(

@@ -31,42 +31,39 @@ Calibration = Annotated[
 
 
 @app.command()
-def methods(as_json: Json = False) -> None:
-    """List the methods, what they need and where they come from.
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="One of them: its settings and source.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the methods and what they need, or one method's settings and where it comes from.
 
-    Example: slrprop methods --json
+    Example: slrprop methods nested
     """
-    from slrprop.methods import METHODS
+    from slrprop.methods import METHODS, find_method
 
-    listed = [
-        {
-            "method": method.name,
-            "summary": method.summary,
-            "needs": list(method.needs),
-            "settings": {field.name: getattr(method.settings(), field.name) for field in fields(method.settings)},
-            "source": method.source,
-        }
-        for method in METHODS.values()
-    ]
+    chosen = list(METHODS.values()) if name is None else [find_method(name)]
+    settings = {
+        method.name: {field.name: getattr(method.settings(), field.name) for field in fields(method.settings)}
+        for method in chosen
+    }
+    needs = {method.name: ", ".join(method.needs) or "weights only" for method in chosen}
     if as_json:
+        listed = [
+            {
+                "method": method.name, "summary": method.summary, "needs": list(method.needs),
+                "settings": settings[method.name], "source": method.source,
+            }
+            for method in chosen
+        ]  # fmt: skip
         typer.echo(json.dumps(listed, indent=1))
-        return
-    rows = [
-        [
-            str(item["method"]),
-            str(item["summary"]),
-            ", ".join(method.needs) or "weights only",
-            ", ".join(f"{key}={value}" for key, value in method_settings.items()),
-            str(item["source"]),
-        ]
-        for item, method in zip(listed, METHODS.values(), strict=True)
-        if isinstance(method_settings := item["settings"], dict)
-    ]
-    show_table(
-        ["method", "summary", "needs", "settings (default)", "source"],
-        rows,
-        wrap=("summary", "settings (default)", "source"),
-    )
+    elif name is None:
+        rows = [[method.name, method.summary, needs[method.name]] for method in chosen]
+        show_table(["method", "summary", "needs"], rows, wrap=("summary",))
+    else:
+        typer.echo(f"{chosen[0].summary}\nneeds: {needs[name]}\nsource: {chosen[0].source}")
+        show_table(["setting", "default"], [[key, str(value)] for key, value in settings[name].items()])
 
 
 @app.command()

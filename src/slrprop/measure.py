@@ -19,7 +19,7 @@ from slrprop.storage import to_bytes
 
 @dataclass(frozen=True)
 class Measurement:
-    """Quality in percent, size in stored numbers and in bytes of the saved file.
+    """Quality in percent, size in bytes of the saved file and in floating-point numbers (codes of few bits are none).
 
     ``accuracy``: share of samples whose largest output is the label. ``auc``, ``recall``, ``precision`` and
     ``specificity`` are micro averages over all (sample, class) pairs; the last three count a class as predicted
