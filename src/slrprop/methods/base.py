@@ -101,21 +101,21 @@ class SVDBasedSettings(RankSettings):
             require_choice("solver", self.solver, ("auto", *SOLVERS))
 
 
-COARSE_ABOVE = 1024  # neurons on a side: half as many ranks are tried
+COARSE_ABOVE = 1024  # neurons on a side: half as many ranks from 16 on are tried
 WIDE_RANKS = 256  # highest rank tried on layers with more than 2048 neurons on both sides
 
 
-def grid(limit: int, parts: int = 4) -> list[int]:
-    """1, 2, ..., 8, 10, 12, 14, 16, 20, ...: ``parts`` steps from each power of two to the next, up to a limit."""
+def grid(limit: int, coarse: bool = False) -> list[int]:
+    """1, 2, ..., 8, 10, 12, 14, 16, 20, ... up to a limit: four steps to each power of two; ``coarse``: two from 16 on."""
     powers = (2**power for power in range(limit.bit_length()))
-    steps = {power + power * part // parts for power in powers for part in range(parts)}
+    steps = {power + power * part // 4 for power in powers for part in range(0, 4, 2 if coarse and power >= 16 else 1)}
     return sorted(step for step in steps if step <= limit)
 
 
 def ranks_for(m: int, n: int) -> list[int]:
     """Ranks up to the break-even rank of an m x n layer."""
     limit = (m * n - 1) // (m + n)
-    return grid(min(limit, WIDE_RANKS) if min(m, n) > 2048 else limit, 2 if max(m, n) > COARSE_ABOVE else 4)
+    return grid(min(limit, WIDE_RANKS) if min(m, n) > 2048 else limit, max(m, n) > COARSE_ABOVE)
 
 
 class Problem:
