@@ -27,8 +27,9 @@ from torch import Tensor, nn
 import slrprop
 from slrprop.layers import linear_from
 from slrprop.network.torch import stored_numbers, swapped
-from slrprop.paper.experiments import EXPERIMENTS, fit, trained
+from slrprop.paper.experiments import EXPERIMENTS, trained
 from slrprop.paper.networks import LeNet5, RoomMLP
+from slrprop.paper.training import fit
 from slrprop.permutations import packed_bytes
 from slrprop.permuted import PermutedLinear, SharedLinear, permute, train
 from slrprop.quantize import quantised, with_bias
@@ -131,7 +132,7 @@ def trained_part(args: argparse.Namespace) -> None:
         "dense 400-3-10": (lambda seed: Narrow(3), 1e-2),
     }
     train_table("LeNet-5, MNIST", lenet, data, SEEDS, 3, 128)
-    longer = replace(EXPERIMENTS["lenet5-mnist"], batch=128, learning_rate=1e-2)
+    longer = replace(EXPERIMENTS["lenet5-mnist"].recipe, batch=128, learning_rate=1e-2)
     torch.manual_seed(0)
     model = permute(LeNet5())
     fit(model, longer, data, "LeNet-5 permuted")

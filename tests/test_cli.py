@@ -61,7 +61,10 @@ def test_a_mistake_is_one_sentence_and_no_traceback(tmp_path):
     ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr.strip() == "error: no experiment is called 'vgg'; there are lenet5-mnist, room-mlp"
+    assert (
+        result.stderr.strip()
+        == "error: no experiment is called 'vgg'; there are lenet5-mnist, room-mlp, vgg16-cifar10, vgg16-cifar100"
+    )
 
 
 def test_a_missing_extra_is_named(monkeypatch):

@@ -167,7 +167,8 @@ class Small(LeNet300):
 def tiny(digits, monkeypatch):
     x, y = digits
     data = Dataset(x[:600], y[:600], x[600:800], y[600:800])
-    experiment = dataclasses.replace(experiments.LENET300, name="tiny", network=Small, calibration=60, epochs=2)
+    short = dataclasses.replace(experiments.LENET300.recipe, epochs=2)
+    experiment = dataclasses.replace(experiments.LENET300, name="tiny", network=Small, calibration=60, recipe=short)
     monkeypatch.setitem(experiments.COMPARED, "tiny", experiment)
     monkeypatch.setattr(experiments.Experiment, "load_data", lambda self, folder=None: data)
 
@@ -200,7 +201,10 @@ def test_the_command_computes_writes_and_goes_on(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["vgg"], "no experiment is called 'vgg'; there are lenet5-mnist, room-mlp, lenet300-mnist"),
+        (
+            ["vgg"],
+            "no experiment is called 'vgg'; there are lenet5-mnist, room-mlp, vgg16-cifar10, vgg16-cifar100, lenet300-mnist",
+        ),
         (
             ["tiny", "--bytes", "1%,much"],
             "--bytes must be a positive number, like 300000, '300KB' or '25%', got 'much'",

@@ -20,9 +20,10 @@ from slrprop.methods import Problem
 from slrprop.network import OnnxNetwork, TorchNetwork
 from slrprop.network.base import fingerprint
 from slrprop.paper.datasets import Dataset
-from slrprop.paper.experiments import Experiment, fit, trained
+from slrprop.paper.experiments import Experiment, trained
 from slrprop.paper.networks import DenseHead
 from slrprop.paper.store import Store
+from slrprop.paper.training import fit
 from slrprop.plan import Plan, wording
 from slrprop.search.judge import Door, Judge, Log
 from slrprop.search.result import parse_size
@@ -187,7 +188,7 @@ def narrower(bench: Bench, size: int) -> Comparison | None:
     with torch.random.fork_rng():
         torch.manual_seed(bench.seed)
         model = experiment.network(widths=tuple(best))
-        fit(model, experiment, data, f"{experiment.name} narrower {best} seed {bench.seed}")
+        fit(model, experiment.recipe, data, f"{experiment.name} narrower {best} seed {bench.seed}")
     with torch.no_grad():
         front = bench.x_test
         bench.x_test = torch.cat([model.front(part) for part in data.x_test.split(1000)])

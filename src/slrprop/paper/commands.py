@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from slrprop.checks import require_choice
 from slrprop.terminal import Json, Output, need_extra, show_table
 
 paper = typer.Typer(no_args_is_help=True, help="The experiments of the SLRProp article (Sensors 23(5):2718, 2023).")
 
-Name = Annotated[str, typer.Argument(help="lenet5-mnist or room-mlp")]
+Name = Annotated[str, typer.Argument(help="lenet5-mnist, room-mlp, vgg16-cifar10 or vgg16-cifar100")]
 DataFolder = Annotated[
     Path | None, typer.Option("--data", help="Folder with the data sets; default: $SLRPROP_DATA, else downloaded.")
 ]
@@ -22,6 +23,36 @@ FIGURES = {
     "lenet5-mnist": ("figure4", "LeNet-5 on MNIST (Figure 4)"),
     "room-mlp": ("figure5", "Room occupancy, MLP (Figure 5)"),
 }
+
+
+@paper.command("train")
+def paper_train(
+    name: Name,
+    seeds: Seeds = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
+    data: DataFolder = None,
+    run_dir: RunFolder = Path("runs/paper"),
+    as_json: Json = False,
+) -> None:
+    """Train the network of an experiment; where that is long, a second call goes on after the last finished epoch.
+
+    Example: slrprop paper train vgg16-cifar10
+    """
+    require_choice("device", device, ("auto", "cpu", "cuda"))
+    experiments = importlib.import_module("slrprop.paper.experiments")
+    training = importlib.import_module("slrprop.paper.training")
+    experiment = experiments.find_experiment(name)
+    loaded = experiment.load_data(data)
+    told = []
+    for seed in range(seeds):
+        model = experiments.trained(experiment, seed, loaded, run_dir, training.device_of(device))
+        path = experiments.weights_of(experiment, seed, run_dir)
+        found = importlib.import_module("slrprop.measure").measure(model, (loaded.x_test, loaded.y_test))
+        told.append({"seed": seed, "accuracy": found.accuracy, "file": str(path), "sha256": training.digest(path)})
+        if not as_json:
+            typer.echo(f"seed {seed}: {found.accuracy:.2f} % of the test set; {path}, SHA-256 {told[-1]['sha256']}")
+    if as_json:
+        typer.echo(json.dumps(told))
 
 
 @paper.command("run")

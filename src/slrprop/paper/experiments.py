@@ -2,23 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from slrprop.errors import SlrpropError
 from slrprop.files import replacing
 from slrprop.paper.datasets import DATASETS, Dataset
-from slrprop.paper.networks import Headed, LeNet5, LeNet300, RoomMLP
-
-
-def shifted(images: Tensor) -> Tensor:
-    """Move a batch of images by one random offset of up to 2 pixels (the border is blank)."""
-    dx, dy = torch.randint(-2, 3, (2,)).tolist()
-    return images.roll((dx, dy), (2, 3))
+from slrprop.paper.networks import VGG16, Headed, LeNet5, LeNet300, RoomMLP
+from slrprop.paper.training import Recipe, Trainer, cropped, shifted, write_log
 
 
 @dataclass(frozen=True)
@@ -35,26 +29,30 @@ class Experiment:
     layers: tuple[str, str]
     ranks: tuple[int, ...]
     calibration: int
-    epochs: int
-    batch: int
-    learning_rate: float
-    augment: Callable[[Tensor], Tensor] | None = None
+    recipe: Recipe
 
     def load_data(self, folder: str | Path | None = None) -> Dataset:
         """Read or download the data set."""
         return DATASETS[self.dataset](folder)
 
 
+VGG = Recipe(
+    epochs=20, batch=128, learning_rate=0.1, weight_decay=5e-4, momentum=0.9, augment=cropped, convolutional=True
+)
+LENET = Recipe(epochs=15, batch=64, learning_rate=3e-3, augment=shifted)
+ROOM = Recipe(epochs=4, batch=64, learning_rate=1e-4)
 EXPERIMENTS = {
     experiment.name: experiment
     for experiment in (
-        Experiment("lenet5-mnist", "mnist", LeNet5, ("fc3", "fc4"), (2, 4, 8, 16, 32), 10_000, 15, 64, 3e-3, shifted),
-        Experiment("room-mlp", "room", RoomMLP, ("fc2", "fc3"), (2, 4, 8, 16), 1_000, 4, 64, 1e-4),
+        Experiment("lenet5-mnist", "mnist", LeNet5, ("fc3", "fc4"), (2, 4, 8, 16, 32), 10_000, LENET),
+        Experiment("room-mlp", "room", RoomMLP, ("fc2", "fc3"), (2, 4, 8, 16), 1_000, ROOM),
+        Experiment("vgg16-cifar10", "cifar10", VGG16, ("fc6", "fc7"), (2, 4, 8, 16, 32, 64), 10_000, VGG),
+        Experiment("vgg16-cifar100", "cifar100", partial(VGG16, 100), ("fc6", "fc7"), (2, 4, 8, 16, 32, 64), 10_000, VGG),
     )
-}
-
-
-LENET300 = Experiment("lenet300-mnist", "mnist", LeNet300, ("fc1", "fc2"), (), 10_000, 10, 64, 2e-3)
+}  # fmt: skip
+LENET300 = Experiment(
+    "lenet300-mnist", "mnist", LeNet300, ("fc1", "fc2"), (), 10_000, Recipe(epochs=10, batch=64, learning_rate=2e-3)
+)
 COMPARED = EXPERIMENTS | {LENET300.name: LENET300}  # with what other articles than SLRProp's measure on
 
 
@@ -65,37 +63,30 @@ def find_experiment(name: str, among: Mapping[str, Experiment] = EXPERIMENTS) ->
     return among[name]
 
 
-def fit(model: nn.Module, experiment: Experiment, data: Dataset, label: str) -> None:
-    """Train in place: AdamW (weight decay 0.01), one-cycle learning rate, cross-entropy."""
-    steps = -(-len(data.x_train) // experiment.batch) * experiment.epochs
-    optimizer = torch.optim.AdamW(model.parameters(), lr=experiment.learning_rate, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, experiment.learning_rate, total_steps=steps)
-    model.train()
-    with tqdm(total=steps, desc=label, unit="step", mininterval=1) as bar:
-        for _ in range(experiment.epochs):
-            for chosen in torch.randperm(len(data.x_train)).split(experiment.batch):
-                x = data.x_train[chosen]
-                x = experiment.augment(x) if experiment.augment else x
-                loss = nn.functional.cross_entropy(model(x), data.y_train[chosen])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                bar.update()
-    model.eval()
+def trained(experiment: Experiment, seed: int, data: Dataset, folder: Path, device: str = "cpu") -> Headed:
+    """The experiment's network trained from ``seed``; read from ``folder`` if it was trained there before.
 
-
-def trained(experiment: Experiment, seed: int, data: Dataset, folder: Path) -> Headed:
-    """The experiment's network trained from ``seed``; read from ``folder`` if it was trained there before."""
-    path = folder / f"{experiment.name}-seed{seed}.safetensors"
+    Where an epoch takes minutes, what is finished of a training is kept there too and gone on from.
+    """
+    path = weights_of(experiment, seed, folder)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = experiment.network()
         if path.exists():
             model.load_state_dict(load_file(path))
             return model.eval()
-        fit(model, experiment, data, f"{experiment.name} seed {seed}")
-    folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint = path.with_suffix(".part") if experiment.recipe.convolutional else None
+        trainer = Trainer(model, experiment.recipe, len(data.x_train), checkpoint, device)
+        trainer.run(data, f"{experiment.name} seed {seed}")
     with replacing(path) as part:
         part.write_bytes(save(model.state_dict()))
+    write_log(trainer.log, path.with_suffix(".csv"))
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
     return model
+
+
+def weights_of(experiment: Experiment, seed: int, folder: Path) -> Path:
+    """Where the trained weights are kept."""
+    return folder / f"{experiment.name}-seed{seed}.safetensors"

@@ -34,8 +34,12 @@ class Headed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.front(x)
         for name in self.dense[:-1]:
-            x = self.get_submodule(name)(x).relu()
+            x = self.between(self.get_submodule(name)(x).relu())
         return self.get_submodule(self.dense[-1])(x)
+
+    def between(self, x: Tensor) -> Tensor:
+        """What is done to a dense layer's outputs while the network is trained."""
+        return x
 
 
 class LeNet5(Headed):
@@ -91,3 +95,35 @@ class LeNet300(Headed):
     def front(self, x: Tensor) -> Tensor:
         """The images' pixels without the border (p x 784)."""
         return x[..., 2:30, 2:30].flatten(1)
+
+
+class VGG16(Headed):
+    """VGG16 for 3 x 32 x 32 images: 13 convolutions with batch norm, then dense 512-4096-4096-classes with ReLU.
+
+    Dropout of a half before the two last dense layers while it is trained (Simonyan and Zisserman 2015, configuration D).
+    """
+
+    dense = ("fc6", "fc7", "fc8")
+    stages = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+
+    def __init__(self, classes: int = 10, widths: tuple[int, int] = (4096, 4096)) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for wide, count in self.stages:
+            for _ in range(count):
+                layers += [nn.Conv2d(channels, wide, 3, padding=1, bias=False), nn.BatchNorm2d(wide), nn.ReLU()]
+                channels = wide
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers, nn.Flatten())
+        self.fc6 = nn.Linear(channels, widths[0])
+        self.fc7 = nn.Linear(*widths)
+        self.fc8 = nn.Linear(widths[1], classes)
+
+    def front(self, x: Tensor) -> Tensor:
+        """The convolutions' features (p x 512)."""
+        features: Tensor = self.features(x)
+        return features
+
+    def between(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5) if self.training else x
