@@ -122,6 +122,7 @@ class Tunable(nn.Module):
 
     def finished(self) -> LayerPlan:
         """The layer's plan with the tuned factors."""
+        self.cpu()
         with torch.no_grad():
             bias = None if self.bias is None else self.bias.detach().clone()
             if self.bits == 32:
@@ -173,7 +174,10 @@ def distilled(
     if not plan.layers or any(layer.factors is None for layer in plan.layers):
         raise SlrpropError("there is nothing to tune: the plan treats no layer, or was read without its factors")
     names = [layer.name for layer in plan.layers]
-    layers = {layer.name: Tunable(layer, network.bias(layer.name)) for layer in plan.layers}
+    layers = {
+        layer.name: Tunable(layer, network.bias(layer.name)).to(network.weight(layer.name).device)
+        for layer in plan.layers
+    }
     entry = _entry(network, names)
     student: Forward
     teacher: Forward

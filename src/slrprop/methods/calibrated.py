@@ -98,10 +98,10 @@ def in_order(
     last = head_after(problem, [*names, *(fixed or {})]) if wanted else None
     if last is not None:
         task = problem.calibration.regression(last, compressed, weighted=False)
-        like = problem.weight(last)
-        weight = task.weight.to(like).contiguous()
+        dtype = problem.weight(last).dtype
+        weight = task.weight.to(dtype).contiguous()
         yield Decision(
-            last, Dense(weight), bias=task.corrected_bias(weight.double()).to(like), method="dense",
+            last, Dense(weight), bias=task.corrected_bias(weight.double()).to(dtype), method="dense",
             settings=METHOD_OF["dense"].settings(bits=32),
         )  # fmt: skip
 
@@ -118,8 +118,8 @@ def computed_by(problem: Problem, layer: LayerPlan) -> Compressed:
     assert form is not None
     own = form.bias if isinstance(form, Quantized) else layer.bias
     bias = problem.network.bias(layer.name) if own is None else own
-    weight = form.dense().double()
-    return Compressed(weight, weight.new_zeros(weight.shape[1]) if bias is None else bias.detach().double())
+    weight = form.dense().double().cpu()
+    return Compressed(weight, weight.new_zeros(weight.shape[1]) if bias is None else bias.detach().double().cpu())
 
 
 def head_after(problem: Problem, names: list[str]) -> str | None:
@@ -138,11 +138,11 @@ def fit_layer(
     settings: CalibratedSettings,
     compressed: Mapping[str, Compressed],
 ) -> tuple[Decision, Compressed]:
-    """One layer's factors, rounded if so asked, and its bias; and what it computes by now."""
+    """One layer's factors, rounded if so asked, and its bias; and what it computes by now. All on the CPU."""
     assert method.fit is not None
     before = compressed if settings.sequential else {}
     task = problem.calibration.regression(name, before, settings.weighted)
-    like = problem.weight(name)
+    dtype = problem.weight(name).dtype
     fitted = method.fit(task, settings)
     form, own, notes = fitted if isinstance(fitted, Fitted) else (fitted, None, None)
     if own is not None:  # a solution in itself: rounding is to come near to it, not to the weight it was fitted to
@@ -155,8 +155,8 @@ def fit_layer(
         if mean is not None or problem.network.bias(name) is not None:
             form = with_bias(form, task.bias if mean is None else mean - task.mean @ form.dense().double())
     else:
-        form = form.with_matrices({key: matrix.to(like).contiguous() for key, matrix in form.matrices().items()})
-        bias = None if mean is None else (mean - task.mean @ form.dense().double()).to(like)
+        form = form.with_matrices({key: matrix.to(dtype).contiguous() for key, matrix in form.matrices().items()})
+        bias = None if mean is None else (mean - task.mean @ form.dense().double()).to(dtype)
     made = form.bias if isinstance(form, Quantized) else bias
     now = task.bias if made is None else made.double()
     return Decision(name, form, bias=bias, notes=notes), Compressed(form.dense().double(), now)
