@@ -114,7 +114,7 @@ def candidates_of(
             )
         if name not in kind(**given).eligible(problem.network):
             continue  # for example a layer that SLRProp's chain does not reach
-        for step in kind.ladder(m, n):
+        for step in reversed(kind.ladder(m, n)):  # from the largest: the components of lower ranks are part of its
             settings = kind(**{**step, **given})
             if (settings.stored_numbers(m, n) or 0) * min(settings.bits, 8 * weight.itemsize) / 8 > most:
                 continue
