@@ -67,6 +67,11 @@ class Results:
         """The most seeds that any cell has."""
         return max(map(len, self.cells.values()))
 
+    @property
+    def least(self) -> int:
+        """Seeds that a cell needs to be judged: as many as slow contenders have, where any has them."""
+        return min(SLOW_SEEDS, self.most)
+
     def cell(self, name: str, size: int) -> dict[int, Comparison]:
         """Rows by seed; empty where the contender can't reach the size."""
         return self.cells.get((name, size), {})
@@ -77,12 +82,13 @@ class Results:
         return statistics.mean(self.originals[seed].accuracy - row.accuracy for seed, row in rows.items())
 
     def reaching(self, size: int, levels: Iterable[str] = LEVELS) -> list[str]:
-        """The contenders of these levels that have rows at the size."""
-        return [name for name in self.names if KNOWN[name].level in levels and self.cell(name, size)]
+        """The contenders of these levels whose rows at the size can be judged."""
+        return [name for name in self.names if KNOWN[name].level in levels and len(self.cell(name, size)) >= self.least]
 
     def best(self, size: int, names: Iterable[str]) -> str | None:
         """Who loses fewest points (against the originals of its own seeds, as not all have the same seeds)."""
-        known = [name for name in names if self.cell(name, size)]
+        judged = set(self.reaching(size))
+        known = [name for name in names if name in judged]
         return min(known, key=lambda name: self.lost(name, size)) if known else None
 
     def lead(self, first: str, second: str, size: int) -> Lead | None:
@@ -105,7 +111,7 @@ class Results:
         chosen = {name for name in self.names if name == "SVD" or name.startswith("auto")}
         for size in self.sizes:
             best = self.best(size, self.names)
-            chosen |= {name for name in self.names if best is not None and self.near(name, size, best)}
+            chosen |= {name for name in self.reaching(size) if best is not None and self.near(name, size, best)}
             chosen |= {self.best(size, self.reaching(size, (level,))) or "" for level in LEVELS}
         return [name for name in self.names if name in chosen]
 
@@ -223,18 +229,21 @@ def page(results: Results, verdicts: list[tuple[str, list[str]]]) -> str:
     original = next((row for row in results.originals.values() if not math.isnan(row.latency)), None)
     file = f"; the original's file: {amount(original.file_bytes)}, {1e6 * original.latency:.0f} µs" if original else ""
     layers = " and ".join(experiment.layers)
+    few = f", {SLOW_SEEDS} for slow contenders" if len(results.originals) > SLOW_SEEDS else ""
     parts = [
         f"# {name}: every contender at equal stored bytes",
         f"Written by `slrprop compare {name} --output`. How it is measured: [the comparison](README.md). Every row: [{name}.csv]({name}.csv).",
-        f"Treated: {layers}, {amount(results.total)} in float32 with biases. {count_of(len(results.originals))}, {SLOW_SEEDS} for slow contenders; "
-        f"calibration on {experiment.calibration:,} training samples; {TRIES} measured alternatives per size; tuned: at most {TuneSettings().epochs} epochs of distillation.",
+        f"Treated: {layers}, {amount(results.total)} in float32 with biases. {count_of(len(results.originals))}{few}; "
+        f"calibration on {experiment.calibration:,} training samples; at most {TRIES} measured alternatives per size; tuned: at most {TuneSettings().epochs} epochs of distillation.",
         "## Verdict",
         "Points of accuracy; ± is the standard error of the per-seed differences, over the seeds that both have.",
         *("\n\n".join((f"**{heading}**", "\n".join(f"- {line}" for line in lines))) for heading, lines in verdicts),
         f"![Accuracy lost against stored bytes, {name}]({name}.png)",
         "## Accuracy on the test set, %",
         f"Mean ± standard deviation over {count_of(results.most)} where no other number is given. Bold: the best of the column, by what is lost from the originals of the "
-        f"same seeds; {NEAR}: within one standard error of it (paired by seed); italics: the best of its level; {NONE}: too small a size for it.",
+        f"same seeds; {NEAR}: within one standard error of it (paired by seed); italics: the best of its level; {NONE}: too small a size for it. "
+        + f"Contenders of fewer than {count_of(results.least)} are shown and not judged."
+        * (results.least > 1),
         markdown(accuracy_table(results)).rstrip(),
         absent(results),
         "## Agreement with the original, % / mean loss",

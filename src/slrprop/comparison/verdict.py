@@ -104,7 +104,8 @@ def articles(results: Results) -> list[str]:
     """Each variant's difference from plain SVD at every size that both reach."""
     lines, ahead, behind, cells = [], 0, 0, 0
     for name in ARTICLES:
-        leads = [(size, lead) for size in results.sizes if (lead := results.lead(name, PLAIN, size)) is not None]
+        reached = [size for size in results.sizes if name in results.reaching(size)]
+        leads = [(size, lead) for size in reached if (lead := results.lead(name, PLAIN, size)) is not None]
         if not leads:
             continue
         cells += len(leads)
