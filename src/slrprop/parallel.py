@@ -47,6 +47,8 @@ def each(
     require_count("workers", workers, 1)
     tasks = list(tasks)
     if cluster is not None:
+        if cluster != "auto" and not cluster.startswith("ray://"):
+            raise SlrpropError(f"cluster must be 'auto' or ray://HOST:PORT, got '{cluster}'")
         return _on_cluster(function, tasks, shared, cluster) if tasks else iter(())
     if workers == 1 or len(tasks) < 2:
         return ((task, function(task, *shared)) for task in tasks)
@@ -110,17 +112,19 @@ def _on_cluster(
         pending = {remote.remote(function, call, sent, task): task for task in tasks}
         while pending:
             (done,), _ = ray.wait(list(pending))
-            result = ray.get(done)
-            yield pending.pop(done), result
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause or error from None
+            task = pending.pop(done)
+            yield task, ray.get(done)
     except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, Exception) and not isinstance(cause, ray.exceptions.RayError):
+            raise cause from None
         raise SlrpropError(
             f"the Ray cluster '{cluster}' lost a task for good ({first_line(error)}); are all its machines alive, with "
             "the same Python, Ray and slrprop on them?"
         ) from error
     finally:
-        for left in pending:
-            ray.cancel(left, force=True)
-        if joined:
+        if joined:  # which ends its tasks
             ray.shutdown()
+        else:
+            for left in pending:
+                ray.cancel(left)
