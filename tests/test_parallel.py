@@ -131,7 +131,9 @@ class TestStore:
         with ThreadPool(4) as pool:
             pool.map(lambda _: write(_, pickle.loads(pickle.dumps(store))), range(4))
         assert told(store.results("tiny")) == told(ROWS)
-        with pytest.raises(SlrpropError, match=r"'postgresql\+psycopg://.*\*\*\*@.*missing' can't be opened"):
+        with pytest.raises(
+            SlrpropError, match=r"'postgresql://slrprop:\*\*\*@/missing.*can't be opened: .*does not exist"
+        ):
             paper_store(postgresql.replace("/postgres?", "/missing?"))
 
 

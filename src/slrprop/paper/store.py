@@ -63,7 +63,7 @@ class Store(Generic[Row]):
         self._kind, self._keys, self.name = kind, keys, str(place)
         if "://" in self.name:
             url = _postgresql(self.name)
-            self.name = url.render_as_string(hide_password=True)
+            self.name = url.set(drivername="postgresql").render_as_string(hide_password=True)
             self._place: Path | str = url.render_as_string(hide_password=False)
             self._insert: Any = postgresql.insert
             self._engine = create_engine(url, pool_pre_ping=True)
