@@ -31,6 +31,13 @@ def write(_, store):
     return len(ROWS)
 
 
+def meet(task, folder):
+    """Both tasks must run at the same time."""
+    (Path(folder) / f"met{task}").touch()
+    while len(list(Path(folder).glob("met*"))) < 2:
+        time.sleep(0.05)
+
+
 def wait(task, folder):
     (Path(folder) / str(task)).touch()
     time.sleep(60)
