@@ -198,6 +198,20 @@ def test_the_command_computes_writes_and_goes_on(tiny, tmp_path, monkeypatch):
     assert all(row["bytes"] <= row["size"] for row in listed)
 
 
+def test_workers_make_the_same_rows_in_any_database(tiny, tmp_path):
+    common = ["tiny", "--bytes", "20%,40%", "--seeds", 1, "--run-dir", tmp_path, "--json"]
+    common += ["--contenders", "SVD, 8 bits,NISP,low rank, two-sided, 8 bits"]
+    one, two = (
+        json.loads(call(*common, "--workers", count, "--database", tmp_path / f"{count}.sqlite").stdout)
+        for count in (1, 2)
+    )
+    for row in (*one, *two):
+        for measured in ("seconds", "latency", "faster"):
+            del row[measured]
+    assert len(one) == 1 + 2 * 3 and one == two
+    assert not (tmp_path / "results.sqlite").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -1,5 +1,6 @@
-"""One sentence for every kind of bad setting."""
+"""One sentence for every kind of bad setting, and for an extra that is not installed."""
 
+import importlib
 from collections.abc import Collection
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -60,3 +61,19 @@ def require_density(what: str, density: Any) -> None:
     """A density is a number above 0, at most 1."""
     if isinstance(density, bool) or not isinstance(density, Real) or density <= 0 or not density <= 1:
         raise SlrpropError(f"{what} must be above 0 and at most 1, got {density!r}")
+
+
+def need_extra(module: str, extra: str) -> Any:
+    """Import a module of an optional extra.
+
+    Raises:
+        SlrpropError: it is not installed; the sentence names the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("slrprop"):
+            raise
+        raise SlrpropError(
+            f"this command needs the package '{error.name}'; install it with: pip install 'slrprop[{extra}]'"
+        ) from error

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from slrprop.checks import need_extra
 from slrprop.comparison.commands import compare
 from slrprop.errors import SlrpropError
 from slrprop.paper.commands import paper
-from slrprop.terminal import Json, Output, need_extra, show_table
+from slrprop.terminal import Json, Output, show_table
 
 app = typer.Typer(
     no_args_is_help=True,

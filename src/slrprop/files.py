@@ -9,6 +9,16 @@ from pathlib import Path
 from slrprop.errors import SlrpropError
 
 
+def require_seen(path: Path) -> Path:
+    """A file that another process has written, by a path that must mean the same on its machine."""
+    if not path.exists():
+        raise SlrpropError(
+            f"'{path}' is not seen here; machines that work together need a folder that all of them see (--run-dir), "
+            "and a database that all of them reach (--database)"
+        )
+    return path
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it takes the place of ``path``, on failure it is removed.

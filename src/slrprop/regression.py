@@ -17,6 +17,7 @@ from slrprop.errors import SlrpropError
 from slrprop.linalg import balanced, principal, projected
 from slrprop.network.base import Network
 from slrprop.network.chain import ACTIVATIONS
+from slrprop.statistics import Moments
 
 DAMPING = 1e-4  # pull towards the original weight, times the mean variance of the inputs
 ROUNDING = 1e-12  # relative, of sums in float64
@@ -114,10 +115,14 @@ class Regression:
 
 
 class Calibration:
-    """Regressions of a network's layers on one data set; what was streamed once is kept where it fits."""
+    """Regressions of a network's layers on one data set; what was streamed once is kept where it fits.
 
-    def __init__(self, network: Network, data: Data) -> None:
-        self.network, self.data = network, data
+    Args:
+        known: moments of layers of the original network (:func:`slrprop.statistics.moments`), which are not summed again.
+    """
+
+    def __init__(self, network: Network, data: Data, known: Mapping[str, Moments] | None = None) -> None:
+        self.network, self.data, self._known = network, data, known or {}
         self._inputs: dict[str, list[Tensor] | None] = {}
         self._metrics: dict[str, tuple[Tensor, Tensor] | None] = {}
         self._first: dict[tuple[str, bool], Regression] = {}  # of layers whose inputs are the original ones
@@ -135,34 +140,25 @@ class Calibration:
             return self._first[name, weighted]
         weight, bias = self._original(name)
         m, n = weight.shape
-        count, sum_x, sum_z = 0, weight.new_zeros(m), weight.new_zeros(n)
-        origin: tuple[Tensor, Tensor] | None = None  # sums are taken from here, so that little cancels
-        square, cross = weight.new_zeros(m, m), weight.new_zeros(m, n)
         before = {key: value for key, value in compressed.items() if key != name}
-        for x, z in self._pairs(name, before):
-            x, z = x.double().cpu(), z.double().cpu()
-            origin = origin or (x.mean(0), z.mean(0))
-            x, z = x - origin[0], z - origin[1]
-            count += len(x)
-            sum_x += x.sum(0)
-            sum_z += z.sum(0)
-            square.addmm_(x.T, x)
-            if before:
-                cross.addmm_(x.T, z)
-        if origin is None or not count:
+        summed = self._known.get(name) if not before else None
+        if summed is None:
+            summed = Moments(m, n, crossed=bool(before))
+            for x, z in self._pairs(name, before):
+                summed.add(x, z)
+        if not summed.count:
             raise SlrpropError(f"layer '{name}' saw no sample of the calibration data; give data that reaches it")
-        mean, target_mean = sum_x / count, sum_z / count
-        covariance = square.div_(count).sub_(torch.outer(mean, mean))
+        mean, target_mean = summed.mean, summed.target_mean
+        covariance = summed.square / summed.count
         # what rounding left of constant inputs is not below zero
-        floor = ROUNDING * covariance.diagonal().mean().clamp_min(0) + (ROUNDING * (origin[0] + mean)).square().mean()
+        floor = ROUNDING * covariance.diagonal().mean().clamp_min(0) + (ROUNDING * mean).square().mean()
         covariance.diagonal().add_(floor)
         target = weight
-        if before:
-            cross = cross.div_(count).sub_(torch.outer(mean, target_mean))
+        if summed.cross is not None and before:
+            cross = summed.cross / summed.count
             pull = DAMPING * level(covariance)
             left = covariance + pull * torch.eye(m, dtype=torch.float64)
             target = torch.cholesky_solve(cross + pull * weight, torch.linalg.cholesky(left))
-        mean, target_mean = mean + origin[0], target_mean + origin[1]
         metric, root = (self._metric(name) if weighted else None) or (None, None)
         relu = self.network.activation(name) == "relu"
 

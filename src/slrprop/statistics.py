@@ -1,13 +1,17 @@
-"""What calibration measured of a layer: one streamed pass, accumulated in float64."""
+"""What calibration measured of a layer: streamed, accumulated in float64, in one pass or in parts that are merged."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slrprop.data import Data
+from slrprop.network import open_network
 from slrprop.network.base import Network
+from slrprop.parallel import each
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,3 +45,93 @@ def collect(network: Network, names: tuple[str, ...], data: Data, needs: Collect
                     total = values.abs().sum(0, dtype=torch.float64)
                     sums[name][need] = sums[name][need] + total if need in sums[name] else total
     return {name: Statistics(samples[name], sums[name]) for name in names}
+
+
+class Moments:
+    """Count, means and centred sums of second moments of pairs (x, z), so summed that little cancels.
+
+    ``mean`` (m,) and ``target_mean`` (n,); ``square`` (m x m) is the sum of ``(x - mean) (x - mean)^T``, ``cross`` (m x n) that
+    of ``(x - mean) (z - target_mean)^T``, None where it is not asked for. All float64. Parts are put together by the
+    update of Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
+    """
+
+    def __init__(self, m: int, n: int, crossed: bool = True) -> None:
+        self.count = 0
+        self.mean, self.target_mean = (torch.zeros(size, dtype=torch.float64) for size in (m, n))
+        self.square = torch.zeros(m, m, dtype=torch.float64)
+        self.cross = torch.zeros(m, n, dtype=torch.float64) if crossed else None
+
+    def add(self, x: Tensor, z: Tensor) -> None:
+        """Take in a batch, (p x m) and (p x n)."""
+        if not len(x):
+            return
+        x, z = x.double().cpu(), z.double().cpu()
+        mean, target_mean = x.mean(0), z.mean(0)
+        x = x - mean
+        self.square.addmm_(x.T, x)
+        if self.cross is not None:
+            self.cross.addmm_(x.T, z - target_mean)
+        self._move(len(x), mean, target_mean)
+
+    def merge(self, other: Self) -> None:
+        """Take in what another part of the data has summed to."""
+        if not other.count:
+            return
+        self.square += other.square
+        if self.cross is not None and other.cross is not None:
+            self.cross += other.cross
+        self._move(other.count, other.mean, other.target_mean)
+
+    def _move(self, count: int, mean: Tensor, target_mean: Tensor) -> None:
+        """From sums about each part's own mean to those about the common one."""
+        total = self.count + count
+        by, target_by = mean - self.mean, target_mean - self.target_mean
+        weight = self.count * (count / total)
+        self.square.addr_(by, by, alpha=weight)
+        if self.cross is not None:
+            self.cross.addr_(by, target_by, alpha=weight)
+        self.mean += by * (count / total)
+        self.target_mean += target_by * (count / total)
+        self.count = total
+
+
+def moments(
+    model: nn.Module | str | Path,
+    names: tuple[str, ...],
+    parts: Iterable[Any],
+    workers: int = 1,
+    cluster: str | None = None,
+) -> dict[str, Moments]:
+    """Moments of the named layers' inputs and pre-activations, each part of the data streamed by one worker.
+
+    Hand them to :class:`slrprop.regression.Calibration` as what is known of the original network.
+
+    Args:
+        model: a torch module, or the path of an ONNX file that every worker sees.
+        parts: each a :class:`Data` or what makes one; paths of ``.npz`` files are opened by the worker.
+        workers: processes, and ``cluster`` a Ray cluster, that share the parts (:func:`slrprop.parallel.each`).
+
+    Raises:
+        SlrpropError: a name is no dense layer of the model.
+    """
+    found: dict[str, Moments] = {}
+    for _, part in each(_moments, parts, (model, names), workers, cluster):
+        for name, summed in part.items():
+            if name in found:
+                found[name].merge(summed)
+            else:
+                found[name] = summed
+    return found
+
+
+def _moments(part: Any, model: nn.Module | str | Path, names: tuple[str, ...]) -> dict[str, Moments]:
+    data = part if isinstance(part, Data) else Data(part)
+    network = open_network(model, data)
+    for name in names:
+        network.require(name)
+    found = {name: Moments(*network.shape(name)) for name in names}
+    for flow in network.stream(names, data):
+        for name, calls in flow.calls.items():
+            for x, z in calls:
+                found[name].add(x, z)
+    return found

@@ -1,18 +1,22 @@
-"""What the commands share: options, tables, optional extras."""
+"""What the commands share: options and tables."""
 
-import importlib
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from slrprop.errors import SlrpropError
-
 Output = Annotated[Path, typer.Option("--output", help="Folder to write to.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes on this machine, one thread each.")]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster", help="A Ray cluster instead: ray://HOST:10001, or auto. --run-dir must be a folder it sees."
+    ),
+]
 
 
 def show_table(header: list[str], rows: list[list[str]], title: str = "", wrap: tuple[str, ...] = ()) -> None:
@@ -28,19 +32,3 @@ def show_table(header: list[str], rows: list[list[str]], title: str = "", wrap: 
         grid.add_row(*row)
     width = None if sys.stdout.isatty() else 200
     Console(width=width).print(grid)
-
-
-def need_extra(module: str, extra: str) -> Any:
-    """Import a module of an optional extra.
-
-    Raises:
-        SlrpropError: it is not installed; the sentence names the extra.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name and error.name.startswith("slrprop"):
-            raise
-        raise SlrpropError(
-            f"this command needs the package '{error.name}'; install it with: pip install 'slrprop[{extra}]'"
-        ) from error

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from slrprop.checks import need_extra
 from slrprop.errors import SlrpropError
-from slrprop.paper.commands import DataFolder, Seeds
-from slrprop.terminal import Json, need_extra, show_table
+from slrprop.paper.commands import Database, DataFolder, Seeds
+from slrprop.terminal import Cluster, Json, Workers, show_table
 
 GROUPS = ("fast", "slow", "all")
 
@@ -51,10 +52,15 @@ def compare(
     output: Annotated[
         Path | None, typer.Option("--output", help="Also write NAME.csv, NAME.md, NAME.png and NAME.svg here.")
     ] = None,
+    database: Database = None,
+    workers: Workers = 1,
+    cluster: Cluster = None,
     table_only: Annotated[bool, typer.Option("--table-only", help="Compute nothing; show what there is.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compress a network by every contender at equal stored bytes; a second call goes on where the first one stopped.
+
+    Latencies of several workers disturb each other: measure those of the first seed with one.
 
     Example: slrprop compare lenet5-mnist --bytes 1%,4.4kB,8% --contenders fast --output docs/comparison
     """
@@ -68,12 +74,15 @@ def compare(
         importlib.import_module("slrprop.search.result").parse_size(size, 1e9, "--bytes")
     names = chosen(contenders, {contender.name: contender.slow for contender in run.CONTENDERS})
     path = run_dir / "results.sqlite"
-    if table_only and not path.exists():
+    if table_only and database is None and not path.exists():
         raise SlrpropError(f"there is no '{path}' to show results from")
-    kept = store(path, run.Comparison, run.KEYS)
+    kept = store(database or path, run.Comparison, run.KEYS)
     if not table_only:
         loaded = experiment.load_data(data)
-        run.compare(experiment, loaded, run_dir, limits, seeds, kept, lambda contender: contender.name in names)
+        run.compare(
+            experiment, loaded, run_dir, limits, seeds, kept, lambda contender: contender.name in names,
+            workers=workers, cluster=cluster,
+        )  # fmt: skip
     tables = importlib.import_module("slrprop.comparison.results")
     results = tables.Results(experiment, kept.results(name))
     if as_json:

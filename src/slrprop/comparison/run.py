@@ -15,15 +15,17 @@ from slrprop.comparison.contenders import CONTENDERS, NARROWER, ORIGINAL, Conten
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
 from slrprop.export import export_onnx
+from slrprop.files import require_seen
 from slrprop.latency import latencies
 from slrprop.methods import Problem
 from slrprop.network import OnnxNetwork, TorchNetwork
 from slrprop.network.base import fingerprint
 from slrprop.paper.datasets import Dataset
-from slrprop.paper.experiments import Experiment, trained
+from slrprop.paper.experiments import Experiment, train_missing, trained, weights_of
 from slrprop.paper.networks import DenseHead
 from slrprop.paper.store import Store
 from slrprop.paper.training import fit
+from slrprop.parallel import each
 from slrprop.plan import Plan, wording
 from slrprop.search.judge import Door, Judge, Log
 from slrprop.search.result import parse_size
@@ -62,6 +64,18 @@ class Comparison:
     plan: str
 
 
+def stored(experiment: Experiment, model: nn.Module) -> tuple[int, int]:
+    """Bytes and numbers of a head's treated layers as they are saved."""
+    layers = [model.get_submodule(name) for name in experiment.layers]
+    tensors = [tensor for layer in layers for tensor in layer.state_dict().values()]
+    return sum(tensor.nbytes for tensor in tensors), sum(tensor.numel() for tensor in tensors)
+
+
+def is_wide(experiment: Experiment, head: nn.Module) -> bool:
+    """Whether a treated layer has thousands of neurons on both sides."""
+    return max(min(head.get_parameter(f"{name}.weight").shape) for name in experiment.layers) > 2048
+
+
 class Bench:
     """One trained network: its dense head on the features before it, and what its plans are measured by."""
 
@@ -80,14 +94,12 @@ class Bench:
         self.calibration = Data((self.x_train[drawn], data.y_train[drawn]))
         self.network = TorchNetwork(self.head, self.calibration)
         self.problem = Problem(self.network, self.calibration)
-        self.wide = max(min(self.network.shape(name)) for name in experiment.layers) > 2048
+        self.wide = is_wide(experiment, self.head)
         self._onnx: tuple[tempfile.TemporaryDirectory[str], Path, dict[str, str]] | None = None
 
     def stored(self, model: nn.Module) -> tuple[int, int]:
         """Bytes and numbers of the treated layers as they are saved."""
-        layers = [model.get_submodule(name) for name in self.experiment.layers]
-        tensors = [tensor for layer in layers for tensor in layer.state_dict().values()]
-        return sum(tensor.nbytes for tensor in tensors), sum(tensor.numel() for tensor in tensors)
+        return stored(self.experiment, model)
 
     def row(
         self, method: str, size: int, plan: Plan | None, model: nn.Module, seconds: float, timed: bool
@@ -197,41 +209,73 @@ def narrower(bench: Bench, size: int) -> Comparison | None:
     return replace(row, plan=f"widths {'-'.join(map(str, best))}")
 
 
+class Benches:
+    """Benches by seed, made where they are needed; the last one is kept."""
+
+    def __init__(self, experiment: Experiment, data: Dataset, folder: Path) -> None:
+        self.experiment, self.data, self.folder = experiment, data, folder.absolute()
+        self._last: Bench | None = None
+
+    def of(self, seed: int) -> Bench:
+        """The bench of a seed whose network was trained before."""
+        if self._last is None or self._last.seed != seed:
+            self._last = None  # frees its memory first
+            require_seen(weights_of(self.experiment, seed, self.folder))
+            self._last = Bench(self.experiment, seed, self.data, self.folder)
+        return self._last
+
+
 def compare(
     experiment: Experiment, data: Dataset, folder: Path, sizes: list[str], seeds: int, store: Store[Comparison],
-    chosen: Callable[[Contender], bool] = lambda _: True, timed: bool = True,
+    chosen: Callable[[Contender], bool] = lambda _: True, timed: bool = True, workers: int = 1, cluster: str | None = None,
 ) -> int:  # fmt: skip
     """Compute every missing row; returns how many were computed. A size that a contender can't reach has none.
 
     Args:
         sizes: stored bytes of the treated layers, absolute or as shares.
         timed: measure files and latencies (on the first seed only).
+        workers: processes, and ``cluster`` a Ray cluster, that share the contenders (:func:`slrprop.parallel.each`).
     """
     done = {store.key(row) for row in store.results(experiment.name)}
-    contenders = [contender for contender in CONTENDERS if chosen(contender)]
-    before = len(done)
-    with tqdm(total=seeds * len(contenders), desc=experiment.name, unit="contender") as bar:
-        for seed in range(seeds):
-            bench = Bench(experiment, seed, data, folder)
-            total = bench.stored(bench.head)[0]
-            limits = sorted({parse_size(size, total, "--bytes") for size in sizes})
-            if (experiment.name, seed, ORIGINAL, total) not in done:
-                row = bench.row(ORIGINAL, total, Plan(()), bench.head, 0.0, timed and seed == 0)
-                store.add(row)
-                done.add(store.key(row))
-            for contender in contenders:
-                bar.update()
-                bar.set_postfix_str(f"seed {seed}, {contender.name}")
-                missing = [size for size in limits if (experiment.name, seed, contender.name, size) not in done]
-                if not missing or (contender.slow and seed >= SLOW_SEEDS) or (bench.wide and not contender.wide):
-                    continue
-                for row in _rows(bench, contender, missing, timed and seed == 0):
-                    store.add(row)
-                    done.add(store.key(row))
-    return len(done) - before
+    with torch.device("meta"):
+        head = experiment.network().head()
+    total, wide = stored(experiment, head)[0], is_wide(experiment, head)
+    limits = sorted({parse_size(size, total, "--bytes") for size in sizes})
+    contenders = [
+        (Contender(ORIGINAL, ""), [total]),
+        *((contender, limits) for contender in CONTENDERS if chosen(contender) and (contender.wide or not wide)),
+    ]
+    tasks = [
+        (seed, contender, missing)
+        for seed in range(seeds)
+        for contender, at in contenders
+        if (missing := [size for size in at if (experiment.name, seed, contender.name, size) not in done])
+        and (seed < SLOW_SEEDS or not contender.slow)
+    ]
+    train_missing(experiment, sorted({seed for seed, _, _ in tasks}), data, folder, workers, cluster)
+    new, shared = 0, (Benches(experiment, data, folder), store, timed)
+    with tqdm(total=len(tasks), desc=experiment.name, unit="contender") as bar:
+        for (seed, contender, _), count in each(_contend, tasks, shared, workers, cluster):
+            new += count
+            bar.update()
+            bar.set_postfix_str(f"seed {seed}, {contender.name}")
+    return new
+
+
+def _contend(task: tuple[int, Contender, list[int]], benches: Benches, store: Store[Comparison], timed: bool) -> int:
+    """Compute the missing rows of a contender on a seed."""
+    seed, contender, sizes = task
+    count = 0
+    for row in _rows(benches.of(seed), contender, sizes, timed and seed == 0):
+        store.add(row)
+        count += 1
+    return count
 
 
 def _rows(bench: Bench, contender: Contender, sizes: list[int], timed: bool) -> Iterator[Comparison]:
+    if contender.name == ORIGINAL:
+        yield bench.row(ORIGINAL, sizes[0], Plan(()), bench.head, 0.0, timed)
+        return
     if contender.name == NARROWER:
         for size in sizes:
             row = narrower(bench, size)

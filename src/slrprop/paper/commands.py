@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from slrprop.checks import require_choice
-from slrprop.terminal import Json, Output, need_extra, show_table
+from slrprop.checks import need_extra, require_choice
+from slrprop.terminal import Cluster, Json, Output, Workers, show_table
 
 paper = typer.Typer(no_args_is_help=True, help="The experiments of the SLRProp article (Sensors 23(5):2718, 2023).")
 
@@ -18,6 +18,10 @@ DataFolder = Annotated[
     Path | None, typer.Option("--data", help="Folder with the data sets; default: $SLRPROP_DATA, else downloaded.")
 ]
 RunFolder = Annotated[Path, typer.Option("--run-dir", help="Folder for trained networks and results.")]
+Database = Annotated[
+    str | None,
+    typer.Option("--database", help="postgresql://... (extra postgresql), or an SQLite file; default: in --run-dir."),
+]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, help="How many training seeds.")]
 FIGURES = {
     "lenet5-mnist": ("figure4", "LeNet-5 on MNIST (Figure 4)"),
@@ -61,30 +65,33 @@ def paper_run(
     seeds: Seeds = 10,
     data: DataFolder = None,
     run_dir: RunFolder = Path("runs/paper"),
+    database: Database = None,
+    workers: Workers = 1,
+    cluster: Cluster = None,
     as_json: Json = False,
 ) -> None:
     """Train and sweep all methods and ranks; a second call goes on where the first one stopped.
 
-    Example: slrprop paper run lenet5-mnist --seeds 10
+    Example: slrprop paper run lenet5-mnist --seeds 10 --workers 4
     """
-    store = need_extra("slrprop.paper.store", "paper").paper_store(run_dir / "results.sqlite")
+    store = _store(run_dir, database)
     experiment = importlib.import_module("slrprop.paper.experiments").find_experiment(name)
     new = importlib.import_module("slrprop.paper.run").run(
-        experiment, experiment.load_data(data), run_dir, seeds, store
+        experiment, experiment.load_data(data), run_dir, seeds, store, workers, cluster
     )
-    path, rows = run_dir / "results.sqlite", len(store.results(name))
-    told = {"experiment": name, "new": new, "rows": rows, "database": str(path)}
-    typer.echo(json.dumps(told) if as_json else f"{new} new rows; all {rows} of {name} are in {path}")
+    rows = len(store.results(name))
+    told = {"experiment": name, "new": new, "rows": rows, "database": store.name}
+    typer.echo(json.dumps(told) if as_json else f"{new} new rows; all {rows} of {name} are in {store.name}")
 
 
-def _results(name: str, run_dir: Path) -> tuple[Any, Any, Any]:
+def _store(run_dir: Path, database: str | None) -> Any:
+    return need_extra("slrprop.paper.store", "paper").paper_store(database or run_dir / "results.sqlite")
+
+
+def _results(name: str, run_dir: Path, database: str | None) -> tuple[Any, Any, Any]:
     results = need_extra("slrprop.paper.results", "paper")
     experiment = importlib.import_module("slrprop.paper.experiments").find_experiment(name)
-    return (
-        experiment,
-        importlib.import_module("slrprop.paper.store").paper_store(run_dir / "results.sqlite").results(name),
-        results,
-    )
+    return experiment, _store(run_dir, database).results(name), results
 
 
 @paper.command("table")
@@ -92,13 +99,14 @@ def paper_table(
     name: Name,
     output: Annotated[Path | None, typer.Option(help="Also write NAME.csv and NAME.md here.")] = None,
     run_dir: RunFolder = Path("runs/paper"),
+    database: Database = None,
     as_json: Json = False,
 ) -> None:
     """Print our figures, mean ± deviation over seeds, and the published ones in brackets.
 
     Example: slrprop paper table room-mlp --output docs/paper
     """
-    experiment, found, results = _results(name, run_dir)
+    experiment, found, results = _results(name, run_dir, database)
     lines = results.table(experiment, found)
     if as_json:
         typer.echo(json.dumps([asdict(result) for result in found]).replace("NaN", "null"))
@@ -114,7 +122,10 @@ def paper_table(
 
 @paper.command("figures")
 def paper_figures(
-    output: Output = Path("docs/paper"), run_dir: RunFolder = Path("runs/paper"), as_json: Json = False
+    output: Output = Path("docs/paper"),
+    run_dir: RunFolder = Path("runs/paper"),
+    database: Database = None,
+    as_json: Json = False,
 ) -> None:
     """Draw Figures 4 and 5 as PNG and SVG.
 
@@ -123,7 +134,7 @@ def paper_figures(
     need_extra("matplotlib", "paper")
     output.mkdir(parents=True, exist_ok=True)
     for name, (file, title) in FIGURES.items():
-        experiment, found, results = _results(name, run_dir)
+        experiment, found, results = _results(name, run_dir, database)
         results.table(experiment, found)  # refuses where nothing was computed
         drawn = results.figure(experiment, found, title)
         for kind in ("png", "svg"):

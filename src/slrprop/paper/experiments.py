@@ -1,6 +1,6 @@
 """The experiments: which network on which data, which layers, which ranks, and how it is trained."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save
 
 from slrprop.errors import SlrpropError
-from slrprop.files import replacing
+from slrprop.files import replacing, require_seen
 from slrprop.paper.datasets import DATASETS, Dataset
 from slrprop.paper.networks import VGG16, Headed, LeNet5, LeNet300, RoomMLP
 from slrprop.paper.training import Recipe, Trainer, cropped, shifted, write_log
+from slrprop.parallel import each
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,28 @@ def trained(experiment: Experiment, seed: int, data: Dataset, folder: Path, devi
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return model
+
+
+def train_missing(
+    experiment: Experiment,
+    seeds: Iterable[int],
+    data: Dataset,
+    folder: Path,
+    workers: int = 1,
+    cluster: str | None = None,
+) -> None:
+    """Train from the seeds that were not trained from before, each once.
+
+    Raises:
+        SlrpropError: a machine of the cluster has trained, and its file is not seen here.
+    """
+    missing = [seed for seed in seeds if not weights_of(experiment, seed, folder).exists()]
+    for seed, _ in each(_train, missing, (experiment, data, folder), workers, cluster):
+        require_seen(weights_of(experiment, seed, folder))
+
+
+def _train(seed: int, experiment: Experiment, data: Dataset, folder: Path) -> None:
+    trained(experiment, seed, data, folder)
 
 
 def weights_of(experiment: Experiment, seed: int, folder: Path) -> Path:

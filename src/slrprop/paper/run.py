@@ -12,13 +12,15 @@ from tqdm.auto import tqdm
 
 from slrprop.api import apply, plan_problem
 from slrprop.data import Data
+from slrprop.files import require_seen
 from slrprop.measure import measure
 from slrprop.methods import Problem
 from slrprop.methods.slr import CRITERIA
 from slrprop.network import TorchNetwork
 from slrprop.paper.datasets import Dataset
-from slrprop.paper.experiments import Experiment, trained
+from slrprop.paper.experiments import Experiment, train_missing, trained, weights_of
 from slrprop.paper.store import Result, Store
+from slrprop.parallel import each
 
 ORIGINAL = "original"
 METHODS: dict[str, dict[str, Any]] = {
@@ -58,20 +60,35 @@ def measure_cell(
     return Result(experiment.name, seed, method, rank, **asdict(found), compression_rate=rate, seconds=seconds)
 
 
-def run(experiment: Experiment, data: Dataset, folder: Path, seeds: int, store: Store[Result]) -> int:
-    """Compute every missing row; returns how many were computed."""
-    done = {store.key(result) for result in store.results(experiment.name)}
-    missing = [
-        (seed, method, rank)
+def run(
+    experiment: Experiment, data: Dataset, folder: Path, seeds: int, store: Store[Result],
+    workers: int = 1, cluster: str | None = None,
+) -> int:  # fmt: skip
+    """Compute every missing row; returns how many were computed.
+
+    Args:
+        workers: processes, and ``cluster`` a Ray cluster, that share the seeds (:func:`slrprop.parallel.each`).
+    """
+    done, folder = {store.key(result) for result in store.results(experiment.name)}, folder.absolute()
+    missing = {
+        seed: [cell for cell in _cells(experiment) if (experiment.name, seed, *cell) not in done]
         for seed in range(seeds)
-        for method, rank in _cells(experiment)
-        if (experiment.name, seed, method, rank) not in done
-    ]
-    model, problem, of_seed = experiment.network(), None, None
-    for seed, method, rank in tqdm(missing, desc=experiment.name, unit="row"):
-        if problem is None or seed != of_seed:
-            samples = calibration(experiment, data, seed)
-            model, of_seed = trained(experiment, seed, data, folder), seed
-            problem = Problem(TorchNetwork(model, samples), samples)
+    }
+    tasks = [(seed, cells) for seed, cells in missing.items() if cells]
+    train_missing(experiment, [seed for seed, _ in tasks], data, folder, workers, cluster)
+    with tqdm(total=sum(map(len, missing.values())), desc=experiment.name, unit="row") as bar:
+        for (_, cells), _ in each(_sweep, tasks, (experiment, data, folder, store), workers, cluster):
+            bar.update(len(cells))
+    return int(bar.total)
+
+
+def _sweep(
+    task: tuple[int, list[tuple[str, int]]], experiment: Experiment, data: Dataset, folder: Path, store: Store[Result]
+) -> None:
+    """Compute the missing rows of a seed."""
+    seed, cells = task
+    require_seen(weights_of(experiment, seed, folder))
+    samples, model = calibration(experiment, data, seed), trained(experiment, seed, data, folder)
+    problem = Problem(TorchNetwork(model, samples), samples)
+    for method, rank in tqdm(cells, desc=f"seed {seed}", unit="row", leave=False):
         store.add(measure_cell(experiment, model, problem, data, seed, method, rank))
-    return len(missing)

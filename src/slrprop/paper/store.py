@@ -1,14 +1,22 @@
-"""Results row by row in a database, so that a killed run goes on where it stopped."""
+"""Results row by row in a database, so that a killed run goes on where it stopped. Many may write at once."""
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import Column, Float, Integer, MetaData, String, Table, create_engine, insert, select
+from sqlalchemy import BigInteger, Column, Float, MetaData, String, Table, create_engine, make_url, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 from sqlalchemy.schema import CreateTable
 
-_TYPES = {str: String, int: Integer, float: Float}
+from slrprop.checks import need_extra
+from slrprop.errors import SlrpropError, first_line
+from slrprop.files import require_seen
+
+_TYPES = {str: String, int: BigInteger, float: Float}
+TIMEOUT = 60  # seconds to wait for another writer of a file
 
 
 @dataclass(frozen=True)
@@ -37,33 +45,57 @@ Row = TypeVar("Row")
 
 
 class Store(Generic[Row]):
-    """Rows of one dataclass in a database file; every row is committed as it is added.
+    """Rows of one dataclass in a database; every row is committed as it is added, one that is there already stays.
+
+    Pickled, it is opened anew. Processes of one machine may share a file; several machines need PostgreSQL.
 
     Args:
-        path: the SQLite file; made if it is missing.
+        place: a PostgreSQL database by its URL (``postgresql://user:password@host/name``), or the path of an SQLite file,
+            made if it is missing.
         kind: the dataclass of the rows; its fields are str, int or float.
         keys: the fields that make a row unique, the experiment's name first.
+
+    Raises:
+        SlrpropError: an URL of another kind, PostgreSQL's driver is not installed, or the database can't be opened.
     """
 
-    def __init__(self, path: Path, kind: type[Row], keys: tuple[str, ...]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._kind, self._keys = kind, keys
+    def __init__(self, place: Path | str, kind: type[Row], keys: tuple[str, ...]) -> None:
+        self._kind, self._keys, self.name = kind, keys, str(place)
+        if "://" in self.name:
+            url = _postgresql(self.name)
+            self.name = url.set(drivername="postgresql").render_as_string(hide_password=True)
+            self._place: Path | str = url.render_as_string(hide_password=False)
+            self._insert: Any = postgresql.insert
+            self._engine = create_engine(url, pool_pre_ping=True)
+        else:
+            self._place, self._insert = Path(place).absolute(), sqlite.insert
+            self._place.parent.mkdir(parents=True, exist_ok=True)
+            self._engine = create_engine(f"sqlite:///{self._place}", connect_args={"timeout": TIMEOUT})
         columns: list[Any] = [
             Column(name, _TYPES[of], primary_key=name in keys) for name, of in kind.__annotations__.items()
         ]
         self._table = Table(f"{kind.__name__.lower()}s", MetaData(), *columns)
-        self._engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 60})
-        with self._engine.begin() as connection:
-            connection.execute(CreateTable(self._table, if_not_exists=True))
+        try:
+            with contextlib.suppress(IntegrityError), self._engine.begin() as connection:  # PostgreSQL: made meanwhile
+                if self._insert is sqlite.insert:
+                    connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+                connection.execute(CreateTable(self._table, if_not_exists=True))
+        except SQLAlchemyError as error:
+            raise SlrpropError(
+                f"the database '{self.name}' can't be opened: {first_line(error)}; name another one"
+            ) from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _opened_again, (self._place, self._kind, self._keys)
 
     def key(self, row: Row) -> tuple[Any, ...]:
         """What makes a row unique."""
         return tuple(getattr(row, name) for name in self._keys)
 
     def add(self, row: Row) -> None:
-        """Keep a row."""
+        """Keep a row, unless one of its key is there."""
         with self._engine.begin() as connection:
-            connection.execute(insert(self._table), vars(row))
+            connection.execute(self._insert(self._table).on_conflict_do_nothing(), vars(row))
 
     def results(self, experiment: str | None = None) -> list[Row]:
         """All rows, or those of one experiment, in a fixed order."""
@@ -78,6 +110,23 @@ class Store(Generic[Row]):
         ]
 
 
-def paper_store(path: Path) -> Store[Result]:
+def _postgresql(text: str) -> Any:
+    """The URL with the driver that we use."""
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError) as error:
+        raise SlrpropError(f"--database must be postgresql://user:password@host/name, got '{text}'") from error
+    if url.get_backend_name() not in ("postgresql", "postgres"):
+        raise SlrpropError(f"--database must be a path or postgresql://..., got '{url.drivername}://...'")
+    need_extra("psycopg", "postgresql")
+    return url.set(drivername="postgresql+psycopg")
+
+
+def _opened_again(place: Path | str, kind: type[Row], keys: tuple[str, ...]) -> Store[Row]:
+    """In another process: a file is not begun anew there."""
+    return Store(require_seen(place) if isinstance(place, Path) else place, kind, keys)
+
+
+def paper_store(place: Path | str) -> Store[Result]:
     """The rows of the article's sweep."""
-    return Store(path, Result, ("experiment", "seed", "method", "rank"))
+    return Store(place, Result, ("experiment", "seed", "method", "rank"))
