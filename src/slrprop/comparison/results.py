@@ -67,10 +67,9 @@ class Results:
         """The most seeds that any cell has."""
         return max(map(len, self.cells.values()))
 
-    @property
-    def least(self) -> int:
-        """Seeds that a cell needs to be judged: as many as slow contenders have, where any has them."""
-        return min(SLOW_SEEDS, self.most)
+    def least(self, size: int) -> int:
+        """Seeds that a cell needs to be judged: as many as slow contenders have, where any has them at this size."""
+        return min(SLOW_SEEDS, max(len(self.cell(name, size)) for name in self.names))
 
     def cell(self, name: str, size: int) -> dict[int, Comparison]:
         """Rows by seed; empty where the contender can't reach the size."""
@@ -83,7 +82,8 @@ class Results:
 
     def reaching(self, size: int, levels: Iterable[str] = LEVELS) -> list[str]:
         """The contenders of these levels whose rows at the size can be judged."""
-        return [name for name in self.names if KNOWN[name].level in levels and len(self.cell(name, size)) >= self.least]
+        least = self.least(size)
+        return [name for name in self.names if KNOWN[name].level in levels and len(self.cell(name, size)) >= least]
 
     def best(self, size: int, names: Iterable[str]) -> str | None:
         """Who loses fewest points (against the originals of its own seeds, as not all have the same seeds)."""
@@ -242,8 +242,8 @@ def page(results: Results, verdicts: list[tuple[str, list[str]]]) -> str:
         "## Accuracy on the test set, %",
         f"Mean ± standard deviation over {count_of(results.most)} where no other number is given. Bold: the best of the column, by what is lost from the originals of the "
         f"same seeds; {NEAR}: within one standard error of it (paired by seed); italics: the best of its level; {NONE}: too small a size for it. "
-        + f"Contenders of fewer than {count_of(results.least)} are shown and not judged."
-        * (results.least > 1),
+        + f"Contenders of fewer than {count_of(SLOW_SEEDS)} are shown and not judged where others have as many."
+        * (results.most >= SLOW_SEEDS),
         markdown(accuracy_table(results)).rstrip(),
         absent(results),
         "## Agreement with the original, % / mean loss",
