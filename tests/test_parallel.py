@@ -81,6 +81,7 @@ class TestProcesses:
 
     def test_an_interrupt_stops_the_workers(self, tmp_path):
         code = (
+            "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored in the background
             "from slrprop.parallel import each; from tests.tasks import wait; "
             f"list(each(wait, range(4), ({str(tmp_path)!r},), workers=2))"
         )
@@ -89,7 +90,10 @@ class TestProcesses:
             time.sleep(0.05)
         start = time.perf_counter()
         found.send_signal(signal.SIGINT)
-        assert "KeyboardInterrupt" in found.communicate(timeout=60)[1]
+        try:
+            assert "KeyboardInterrupt" in found.communicate(timeout=60)[1]
+        finally:
+            found.kill()
         assert time.perf_counter() - start < 40 and not (tmp_path / "2").exists()
 
     def test_workers_make_the_rows_of_one_process(self, tiny, alone, tmp_path):
