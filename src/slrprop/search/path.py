@@ -3,18 +3,18 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slrprop.api import plan_problem
+from slrprop.api import finished, plan_problem, planned_layer
 from slrprop.errors import SlrpropError
 from slrprop.factors import Factors, Quantized
-from slrprop.methods import Problem, find_method
+from slrprop.methods import METHODS, Method, Problem, Settings, find_method
 from slrprop.methods.base import ranks_for
-from slrprop.methods.calibrated import CalibratedSettings
+from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
 from slrprop.plan import LayerPlan, Plan
 
 Choice = tuple[str, dict[str, Any]]  # a method and settings of it
@@ -132,6 +132,32 @@ def candidates_of(
 def alone(method: str) -> dict[str, Any]:
     """Settings that fit one layer for itself, whatever becomes of the others."""
     return {"sequential": False} if issubclass(find_method(method).settings, CalibratedSettings) else {}
+
+
+def fitted(problem: Problem, plan: Plan, sequential: bool) -> Plan:
+    """The plan with its calibrated layers fitted in order, each on the outputs of those before it."""
+    chosen: dict[str, tuple[Method, Settings]] = {}
+    fixed: dict[str, LayerPlan] = {}
+    for layer in plan.layers:
+        method = METHODS[layer.method]
+        if isinstance(method, CalibratedMethod) and method.fit is not None:
+            settings = method.settings(**layer.settings | {"sequential": sequential})
+            chosen[layer.name] = (method, settings)
+        else:
+            fixed[layer.name] = layer
+    if not chosen:
+        return plan
+    first = next(layer for layer in plan.layers if layer.name in chosen)
+    if len(chosen) > 1 and plan.layers[0] is first:  # nothing is compressed before it: fitted as it stands
+        fixed[first.name] = replace(first, settings=first.settings | {"sequential": sequential})
+        del chosen[first.name]
+    layers: dict[str, LayerPlan] = dict(fixed)
+    for decision in in_order(problem, chosen, fixed):  # type: ignore[arg-type]
+        used, own = chosen.get(decision.name, (METHODS["dense"], None))
+        now = own or decision.settings
+        assert now is not None
+        layers[decision.name] = planned_layer(problem, decision, used, now)
+    return finished(problem.network, layers, plan.left_dense)
 
 
 def stored_bytes(weight: Tensor | Factors, bias: Tensor | None) -> int:

@@ -8,11 +8,10 @@ from numbers import Real
 
 from tqdm.auto import tqdm
 
-from slrprop.api import feeds_between, finished, plan_problem, planned_layer
+from slrprop.api import feeds_between, finished, plan_problem
 from slrprop.errors import SlrpropError
-from slrprop.methods import METHODS, Method, Problem, Settings, find_method
-from slrprop.methods.calibrated import CalibratedMethod, in_order
-from slrprop.plan import LayerPlan, Plan
+from slrprop.methods import Problem, find_method
+from slrprop.plan import Plan
 from slrprop.search.judge import Door, Judge, Log
 from slrprop.search.observed import Observed, observed
 from slrprop.search.path import (
@@ -23,6 +22,7 @@ from slrprop.search.path import (
     Point,
     best_places,
     candidates_of,
+    fitted,
     group_of,
     hull,
     layer_inputs,
@@ -75,36 +75,11 @@ class Search:
         """A plan of candidates as it is carried out: its calibrated layers fitted one after the other, then tuned if asked."""
         key = plan.to_json()
         if key not in self._finals:
-            found = self.fitted(plan)
+            found = fitted(self.problem, plan, self.sequential)
             if self.tuning is not None and found.layers:
                 found = distilled(self.problem.network, self.problem.data, found, self.tuning)
             self._finals[key] = self._finals[found.to_json()] = found
         return self._finals[key]
-
-    def fitted(self, plan: Plan) -> Plan:
-        """The plan with its calibrated layers fitted in order, each on the outputs of those before it."""
-        chosen: dict[str, tuple[Method, Settings]] = {}
-        fixed: dict[str, LayerPlan] = {}
-        for layer in plan.layers:
-            method = METHODS[layer.method]
-            if isinstance(method, CalibratedMethod) and method.fit is not None:
-                settings = method.settings(**layer.settings | {"sequential": self.sequential})
-                chosen[layer.name] = (method, settings)
-            else:
-                fixed[layer.name] = layer
-        if not chosen:
-            return plan
-        first = next(layer for layer in plan.layers if layer.name in chosen)
-        if len(chosen) > 1 and plan.layers[0] is first:  # nothing is compressed before it: fitted as it stands
-            fixed[first.name] = replace(first, settings=first.settings | {"sequential": self.sequential})
-            del chosen[first.name]
-        layers: dict[str, LayerPlan] = dict(fixed)
-        for decision in in_order(self.problem, chosen, fixed):  # type: ignore[arg-type]
-            used, own = chosen.get(decision.name, (METHODS["dense"], None))
-            now = own or decision.settings
-            assert now is not None
-            layers[decision.name] = planned_layer(self.problem, decision, used, now)
-        return finished(self.problem.network, layers, plan.left_dense)
 
     def evaluate(self, plan: Plan) -> Evaluation:
         """Run a plan's network over the search part."""
