@@ -122,10 +122,12 @@ class TestMoments:
             got, want = slrprop.apply(model, plan)(x), model(x)
             torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * max(1.0, value))
 
-    def test_the_anchored_target_is_least_squares(self, trained, calibration):
-        """From the compressed inputs to the original pre-activations, pulled to the original weight a little."""
+    @pytest.mark.parametrize("removed", [0, 30, 96])
+    def test_the_anchored_target_is_least_squares(self, removed, trained, calibration):
+        """From the compressed inputs to the original pre-activations, pulled to the original weight a little; with neurons removed."""
         model, x = copy.deepcopy(trained).double(), calibration[0].double()
         before = {"0": narrowed_by(model, "0", 12)}
+        before["0"].weight[:, :removed] = before["0"].bias[:removed] = 0
         task = calibration_of(model, x).regression("2", before)
         inputs, _ = seen(put(model, before), "2", x)
         _, wanted = seen(model, "2", x)
@@ -134,7 +136,11 @@ class TestMoments:
         stacked = torch.cat([centred, ridge * torch.eye(centred.shape[1], dtype=torch.float64)])
         right = torch.cat([goal, ridge * task.original])
         want = torch.linalg.lstsq(stacked, right).solution
+        if removed == 96:  # no input varies, nothing pulls
+            assert torch.equal(task.weight, task.original)
+            return
         torch.testing.assert_close(task.weight, want, rtol=1e-6, atol=1e-8)
+        assert torch.equal(task.weight[:removed], task.original[:removed])
         error = (centred @ task.weight - goal).square().sum()
         assert error < 0.9 * (centred @ task.original - goal).square().sum()
 

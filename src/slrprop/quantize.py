@@ -133,9 +133,8 @@ def _(form: Dense, bits: int, task: Regression) -> Quantized:
 
 @compensated.register
 def _(form: Narrowed, bits: int, task: Regression) -> Quantized:
-    return _form_of(
-        form, bits, {"block": rounded(form.block, 0, bits, Spread.of(task.covariance[form.rows][:, form.rows]))}
-    )
+    spread = task.spread if form.rows.all() else Spread.of(task.covariance[form.rows][:, form.rows])
+    return _form_of(form, bits, {"block": rounded(form.block, 0, bits, spread)})
 
 
 @compensated.register

@@ -155,10 +155,12 @@ class Calibration:
         covariance.diagonal().add_(floor)
         target = weight
         if summed.cross is not None and before:
-            cross = summed.cross / summed.count
+            varying = summed.square.diagonal() > 0  # neurons removed before give nothing: their weights stay as they are
             pull = DAMPING * level(covariance)
-            left = covariance + pull * torch.eye(m, dtype=torch.float64)
-            target = torch.cholesky_solve(cross + pull * weight, torch.linalg.cholesky(left))
+            left = covariance[varying][:, varying] + pull * torch.eye(int(varying.sum()), dtype=torch.float64)
+            right = summed.cross[varying] / summed.count + pull * weight[varying]
+            target = weight.clone()
+            target[varying] = torch.cholesky_solve(right, torch.linalg.cholesky(left))
         metric, root = (self._metric(name) if weighted else None) or (None, None)
         relu = self.network.activation(name) == "relu"
 

@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 from slrprop.api import apply, plan_problem
 from slrprop.comparison.contenders import CONTENDERS, NARROWER, ORIGINAL, Contender
 from slrprop.data import Data
-from slrprop.errors import SlrpropError
 from slrprop.export import export_onnx
 from slrprop.files import require_seen
 from slrprop.latency import latencies
@@ -28,6 +27,7 @@ from slrprop.paper.training import fit
 from slrprop.parallel import each
 from slrprop.plan import Plan, wording
 from slrprop.search.judge import Door, Judge, Log
+from slrprop.search.path import Choice
 from slrprop.search.result import parse_size
 from slrprop.search.search import Search
 from slrprop.tune import TuneSettings, distilled
@@ -97,10 +97,6 @@ class Bench:
         self.wide = is_wide(experiment, self.head)
         self._onnx: tuple[tempfile.TemporaryDirectory[str], Path, dict[str, str]] | None = None
 
-    def stored(self, model: nn.Module) -> tuple[int, int]:
-        """Bytes and numbers of the treated layers as they are saved."""
-        return stored(self.experiment, model)
-
     def row(
         self, method: str, size: int, plan: Plan | None, model: nn.Module, seconds: float, timed: bool
     ) -> Comparison:
@@ -109,10 +105,10 @@ class Bench:
             logits = model(self.x_test)
         labels = self.data.y_test
         file_bytes, latency, faster = self.file(plan) if timed and plan is not None else (float("nan"),) * 3
-        stored, numbers = self.stored(model)
+        bytes_now, numbers = stored(self.experiment, model)
         told = "" if plan is None else "; ".join(f"{layer.name}: {wording(layer)}" for layer in plan.layers)
         return Comparison(
-            self.experiment.name, self.seed, method, size, stored, numbers,
+            self.experiment.name, self.seed, method, size, bytes_now, numbers,
             100 * float((logits.argmax(1) == labels).double().mean()),
             100 * float((logits.argmax(1) == self.logits.argmax(1)).double().mean()),
             float(nn.functional.cross_entropy(logits.double(), labels)), file_bytes, latency, faster, seconds, told,
@@ -143,18 +139,17 @@ def plans_of(bench: Bench, contender: Contender, sizes: list[int]) -> Iterator[t
     """The contender's plan at every size that it can reach, and the seconds that took."""
     layers, start = list(bench.experiment.layers), time.perf_counter()
     if contender.shares is not None:
-        known: dict[int, tuple[int, Plan] | None] = {}
+        known: dict[int, int] = {}
         for size in sizes:
             low, high = 0, SHARES  # the largest share whose plan fits
             while low < high:
                 middle = (low + high + 1) // 2
-                if middle not in known:
-                    known[middle] = _by_share(bench, contender.shares, middle / SHARES)
-                found = known[middle]
-                low, high = (middle, high) if found is None or found[0] <= size else (low, middle - 1)
-            fitting = known.get(low)
-            if fitting is not None:
-                yield size, fitting[1], time.perf_counter() - start
+                if middle not in known:  # how many neurons stay, and so the bytes, hangs on the share alone: nothing is fitted
+                    rough = _by_share(bench, contender.shares, middle, refit=False, sequential=False)
+                    known[middle] = stored(bench.experiment, apply(bench.head, rough))[0]
+                low, high = (middle, high) if known[middle] <= size else (low, middle - 1)
+            if low:
+                yield size, _by_share(bench, contender.shares, low), time.perf_counter() - start
         return
     judge = Judge(bench.head, bench.calibration, "agreement")
     search = Search(Door(bench.head, bench.calibration), judge, bench.problem, Log(None), contender.choices)
@@ -167,14 +162,10 @@ def plans_of(bench: Bench, contender: Contender, sizes: list[int]) -> Iterator[t
             yield size, chosen[0], prepared + time.perf_counter() - start
 
 
-def _by_share(bench: Bench, choice: tuple[str, dict[str, object]], share: float) -> tuple[int, Plan] | None:
-    """The plan of a method that treats all layers together, and the bytes it stores; None for a share that leaves no neuron."""
+def _by_share(bench: Bench, choice: Choice, step: int, **more: object) -> Plan:
+    """The plan of a method that treats all layers together and keeps ``step`` of ``SHARES`` parts."""
     method, settings = choice
-    try:
-        plan = plan_problem(bench.problem, method, list(bench.experiment.layers), keep=share, **settings)
-    except SlrpropError:
-        return None
-    return bench.stored(apply(bench.head, plan))[0], plan
+    return plan_problem(bench.problem, method, list(bench.experiment.layers), keep=step / SHARES, **settings, **more)
 
 
 def narrower(bench: Bench, size: int) -> Comparison | None:
