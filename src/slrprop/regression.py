@@ -155,7 +155,7 @@ class Calibration:
         covariance.diagonal().add_(floor)
         target = weight
         if summed.cross is not None and before:
-            varying = summed.square.diagonal() > 0  # neurons removed before give nothing: their weights stay as they are
+            varying = summed.square.diagonal() > 0  # removed neurons give nothing: their weights stay
             pull = DAMPING * level(covariance)
             left = covariance[varying][:, varying] + pull * torch.eye(int(varying.sum()), dtype=torch.float64)
             right = summed.cross[varying] / summed.count + pull * weight[varying]

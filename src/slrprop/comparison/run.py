@@ -144,7 +144,7 @@ def plans_of(bench: Bench, contender: Contender, sizes: list[int]) -> Iterator[t
             low, high = 0, SHARES  # the largest share whose plan fits
             while low < high:
                 middle = (low + high + 1) // 2
-                if middle not in known:  # how many neurons stay, and so the bytes, hangs on the share alone: nothing is fitted
+                if middle not in known:  # bytes hang on how many neurons stay, not on what is fitted
                     rough = _by_share(bench, contender.shares, middle, refit=False, sequential=False)
                     known[middle] = stored(bench.experiment, apply(bench.head, rough))[0]
                 low, high = (middle, high) if known[middle] <= size else (low, middle - 1)
