@@ -24,34 +24,34 @@ def tiny(digits):
     data = Dataset(x[:600], y[:600], x[600:800], y[600:800])
     lenet = EXPERIMENTS["lenet5-mnist"]
     short = dataclasses.replace(lenet.recipe, epochs=2)
-    experiment = dataclasses.replace(lenet, ranks=(2, 8), calibration=60, recipe=short)
+    experiment = dataclasses.replace(lenet, ranks=(2, 8), calibration=60, recipe=short, levels=("weights",))
     return experiment, data
 
 
 def test_a_killed_run_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
     experiment, data = tiny
-    measured, real = [], run.measure_cell
+    measured, real = [], run.measured
 
     def stops_at_eleven(*args):
         if len(measured) == 11:
             raise KeyboardInterrupt
-        measured.append(args[4:])
+        measured.append(args[1:3])
         return real(*args)
 
-    monkeypatch.setattr(run, "measure_cell", stops_at_eleven)
+    monkeypatch.setattr(run, "measured", stops_at_eleven)
     with pytest.raises(KeyboardInterrupt):
         run.run(experiment, data, tmp_path, 1, paper_store(tmp_path / "results.sqlite"))
-    monkeypatch.setattr(run, "measure_cell", lambda *args: measured.append(args[4:]) or real(*args))
+    monkeypatch.setattr(run, "measured", lambda *args: measured.append(args[1:3]) or real(*args))
     store = paper_store(tmp_path / "results.sqlite")
     assert len(store.results()) == 11
-    assert run.run(experiment, data, tmp_path, 1, store) == 4
-    assert len(measured) == len(set(measured)) == 15  # 7 methods x 2 ranks and the original: none twice
+    assert run.run(experiment, data, tmp_path, 1, store) == 6
+    assert len(measured) == len(set(measured)) == 17  # 8 methods x 2 ranks and the original: none twice
     assert run.run(experiment, data, tmp_path, 1, store) == 0
 
     lines = results.table(experiment, store.results(experiment.name))
-    assert len(lines) == 16 and any("[21.08]" in cell for line in lines for cell in line)
+    assert len(lines) == 18 and any("[21.08]" in cell for line in lines for cell in line)
     results.write_csv(store.results(), tmp_path / "results.csv")
-    assert len((tmp_path / "results.csv").read_text().splitlines()) == 16
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 18
     results.figure(experiment, store.results(), "title").savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 

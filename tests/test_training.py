@@ -55,7 +55,11 @@ def images(digits):
 def tiny(momentum=0.9, **changes):
     recipe = Recipe(epochs=3, batch=64, learning_rate=0.05, momentum=momentum, augment=cropped, convolutional=True)
     return dataclasses.replace(
-        EXPERIMENTS["vgg16-cifar10"], name="tiny", network=Tiny, recipe=dataclasses.replace(recipe, **changes)
+        EXPERIMENTS["vgg16-cifar10"],
+        name="tiny",
+        network=Tiny,
+        trainings=None,
+        recipe=dataclasses.replace(recipe, **changes),
     )
 
 

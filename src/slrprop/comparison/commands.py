@@ -39,7 +39,12 @@ def chosen(text: str, slow: dict[str, bool]) -> set[str]:
 
 
 def compare(
-    name: Annotated[str, typer.Argument(help="lenet5-mnist, room-mlp or lenet300-mnist", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="lenet5-mnist, lenet300-mnist, room-mlp, vgg16-cifar10 or vgg16-cifar100", show_default=False
+        ),
+    ],
     sizes: Annotated[
         str, typer.Option("--bytes", help="Stored bytes of the treated layers: 4.4kB, or shares of the original's.")
     ] = "1%,2%,4%,8%,16%,32%",

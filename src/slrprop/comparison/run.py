@@ -7,33 +7,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from slrprop.api import apply, plan_problem
 from slrprop.comparison.contenders import CONTENDERS, NARROWER, ORIGINAL, Contender
-from slrprop.data import Data
 from slrprop.export import export_onnx
 from slrprop.files import require_seen
 from slrprop.latency import latencies
-from slrprop.methods import Problem
-from slrprop.network import OnnxNetwork, TorchNetwork
+from slrprop.network import OnnxNetwork
 from slrprop.network.base import fingerprint
+from slrprop.paper.bench import Bench, front_of
 from slrprop.paper.datasets import Dataset
-from slrprop.paper.experiments import Experiment, train_missing, trained, weights_of
-from slrprop.paper.networks import DenseHead
+from slrprop.paper.experiments import Experiment, train_missing, weights_of
 from slrprop.paper.store import Store
-from slrprop.paper.training import fit
+from slrprop.paper.training import Recipe, fit
 from slrprop.parallel import each
 from slrprop.plan import Plan, wording
-from slrprop.search.judge import Door, Judge, Log
 from slrprop.search.path import Choice
 from slrprop.search.result import parse_size
-from slrprop.search.search import Search
-from slrprop.tune import TuneSettings, distilled
 
-TRIES = 4  # evaluations per size that every contender has to share its bytes among the layers
-WIDE_TRIES = 2  # the same where layers have thousands of neurons
+HEAD = Recipe(epochs=20, batch=128, learning_rate=1e-3)  # of a narrower head where the convolutions stay as they are
 SLOW_SEEDS = 3
 SHARES = 128  # steps of what methods keep that treat all layers together
 KEYS = ("experiment", "seed", "method", "size")
@@ -64,51 +58,32 @@ class Comparison:
     plan: str
 
 
-def stored(experiment: Experiment, model: nn.Module) -> tuple[int, int]:
-    """Bytes and numbers of a head's treated layers as they are saved."""
-    layers = [model.get_submodule(name) for name in experiment.layers]
-    tensors = [tensor for layer in layers for tensor in layer.state_dict().values()]
-    return sum(tensor.nbytes for tensor in tensors), sum(tensor.numel() for tensor in tensors)
-
-
-def is_wide(experiment: Experiment, head: nn.Module) -> bool:
-    """Whether a treated layer has thousands of neurons on both sides."""
-    return max(min(head.get_parameter(f"{name}.weight").shape) for name in experiment.layers) > 2048
-
-
-class Bench:
-    """One trained network: its dense head on the features before it, and what its plans are measured by."""
+class Compared(Bench):
+    """A bench whose plans are measured: on the test set, and as whole files."""
 
     def __init__(self, experiment: Experiment, seed: int, data: Dataset, folder: Path) -> None:
-        self.experiment, self.seed, self.data = experiment, seed, data
-        self.model = trained(experiment, seed, data, folder)
-        self.head: DenseHead = self.model.head()
-        with torch.no_grad():
-            self.x_train, self.x_test = (
-                torch.cat([self.model.front(part) for part in x.split(1000)]) for x in (data.x_train, data.x_test)
-            )
-            self.logits = self.head(self.x_test)
-        drawn = torch.randperm(len(self.x_train), generator=torch.Generator().manual_seed(seed))[
-            : experiment.calibration
-        ]
-        self.calibration = Data((self.x_train[drawn], data.y_train[drawn]))
-        self.network = TorchNetwork(self.head, self.calibration)
-        self.problem = Problem(self.network, self.calibration)
-        self.wide = is_wide(experiment, self.head)
+        super().__init__(experiment, seed, data, folder)
         self._onnx: tuple[tempfile.TemporaryDirectory[str], Path, dict[str, str]] | None = None
 
     def row(
-        self, method: str, size: int, plan: Plan | None, model: nn.Module, seconds: float, timed: bool
+        self,
+        method: str,
+        size: int,
+        plan: Plan | None,
+        model: nn.Module,
+        seconds: float,
+        timed: bool,
+        x: Tensor | None = None,
     ) -> Comparison:
-        """Measure a compressed head on the test set; the whole network's file where asked."""
+        """Measure a head on the test set, or on other features of it; the whole network's file where asked."""
         with torch.no_grad():
-            logits = model(self.x_test)
+            logits = model(self.x_test if x is None else x)
         labels = self.data.y_test
         file_bytes, latency, faster = self.file(plan) if timed and plan is not None else (float("nan"),) * 3
-        bytes_now, numbers = stored(self.experiment, model)
+        stored, numbers = self.experiment.stored(model)
         told = "" if plan is None else "; ".join(f"{layer.name}: {wording(layer)}" for layer in plan.layers)
         return Comparison(
-            self.experiment.name, self.seed, method, size, bytes_now, numbers,
+            self.experiment.name, self.seed, method, size, stored, numbers,
             100 * float((logits.argmax(1) == labels).double().mean()),
             100 * float((logits.argmax(1) == self.logits.argmax(1)).double().mean()),
             float(nn.functional.cross_entropy(logits.double(), labels)), file_bytes, latency, faster, seconds, told,
@@ -135,9 +110,9 @@ class Bench:
         return float(small.stat().st_size), times["small"], times["original"] / times["small"]
 
 
-def plans_of(bench: Bench, contender: Contender, sizes: list[int]) -> Iterator[tuple[int, Plan, float]]:
+def plans_of(bench: Compared, contender: Contender, sizes: list[int]) -> Iterator[tuple[int, Plan, float]]:
     """The contender's plan at every size that it can reach, and the seconds that took."""
-    layers, start = list(bench.experiment.layers), time.perf_counter()
+    start = time.perf_counter()
     if contender.shares is not None:
         known: dict[int, int] = {}
         for size in sizes:
@@ -146,30 +121,22 @@ def plans_of(bench: Bench, contender: Contender, sizes: list[int]) -> Iterator[t
                 middle = (low + high + 1) // 2
                 if middle not in known:  # bytes hang on how many neurons stay, not on what is fitted
                     rough = _by_share(bench, contender.shares, middle, refit=False, sequential=False)
-                    known[middle] = stored(bench.experiment, apply(bench.head, rough))[0]
+                    known[middle] = bench.experiment.stored(apply(bench.head, rough))[0]
                 low, high = (middle, high) if known[middle] <= size else (low, middle - 1)
             if low:
                 yield size, _by_share(bench, contender.shares, low), time.perf_counter() - start
         return
-    judge = Judge(bench.head, bench.calibration, "agreement")
-    search = Search(Door(bench.head, bench.calibration), judge, bench.problem, Log(None), contender.choices)
-    search.explore(layers, max(sizes))
-    prepared = time.perf_counter() - start
-    for size in sizes:
-        start = time.perf_counter()
-        chosen = search.within(size, WIDE_TRIES if bench.wide else TRIES, each=True)
-        if chosen is not None:
-            yield size, chosen[0], prepared + time.perf_counter() - start
+    yield from bench.best(contender.choices, sizes)
 
 
-def _by_share(bench: Bench, choice: Choice, step: int, **more: object) -> Plan:
+def _by_share(bench: Compared, choice: Choice, step: int, **more: object) -> Plan:
     """The plan of a method that treats all layers together and keeps ``step`` of ``SHARES`` parts."""
     method, settings = choice
     return plan_problem(bench.problem, method, list(bench.experiment.layers), keep=step / SHARES, **settings, **more)
 
 
-def narrower(bench: Bench, size: int) -> Comparison | None:
-    """A network with fewer neurons between its dense layers, trained from scratch by the same recipe."""
+def narrower(bench: Compared, size: int) -> Comparison | None:
+    """A network with fewer neurons between its dense layers, trained from scratch by the same recipe; the head alone where there are convolutions."""
     experiment, data = bench.experiment, bench.data
     layers = {name: bench.network.shape(name) for name in bench.head.names}
     widths = [layers[name][1] for name in bench.head.names[:-1]]
@@ -187,16 +154,17 @@ def narrower(bench: Bench, size: int) -> Comparison | None:
             best = thinner
     if best is None:
         return None
-    start = time.perf_counter()
+    start, label = time.perf_counter(), f"{experiment.name} narrower {best} seed {bench.seed}"
     with torch.random.fork_rng():
         torch.manual_seed(bench.seed)
         model = experiment.network(widths=tuple(best))
-        fit(model, experiment.recipe, data, f"{experiment.name} narrower {best} seed {bench.seed}")
-    with torch.no_grad():
-        front = bench.x_test
-        bench.x_test = torch.cat([model.front(part) for part in data.x_test.split(1000)])
-    row = bench.row(NARROWER, size, None, model.head(), time.perf_counter() - start, False)
-    bench.x_test = front
+        if experiment.recipe.convolutional:
+            head, x = model.head(), bench.x_test
+            fit(head, HEAD, replace(data, x_train=bench.x_train, x_test=bench.x_test), label)
+        else:
+            fit(model, experiment.recipe, data, label)
+            head, x = model.head(), front_of(model, data.x_test)
+    row = bench.row(NARROWER, size, None, head, time.perf_counter() - start, False, x)
     return replace(row, plan=f"widths {'-'.join(map(str, best))}")
 
 
@@ -205,14 +173,14 @@ class Benches:
 
     def __init__(self, experiment: Experiment, data: Dataset, folder: Path) -> None:
         self.experiment, self.data, self.folder = experiment, data, folder.absolute()
-        self._last: Bench | None = None
+        self._last: Compared | None = None
 
-    def of(self, seed: int) -> Bench:
+    def of(self, seed: int) -> Compared:
         """The bench of a seed whose network was trained before."""
         if self._last is None or self._last.seed != seed:
             self._last = None  # frees its memory first
             require_seen(weights_of(self.experiment, seed, self.folder))
-            self._last = Bench(self.experiment, seed, self.data, self.folder)
+            self._last = Compared(self.experiment, seed, self.data, self.folder)
         return self._last
 
 
@@ -228,9 +196,7 @@ def compare(
         workers: processes, and ``cluster`` a Ray cluster, that share the contenders (:func:`slrprop.parallel.each`).
     """
     done = {store.key(row) for row in store.results(experiment.name)}
-    with torch.device("meta"):
-        head = experiment.network().head()
-    total, wide = stored(experiment, head)[0], is_wide(experiment, head)
+    total, wide = experiment.stored(experiment.untrained_head())[0], experiment.wide
     limits = sorted({parse_size(size, total, "--bytes") for size in sizes})
     contenders = [
         (Contender(ORIGINAL, ""), [total]),
@@ -263,7 +229,7 @@ def _contend(task: tuple[int, Contender, list[int]], benches: Benches, store: St
     return count
 
 
-def _rows(bench: Bench, contender: Contender, sizes: list[int], timed: bool) -> Iterator[Comparison]:
+def _rows(bench: Compared, contender: Contender, sizes: list[int], timed: bool) -> Iterator[Comparison]:
     if contender.name == ORIGINAL:
         yield bench.row(ORIGINAL, sizes[0], Plan(()), bench.head, 0.0, timed)
         return
@@ -276,6 +242,6 @@ def _rows(bench: Bench, contender: Contender, sizes: list[int], timed: bool) -> 
     for size, plan, seconds in plans_of(bench, contender, sizes):
         start = time.perf_counter()
         if contender.tuned:
-            plan = distilled(bench.network, Data((bench.x_train, None)), plan, TuneSettings(), quiet=True)
+            plan = bench.tuned(plan)
         seconds += time.perf_counter() - start
         yield bench.row(contender.name, size, plan, apply(bench.head, plan), seconds, timed)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from slrprop.checks import need_extra, require_choice
+from slrprop.errors import SlrpropError
 from slrprop.terminal import Cluster, Json, Output, Workers, show_table
 
 paper = typer.Typer(no_args_is_help=True, help="The experiments of the SLRProp article (Sensors 23(5):2718, 2023).")
@@ -26,6 +27,8 @@ Seeds = Annotated[int, typer.Option("--seeds", min=1, help="How many training se
 FIGURES = {
     "lenet5-mnist": ("figure4", "LeNet-5 on MNIST (Figure 4)"),
     "room-mlp": ("figure5", "Room occupancy, MLP (Figure 5)"),
+    "vgg16-cifar10": ("figure2", "VGG16 on CIFAR-10 (Figure 2)"),
+    "vgg16-cifar100": ("figure3", "VGG16 on CIFAR-100 (Figure 3)"),
 }
 
 
@@ -48,7 +51,7 @@ def paper_train(
     experiment = experiments.find_experiment(name)
     loaded = experiment.load_data(data)
     told = []
-    for seed in range(seeds):
+    for seed in dict.fromkeys(map(experiment.training, range(seeds))):
         model = experiments.trained(experiment, seed, loaded, run_dir, training.device_of(device))
         path = experiments.weights_of(experiment, seed, run_dir)
         found = importlib.import_module("slrprop.measure").measure(model, (loaded.x_test, loaded.y_test))
@@ -127,17 +130,22 @@ def paper_figures(
     database: Database = None,
     as_json: Json = False,
 ) -> None:
-    """Draw Figures 4 and 5 as PNG and SVG.
+    """Draw the article's figures of all experiments that there are results of, as PNG and SVG.
 
     Example: slrprop paper figures --output docs/paper
     """
     need_extra("matplotlib", "paper")
     output.mkdir(parents=True, exist_ok=True)
+    written = []
     for name, (file, title) in FIGURES.items():
         experiment, found, results = _results(name, run_dir, database)
-        results.table(experiment, found)  # refuses where nothing was computed
+        if not found:
+            continue
         drawn = results.figure(experiment, found, title)
         for kind in ("png", "svg"):
-            drawn.savefig(output / f"{file}.{kind}", dpi=130, metadata={"Date": None} if kind == "svg" else None)
-    written = [str(output / f"{file}.{kind}") for file, _ in FIGURES.values() for kind in ("png", "svg")]
+            path = output / f"{file}.{kind}"
+            drawn.savefig(path, dpi=130, metadata={"Date": None} if kind == "svg" else None)
+            written.append(str(path))
+    if not written:
+        raise SlrpropError(f"there are no results yet; compute them with: slrprop paper run {next(iter(FIGURES))}")
     typer.echo(json.dumps(written) if as_json else f"Written: {', '.join(written)}")

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
+from torch import nn
 
 from slrprop.errors import SlrpropError
 from slrprop.files import replacing, require_seen
 from slrprop.paper.datasets import DATASETS, Dataset
-from slrprop.paper.networks import VGG16, Headed, LeNet5, LeNet300, RoomMLP
+from slrprop.paper.networks import VGG16, DenseHead, Headed, LeNet5, LeNet300, RoomMLP
 from slrprop.paper.training import Recipe, Trainer, cropped, shifted, write_log
 from slrprop.parallel import each
+from slrprop.search.path import LEVELS
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Experiment:
     """One network of the article on its data set.
 
     ``layers`` are the layer before the FRL and the FRL; ``calibration`` is the number of training samples that
-    the scores see.
+    the scores see. ``trainings``: how many networks the seeds share, where each is not to have its own. ``levels``: those of
+    the product's own choice that the sweep has too, at the bytes of SLR.
     """
 
     name: str
@@ -31,6 +34,33 @@ class Experiment:
     ranks: tuple[int, ...]
     calibration: int
     recipe: Recipe
+    trainings: int | None = None
+    levels: tuple[str, ...] = ()
+
+    def training(self, seed: int) -> int:
+        """The seed that a seed's network was trained from."""
+        return seed if self.trainings is None else seed % self.trainings
+
+    def stored(self, model: nn.Module) -> tuple[int, int]:
+        """Bytes and numbers of the two layers as they are saved."""
+        tensors = [tensor for name in self.layers for tensor in model.get_submodule(name).state_dict().values()]
+        return sum(tensor.nbytes for tensor in tensors), sum(tensor.numel() for tensor in tensors)
+
+    def untrained_head(self) -> DenseHead:
+        """The dense head without numbers, for its shapes."""
+        with torch.device("meta"):
+            return self.network().head()
+
+    @property
+    def wide(self) -> bool:
+        """Whether one of the layers has thousands of neurons on both sides."""
+        head = self.untrained_head()
+        return max(min(head.get_parameter(f"{name}.weight").shape) for name in self.layers) > 2048
+
+    @property
+    def tries(self) -> int:
+        """Evaluations per size that every method has to share its bytes among the layers."""
+        return 2 if self.wide else 4
 
     def load_data(self, folder: str | Path | None = None) -> Dataset:
         """Read or download the data set."""
@@ -47,8 +77,8 @@ EXPERIMENTS = {
     for experiment in (
         Experiment("lenet5-mnist", "mnist", LeNet5, ("fc3", "fc4"), (2, 4, 8, 16, 32), 10_000, LENET),
         Experiment("room-mlp", "room", RoomMLP, ("fc2", "fc3"), (2, 4, 8, 16), 1_000, ROOM),
-        Experiment("vgg16-cifar10", "cifar10", VGG16, ("fc6", "fc7"), (2, 4, 8, 16, 32, 64), 10_000, VGG),
-        Experiment("vgg16-cifar100", "cifar100", partial(VGG16, 100), ("fc6", "fc7"), (2, 4, 8, 16, 32, 64), 10_000, VGG),
+        Experiment("vgg16-cifar10", "cifar10", VGG16, ("fc6", "fc7"), (2, 4, 8, 16, 32, 64), 10_000, VGG, 1, tuple(LEVELS)),
+        Experiment("vgg16-cifar100", "cifar100", partial(VGG16, 100), ("fc6", "fc7"), (2, 4, 8, 16, 32, 64), 10_000, VGG, 1, tuple(LEVELS)),
     )
 }  # fmt: skip
 LENET300 = Experiment(
@@ -70,6 +100,7 @@ def trained(experiment: Experiment, seed: int, data: Dataset, folder: Path, devi
     Where an epoch takes minutes, what is finished of a training is kept there too and gone on from.
     """
     path = weights_of(experiment, seed, folder)
+    seed = experiment.training(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = experiment.network()
@@ -101,7 +132,8 @@ def train_missing(
     Raises:
         SlrpropError: a machine of the cluster has trained, and its file is not seen here.
     """
-    missing = [seed for seed in seeds if not weights_of(experiment, seed, folder).exists()]
+    wanted = dict.fromkeys(experiment.training(seed) for seed in seeds)
+    missing = [seed for seed in wanted if not weights_of(experiment, seed, folder).exists()]
     for seed, _ in each(_train, missing, (experiment, data, folder), workers, cluster):
         require_seen(weights_of(experiment, seed, folder))
 
@@ -112,4 +144,4 @@ def _train(seed: int, experiment: Experiment, data: Dataset, folder: Path) -> No
 
 def weights_of(experiment: Experiment, seed: int, folder: Path) -> Path:
     """Where the trained weights are kept."""
-    return folder / f"{experiment.name}-seed{seed}.safetensors"
+    return folder / f"{experiment.name}-seed{experiment.training(seed)}.safetensors"

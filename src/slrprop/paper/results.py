@@ -13,11 +13,11 @@ from typing import Any
 from slrprop.errors import SlrpropError
 from slrprop.files import replacing
 from slrprop.paper.experiments import Experiment
-from slrprop.paper.run import METHODS, ORIGINAL
+from slrprop.paper.run import AUTO, ORIGINAL, methods_of
 from slrprop.paper.store import Result
 
 METRICS = ("accuracy", "auc", "recall", "precision", "specificity")
-COLOURS = ("#555555", "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#cc79a7", "#d55e00")
+COLOURS = ("#555555", "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#cc79a7", "#d55e00", "#999933", "#882255", "#000000")
 
 
 def published() -> dict[tuple[str, str, int], dict[str, float]]:
@@ -52,7 +52,7 @@ def table(experiment: Experiment, results: list[Result]) -> list[list[str]]:
     grouped, theirs = cells(results), published()
     lines = [["k", "method", "rate", "seeds", *METRICS]]
     for rank in (0, *experiment.ranks):
-        for method in (ORIGINAL,) if rank == 0 else METHODS:
+        for method in (ORIGINAL,) if rank == 0 else methods_of(experiment):
             found = grouped.get((method, rank), [])
             if not found:
                 continue
@@ -95,12 +95,14 @@ def figure(experiment: Experiment, results: list[Result], title: str) -> Any:
     canvas = Figure(figsize=(7.5, 5), layout="constrained")
     axes = canvas.add_subplot()
     rates: dict[int, float] = {}
-    for index, (colour, method) in enumerate(zip(COLOURS, METHODS, strict=True)):
+    for index, (colour, method) in enumerate(zip(COLOURS, methods_of(experiment), strict=False)):
         points = []
         apart = 1 + 0.012 * (index - 3)  # so that error bars at one rate stay readable
         for rank in experiment.ranks:
             if found := grouped.get((method, rank)):
-                points.append((apart * found[0].compression_rate, *spread([result.accuracy for result in found])))
+                slr = rates.get(rank) if method.startswith(AUTO) else None
+                rate = slr or found[0].compression_rate
+                points.append((apart * rate, *spread([result.accuracy for result in found])))
                 if method.startswith("slr"):
                     rates[rank] = found[0].compression_rate
         if points:

@@ -2,27 +2,27 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from slrprop.api import apply, plan_problem
-from slrprop.data import Data
 from slrprop.files import require_seen
-from slrprop.measure import measure
-from slrprop.methods import Problem
+from slrprop.measure import file_bytes, measure
 from slrprop.methods.slr import CRITERIA
 from slrprop.network import TorchNetwork
+from slrprop.paper.bench import Bench
 from slrprop.paper.datasets import Dataset
-from slrprop.paper.experiments import Experiment, train_missing, trained, weights_of
+from slrprop.paper.experiments import Experiment, train_missing, weights_of
 from slrprop.paper.store import Result, Store
 from slrprop.parallel import each
+from slrprop.plan import Plan
+from slrprop.search.path import LEVELS
 
 ORIGINAL = "original"
+AUTO = "auto, "  # the product's own choice at a level, in the bytes that SLR stores at the rank
 METHODS: dict[str, dict[str, Any]] = {
     "svd": {"method": "svd"},
     **{f"slr {criterion}": {"method": "slr", "criterion": criterion} for criterion in CRITERIA},
@@ -30,34 +30,36 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def calibration(experiment: Experiment, data: Dataset, seed: int) -> Data:
-    """The seed's own calibration samples, drawn from the training set."""
-    drawn = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(seed))[: experiment.calibration]
-    return Data((data.x_train[drawn], data.y_train[drawn]))
+def methods_of(experiment: Experiment) -> tuple[str, ...]:
+    """All that its sweep compares."""
+    return *METHODS, *(f"{AUTO}{level}" for level in experiment.levels)
 
 
 def _cells(experiment: Experiment) -> Iterator[tuple[str, int]]:
     yield ORIGINAL, 0
     for rank in experiment.ranks:
-        for method in METHODS:
+        for method in methods_of(experiment):
             yield method, rank
 
 
-def measure_cell(
-    experiment: Experiment, model: nn.Module, problem: Problem, data: Dataset, seed: int, method: str, rank: int
-) -> Result:
-    """Compress by one method at one rank and measure on the whole test set."""
-    start, rate = time.perf_counter(), 1.0
-    small = model
-    if method != ORIGINAL:
-        made = plan_problem(problem, layers=experiment.layers, rank=rank, **METHODS[method])
-        small = apply(model, made)
-        before_frl = next((layer for layer in made.layers if layer.name == experiment.layers[0]), None)
-        if before_frl is not None:
-            rate = before_frl.numbers / (before_frl.shape[0] * before_frl.shape[1])
-    seconds = time.perf_counter() - start
-    found = measure(small, (data.x_test, data.y_test))
-    return Result(experiment.name, seed, method, rank, **asdict(found), compression_rate=rate, seconds=seconds)
+def planned(bench: Bench, method: str, rank: int) -> Plan:
+    """The plan of a method at a rank."""
+    if method == ORIGINAL:
+        return Plan(())
+    return plan_problem(bench.problem, layers=bench.experiment.layers, rank=rank, **METHODS[method])
+
+
+def measured(bench: Bench, method: str, rank: int, plan: Plan, seconds: float) -> Result:
+    """A plan's quality on the whole test set, and the whole network's size."""
+    experiment, rate = bench.experiment, 1.0
+    before_frl = next((layer for layer in plan.layers if layer.name == experiment.layers[0]), None)
+    if before_frl is not None:
+        m, n = before_frl.shape
+        rate = before_frl.bytes / (4 * m * n) if method.startswith(AUTO) else before_frl.numbers / (m * n)
+    found = measure(apply(bench.head, plan), (bench.x_test, bench.data.y_test))
+    whole = TorchNetwork(apply(bench.model, plan), None)
+    found = replace(found, bytes=file_bytes(whole), numbers=whole.numbers)
+    return Result(experiment.name, bench.seed, method, rank, **asdict(found), compression_rate=rate, seconds=seconds)
 
 
 def run(
@@ -88,7 +90,19 @@ def _sweep(
     """Compute the missing rows of a seed."""
     seed, cells = task
     require_seen(weights_of(experiment, seed, folder))
-    samples, model = calibration(experiment, data, seed), trained(experiment, seed, data, folder)
-    problem = Problem(TorchNetwork(model, samples), samples)
+    bench = Bench(experiment, seed, data, folder)
+    of_level: dict[str, dict[int, int]] = {}  # the rank of every size, the stored bytes of SLR
     for method, rank in tqdm(cells, desc=f"seed {seed}", unit="row", leave=False):
-        store.add(measure_cell(experiment, model, problem, data, seed, method, rank))
+        if method.startswith(AUTO):
+            size = experiment.stored(apply(bench.head, planned(bench, "slr weight", rank)))[0]
+            of_level.setdefault(method, {})[size] = rank
+            continue
+        start = time.perf_counter()
+        plan = planned(bench, method, rank)
+        store.add(measured(bench, method, rank, plan, time.perf_counter() - start))
+    for method, ranks in of_level.items():
+        level = method.removeprefix(AUTO)
+        for size, plan, seconds in bench.best(LEVELS[level], sorted(ranks)):
+            start = time.perf_counter()
+            plan = bench.tuned(plan) if level == "tuned" else plan
+            store.add(measured(bench, method, ranks[size], plan, seconds + time.perf_counter() - start))

@@ -1,0 +1,85 @@
+"""A trained network of an experiment: its dense head on the features before it, and the plans that a search finds for it."""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from slrprop.data import Data
+from slrprop.files import replacing
+from slrprop.methods import Problem
+from slrprop.network import TorchNetwork
+from slrprop.paper.datasets import Dataset
+from slrprop.paper.experiments import Experiment, trained, weights_of
+from slrprop.paper.networks import DenseHead, Headed
+from slrprop.paper.training import digest
+from slrprop.plan import Plan
+from slrprop.search.judge import Door, Judge, Log
+from slrprop.search.path import Choice
+from slrprop.search.search import Search
+from slrprop.tune import TuneSettings, distilled
+
+PART = 500  # images that pass the front at once
+
+
+class Bench:
+    """The dense head of a network trained from a seed, on the features that the rest gives.
+
+    ``calibration`` is the seed's own draw of training samples. The features of convolutions are kept in ``folder``.
+    """
+
+    def __init__(self, experiment: Experiment, seed: int, data: Dataset, folder: Path) -> None:
+        self.experiment, self.seed, self.data = experiment, seed, data
+        self.model = trained(experiment, seed, data, folder)
+        self.head: DenseHead = self.model.head()
+        self.x_train, self.x_test = self._features(weights_of(experiment, seed, folder))
+        with torch.no_grad():
+            self.logits = self.head(self.x_test)
+        drawn = torch.randperm(len(self.x_train), generator=torch.Generator().manual_seed(seed))
+        drawn = drawn[: experiment.calibration]
+        self.calibration = Data((self.x_train[drawn], data.y_train[drawn]))
+        self.network = TorchNetwork(self.head, self.calibration)
+        self.problem = Problem(self.network, self.calibration)
+
+    def _features(self, weights: Path) -> tuple[Tensor, Tensor]:
+        """What comes before the head of all training and test samples."""
+        if not self.experiment.recipe.convolutional:
+            return front_of(self.model, self.data.x_train), front_of(self.model, self.data.x_test)
+        path, made_by = weights.with_suffix(".features"), digest(weights)
+        if path.exists():
+            with safe_open(path, "pt") as file:
+                known = (file.metadata() or {}).get("weights") == made_by
+            if known:
+                found = load_file(path)
+                return found["train"], found["test"]
+        found = {"train": front_of(self.model, self.data.x_train), "test": front_of(self.model, self.data.x_test)}
+        with replacing(path) as part:
+            part.write_bytes(save(found, {"weights": made_by}))
+        return found["train"], found["test"]
+
+    def best(self, choices: Sequence[Choice], sizes: Sequence[int]) -> Iterator[tuple[int, Plan, float]]:
+        """The plan that the search finds at every size (stored bytes of the treated layers) it can reach, and the seconds."""
+        start = time.perf_counter()
+        judge = Judge(self.head, self.calibration, "agreement")
+        search = Search(Door(self.head, self.calibration), judge, self.problem, Log(None), tuple(choices))
+        search.explore(list(self.experiment.layers), max(sizes))
+        prepared = time.perf_counter() - start
+        for size in sizes:
+            start = time.perf_counter()
+            chosen = search.within(size, self.experiment.tries, each=True)
+            if chosen is not None:
+                yield size, chosen[0], prepared + time.perf_counter() - start
+
+    def tuned(self, plan: Plan) -> Plan:
+        """The plan distilled on the training inputs."""
+        return distilled(self.network, Data((self.x_train, None)), plan, TuneSettings(), quiet=True)
+
+
+def front_of(model: Headed, x: Tensor) -> Tensor:
+    """The inputs of a network's first dense layer."""
+    with torch.no_grad():
+        return torch.cat([model.front(part) for part in x.split(PART)])
