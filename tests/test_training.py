@@ -15,9 +15,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 from slrprop import SlrpropError, cli
-from slrprop.paper import datasets, training
+from slrprop.paper import bench, datasets, training
+from slrprop.paper.bench import Bench
 from slrprop.paper.datasets import Dataset, cifar
-from slrprop.paper.experiments import EXPERIMENTS, trained, weights_of
+from slrprop.paper.experiments import EXPERIMENTS, train_missing, trained, weights_of
 from slrprop.paper.networks import VGG16, Headed
 from slrprop.paper.training import Recipe, Trainer, cropped, device_of
 
@@ -110,6 +111,25 @@ def test_it_learns(images, tmp_path):
     assert float(log[-1]["loss"]) < float(log[0]["loss"]) - 0.3
     with torch.no_grad():
         assert (model(images.x_test).argmax(1) == images.y_test).float().mean() > 0.3
+
+
+def test_seeds_may_share_a_training_and_its_features(images, tmp_path, monkeypatch):
+    """The convolutions run once over the data, and again only for other weights."""
+    experiment = dataclasses.replace(tiny(0.0), trainings=1, calibration=40)
+    train_missing(experiment, range(3), images, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny-seed0.csv", "tiny-seed0.safetensors"]
+    passes, real = [], bench.front_of
+    monkeypatch.setattr(bench, "front_of", lambda *given: passes.append(1) or real(*given))
+    one, two = (Bench(experiment, seed, images, tmp_path) for seed in (1, 2))
+    assert len(passes) == 2  # training and test samples, once
+    with torch.no_grad():
+        torch.testing.assert_close(one.logits, one.model(images.x_test), rtol=1e-4, atol=1e-5)
+    assert torch.equal(one.logits, two.logits)
+    (drawn, _), (other, _) = ((batch.inputs[0], batch.targets) for made in (one, two) for batch in made.calibration)
+    assert len(drawn) == 40 and not torch.equal(drawn, other)
+    trained(dataclasses.replace(experiment, trainings=2), 1, images, tmp_path)
+    weights_of(experiment, 0, tmp_path).write_bytes((tmp_path / "tiny-seed1.safetensors").read_bytes())
+    assert not torch.equal(Bench(experiment, 0, images, tmp_path).logits, one.logits) and len(passes) == 4
 
 
 def test_crops_are_whole_shifts_and_mirrors():
