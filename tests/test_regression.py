@@ -199,6 +199,110 @@ class TestMoments:
             task.regression("2", {})
 
 
+class Block(nn.Module):
+    """Self-attention and two dense layers with residuals, a mean over tokens and a head."""
+
+    def __init__(self, in_place=False):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.wide, self.narrow, self.head = nn.Linear(8, 20), nn.Linear(20, 8), nn.Linear(8, 3)
+        self.in_place = in_place
+
+    def forward(self, x):
+        h = x + 0
+        q, k, v = self.q(h), self.k(h), self.v(h)
+        mixed = self.out((q @ k.mT).softmax(-1) @ v)
+        h = h.add_(mixed) if self.in_place else h + mixed
+        inner = self.wide(h)
+        inner = inner.relu_() if self.in_place else inner.relu()
+        return self.head((h + self.narrow(inner)).mean(1))
+
+
+@pytest.fixture
+def blocks():
+    torch.manual_seed(5)
+    plain = Block().eval()
+    written = Block(in_place=True).eval()
+    written.load_state_dict(plain.state_dict())
+    return plain, written, torch.randn(50, 6, 8)
+
+
+def assert_same_task(one, other):
+    for name in ("weight", "bias", "mean", "covariance", "target_mean", "metric", "root"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-5, atol=1e-7)
+
+
+class TestManyLayers:
+    NAMES = ("q", "k", "v", "out", "wide", "narrow", "head")
+
+    def test_siblings_read_the_same_tensor(self, blocks, tmp_path):
+        plain, written, x = blocks
+        slrprop.export_onnx(plain, tmp_path / "block.onnx", x[:2])
+        data = Data((x, None))
+        for network in (TorchNetwork(plain, data), TorchNetwork(written, data)):
+            assert network.siblings("q") == network.siblings("v") == {"q", "k", "v"}
+            assert all(network.siblings(name) == {name} for name in self.NAMES[3:])
+        network = OnnxNetwork(tmp_path / "block.onnx", data)
+        assert sorted(map(len, map(network.siblings, network.names))) == [1, 1, 1, 1, 3, 3, 3]
+
+    def test_a_tensor_written_to_is_another(self):
+        class Grown(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+            def forward(self, x):
+                x = x + 0
+                x += self.a(x)
+                return self.b(x)
+
+        model, x = Grown(), torch.randn(20, 4)
+        found = calibration_of(model, x)
+        assert found.network.siblings("a") == {"a"}
+        torch.testing.assert_close(found.regression("a", {}).mean, x.double().mean(0))
+
+    def test_what_is_written_to_later_is_as_the_layer_saw_it(self, blocks):
+        plain, written, x = blocks
+        one, other = (calibration_of(model, x) for model in (plain, written))
+        for name in self.NAMES:
+            assert_same_task(one.regression(name, {}), other.regression(name, {}))
+
+    @pytest.mark.parametrize("kept", [1 << 30, 0])
+    def test_prepared_together_they_are_as_one_by_one(self, kept, blocks, monkeypatch):
+        monkeypatch.setattr("slrprop.regression.KEPT_BYTES", kept)
+        plain, _, x = blocks
+        alone, together = (calibration_of(plain, x, 17) for _ in range(2))
+        together.prepare(self.NAMES)
+        before = {name: narrowed_by(plain, name, 3) for name in ("q", "k", "v", "out")}
+        for name in self.NAMES:
+            assert_same_task(alone.regression(name, {}), together.regression(name, {}))
+            seen = {key: value for key, value in before.items() if key != name and self.NAMES.index(key) < self.NAMES.index(name)}  # fmt: skip
+            assert_same_task(alone.regression(name, seen), together.regression(name, seen))
+
+    def test_few_runs_are_enough(self, blocks, monkeypatch):
+        """All metrics and moments in a run each; siblings behind compressed layers share one."""
+        plain, _, x = blocks
+        calls, real = [], TorchNetwork.call
+        monkeypatch.setattr(TorchNetwork, "call", lambda self, batch: calls.append(1) or real(self, batch))
+        found = calibration_of(plain, x)
+        calls.clear()
+        found.prepare(self.NAMES)
+        assert len(calls) == 3  # metrics, rows, moments
+        before = {name: narrowed_by(plain, name, 3) for name in ("q", "k", "v")}
+        found.regression("out", before)
+        assert len(calls) == 4
+        assert found.regression("k", {"q": before["q"]}) is found.regression("k", {})
+        assert len(calls) == 4
+
+    def test_a_frozen_network_has_the_same_metric_and_stays_frozen(self, blocks):
+        plain, _, x = blocks
+        want = calibration_of(plain, x).regression("q", {}).metric
+        plain.requires_grad_(False)
+        plain.head.requires_grad_(True)
+        torch.testing.assert_close(calibration_of(plain, x).regression("q", {}).metric, want)
+        assert [p.requires_grad for p in plain.parameters()] == [False] * 12 + [True] * 2
+
+
 class TestInOrder:
     """Layers of a plan, one after the other."""
 

@@ -17,7 +17,7 @@ from slrprop.errors import SlrpropError
 from slrprop.linalg import balanced, principal, projected
 from slrprop.network.base import Network
 from slrprop.network.chain import ACTIVATIONS
-from slrprop.statistics import Moments
+from slrprop.statistics import Moments, moments_of
 
 DAMPING = 1e-4  # pull towards the original weight, times the mean variance of the inputs
 ROUNDING = 1e-12  # relative, of sums in float64
@@ -124,8 +124,29 @@ class Calibration:
     def __init__(self, network: Network, data: Data, known: Mapping[str, Moments] | None = None) -> None:
         self.network, self.data, self._known = network, data, known or {}
         self._inputs: dict[str, list[Tensor] | None] = {}
+        self._outputs: dict[str, list[Tensor]] = {}  # original pre-activations
+        self._changed: tuple[frozenset[str], dict[str, Compressed], list[Tensor]] | None = None  # inputs last streamed
         self._metrics: dict[str, tuple[Tensor, Tensor] | None] = {}
         self._first: dict[tuple[str, bool], Regression] = {}  # of layers whose inputs are the original ones
+
+    def prepare(self, names: tuple[str, ...], weighted: bool = True) -> None:
+        """Measure all that the named layers of the original network need at once, where each would take a run of its own."""
+        many = tuple(name for name in names if self.network.chain(name) is None and (name, weighted) not in self._first)
+        if len(many) < 2:
+            return
+        if weighted:
+            self._measure_metrics(many)
+        rows = sum(
+            len(z) for flow in self.network.stream(many[:1], self.data, whole=False) for _, z in flow.calls[many[0]]
+        )
+        size = 4 * rows * sum(self.network.shape(name)[1] for name in many)
+        outputs: dict[str, list[Tensor]] | None = {} if size <= KEPT_BYTES else None
+        for name, summed in moments_of(self.network, many, self.data, False, outputs).items():
+            self._known = {**self._known, name: summed}
+            if summed.count:
+                self.regression(name, {}, weighted)
+        self._known = {name: summed for name, summed in self._known.items() if name not in many}
+        self._outputs |= outputs or {}
 
     def regression(self, name: str, compressed: Mapping[str, Compressed], weighted: bool = True) -> Regression:
         """The regression of a layer, given what the layers before it compute by now.
@@ -136,11 +157,12 @@ class Calibration:
         Raises:
             SlrpropError: the layer is not called on this data.
         """
-        if (name, weighted) in self._first and not set(compressed) - {name}:
+        siblings = self.network.siblings(name)
+        before = {key: value for key, value in compressed.items() if key not in siblings}
+        if (name, weighted) in self._first and not before:
             return self._first[name, weighted]
         weight, bias = self._original(name)
         m, n = weight.shape
-        before = {key: value for key, value in compressed.items() if key != name}
         summed = self._known.get(name) if not before else None
         if summed is None:
             summed = Moments(m, n, crossed=bool(before))
@@ -198,13 +220,39 @@ class Calibration:
             for flow in self.network.stream((name,), self.data):
                 yield from flow.calls[name]
             return
+        yield from zip(self._inputs_now(name, compressed), self._outputs_then(name), strict=True)
+
+    def _outputs_then(self, name: str) -> Iterator[Tensor]:
+        """The original pre-activations of a layer."""
+        if name in self._outputs:
+            yield from self._outputs[name]
+            return
+        for flow in self.network.stream((name,), self.data, whole=False):
+            yield from (z for _, z in flow.calls[name])
+
+    def _inputs_now(self, name: str, compressed: Mapping[str, Compressed]) -> Iterator[Tensor]:
+        """A layer's inputs behind the compressed layers; those that its siblings read too are kept for them."""
+        siblings = self.network.siblings(name)
+        if self._changed is not None:
+            known, before, kept = self._changed
+            if (
+                name in known
+                and before.keys() == compressed.keys()
+                and all(before[key] is compressed[key] for key in before)
+            ):
+                yield from kept
+                return
         weights = {key: value.weight.to(self.network.weight(key)) for key, value in compressed.items()}
         biases = {key: value.bias.to(self.network.weight(key)) for key, value in compressed.items()}
-        changed = self.network.with_weights(weights, self.data, biases)
-        streams = (network.stream((name,), self.data) for network in (changed, self.network))
-        for now, then in zip(*streams, strict=True):
-            for (x, _), (_, z) in zip(now.calls[name], then.calls[name], strict=True):
-                yield x, z
+        changed, kept, size = self.network.with_weights(weights, None, biases), list[Tensor](), 0
+        for flow in changed.stream((name,), self.data, whole=False):
+            for x, _ in flow.calls[name]:
+                size += x.nbytes
+                if len(siblings) > 1 and size <= KEPT_BYTES:
+                    kept.append(x)
+                yield x
+        if len(siblings) > 1 and size <= KEPT_BYTES:
+            self._changed = siblings, dict(compressed), kept
 
     def _entry(self, name: str, compressed: Mapping[str, Compressed]) -> str | None:
         """The first layer from which a plain chain leads over all compressed layers to this one, its inputs kept."""
@@ -263,18 +311,25 @@ class Calibration:
         None where the outputs' gradient can't be had or is zero.
         """
         if name not in self._metrics:
-            total, count = None, 0
+            self._measure_metrics((name,))
+        return self._metrics[name]
+
+    def _measure_metrics(self, names: tuple[str, ...]) -> None:
+        totals: dict[str, Tensor] = {}
+        counts = dict.fromkeys(names, 0)
+        for turn, found in self.network.gradients(names, self.data, PROBES):
+            if turn == 0 and min(counts.values()) >= METRIC_ROWS:
+                break
+            for name, gradient in found.items():
+                gradient = gradient.double().cpu()
+                square = totals.setdefault(name, gradient.new_zeros(gradient.shape[1], gradient.shape[1]))
+                square.addmm_(gradient.T, gradient)
+                counts[name] += len(gradient) if turn == 0 else 0
+        for name in names:
             self._metrics[name] = None
-            for gradients in self.network.gradients(name, self.data, PROBES):
-                flat = gradients.double().cpu().reshape(-1, gradients.shape[-1])
-                total = flat.T @ flat if total is None else total.addmm_(flat.T, flat)
-                count += gradients.shape[1]
-                if count >= METRIC_ROWS:
-                    break
-            if total is not None:
-                total /= count
+            if name in totals:
+                total = totals[name] / max(counts[name], 1)
                 mean = total.diagonal().mean()
                 if mean > 0:
                     total.diagonal().add_(METRIC_DAMPING * mean)
                     self._metrics[name] = total, torch.linalg.cholesky(total)
-        return self._metrics[name]

@@ -129,9 +129,27 @@ def _moments(part: Any, model: nn.Module | str | Path, names: tuple[str, ...]) -
     network = open_network(model, data)
     for name in names:
         network.require(name)
-    found = {name: Moments(*network.shape(name)) for name in names}
-    for flow in network.stream(names, data):
+    return moments_of(network, names, data)
+
+
+def moments_of(
+    network: Network,
+    names: tuple[str, ...],
+    data: Data,
+    crossed: bool = True,
+    outputs: dict[str, list[Tensor]] | None = None,
+) -> dict[str, Moments]:
+    """Moments of the named layers in one run of the data.
+
+    Args:
+        crossed: those of inputs with pre-activations too.
+        outputs: the pre-activations (p x n) of every call are put here.
+    """
+    found = {name: Moments(*network.shape(name), crossed) for name in names}
+    for flow in network.stream(names, data, whole=False):
         for name, calls in flow.calls.items():
             for x, z in calls:
                 found[name].add(x, z)
+                if outputs is not None:
+                    outputs.setdefault(name, []).append(z.cpu())
     return found

@@ -89,6 +89,7 @@ def in_order(
     for name, layer in (fixed or {}).items():
         compressed[name] = computed_by(problem, layer)
     names = [name for name in problem.network.order if name in chosen]
+    problem.calibration.prepare(tuple(names), any(settings.weighted for _, settings in chosen.values()))
     for name in names:
         method, settings = chosen[name]
         before = {key: value for key, value in compressed.items() if precedes(problem, key, name)}

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class Network(ABC):
         self.tied = tied
         self.ending: str | None = None
         self.times_called = dict.fromkeys(names, 1)
+        self._reads: dict[str, Any] = {}  # by layer, what tells apart the tensors that they read
         self._paths: dict[str, Path] = {}
         self._chains: dict[str, Chain | None] = {}
 
@@ -64,8 +65,12 @@ class Network(ABC):
         """The layer's bias (n,)."""
 
     @abstractmethod
-    def stream(self, names: tuple[str, ...], data: Data) -> Iterator[Flow]:
-        """Run the data through the network batch by batch, with what the named layers saw."""
+    def stream(self, names: tuple[str, ...], data: Data, whole: bool = True) -> Iterator[Flow]:
+        """Run the data through the network batch by batch, with what the named layers saw.
+
+        Args:
+            whole: False goes no further than the named layers; the output is empty then.
+        """
 
     @abstractmethod
     def outputs_with(self, name: str, flow: Flow, layer: Layer, candidates: Tensor) -> Tensor:
@@ -79,9 +84,13 @@ class Network(ABC):
 
     @abstractmethod
     def with_weights(
-        self, weights: Mapping[str, Tensor], data: Data, biases: Mapping[str, Tensor] | None = None
+        self, weights: Mapping[str, Tensor], data: Data | None, biases: Mapping[str, Tensor] | None = None
     ) -> Self:
-        """A copy of the network whose named layers have these dense weights (m x n), some of them other biases (n,)."""
+        """A copy of the network whose named layers have these dense weights (m x n), some of them other biases (n,).
+
+        Args:
+            data: to see what follows each layer; None for a network that is only to be streamed.
+        """
 
     def shape(self, name: str) -> tuple[int, int]:
         """(m, n) of a layer's weight."""
@@ -134,29 +143,43 @@ class Network(ABC):
         """Whether the network's output is this layer's output, element-wise functions and a final softmax aside."""
         return name in self._paths and self._paths[name].whole and self.next_layer(name) is None
 
+    def siblings(self, name: str) -> frozenset[str]:
+        """The layers that read the very tensor that this one reads, itself among them: none changes another's inputs."""
+        same = {other for other, what in self._reads.items() if what == self._reads.get(name, self)}
+        return frozenset(same | {name})
+
     def activation(self, name: str) -> str | None:
         """The activation that takes a layer's output, None where it is not known."""
         after = next((element for element in self._elements(name) if not isinstance(element, Affine)), None)
         return after if isinstance(after, str) else None
 
-    def gradients(self, name: str, data: Data, probes: int) -> Iterator[Tensor]:
-        """Batch by batch the gradients (d, p, n) of the outputs along d directions, in a layer's p outputs of n numbers.
+    def gradients(self, names: tuple[str, ...], data: Data, probes: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Batch by batch, along one direction after the other (numbered in the batch): the outputs' gradients by layer.
 
-        The directions' outer products sum to centring over classes; for more than ``probes`` classes they are random and
-        do so on average over samples. Of a final softmax the scores are followed, see :meth:`scores`. Nothing is given where
-        no chain follows the layer and the network has no gradient of its own.
+        Those of a layer's p outputs of n numbers are (p, n). The directions' outer products sum to centring over classes; for more
+        than ``probes`` classes they are random and do so on average over samples. Of a final softmax the scores are followed, see
+        :meth:`scores`. Layers that no chain follows are left out where the network has no gradient of its own.
         """
-        chain = self.chain(name)
-        if chain is None:
+        randoms = {name: torch.Generator().manual_seed(0) for name in names if self.chain(name) is not None}
+        if not randoms:
             return
-        random = torch.Generator().manual_seed(0)
-        for flow in self.stream((name,), data):
-            for _, y in flow.calls[name]:
-                y = y.detach().requires_grad_()
+        for flow in self.stream(tuple(randoms), data):
+            outputs = {}
+            for name, random in randoms.items():
+                y = torch.cat([y for _, y in flow.calls[name]]).detach().requires_grad_()
+                chain = self.chain(name)
+                assert chain is not None
                 with torch.enable_grad():
                     output = chain.values(y)[-1]
-                    along = directions(output, probes, random)
-                    yield torch.stack([torch.autograd.grad(output, y, d, retain_graph=True)[0] for d in along])
+                outputs[name] = (y, output, list(directions(output, probes, random)))
+            for turn in range(max(len(along) for *_, along in outputs.values())):
+                yield (
+                    turn,
+                    {
+                        name: torch.autograd.grad(output, y, along[turn], retain_graph=True)[0]
+                        for name, (y, output, along) in outputs.items()
+                    },
+                )
 
     def activated(self, name: str, y: Tensor) -> Tensor:
         """A layer's output (p x n) after the batch norm and activation that follow it."""

@@ -67,6 +67,7 @@ class OnnxNetwork(Network):
             super().__init__(tuple(self.graph.layers), self.graph.tied())
             self.ending = self.graph.ending
             self._paths = {name: self.graph.follow(layer) for name, layer in self.graph.layers.items()}
+            self._reads = {name: layer.x for name, layer in self.graph.layers.items()}
         self._cuts: dict[str, Cut] = {}
         self.batch = self._fixed_batch()
         if data is not None:
@@ -109,7 +110,7 @@ class OnnxNetwork(Network):
         return None if bias is None else tensor_of(bias)
 
     def with_weights(
-        self, weights: Mapping[str, Tensor], data: Data, biases: Mapping[str, Tensor] | None = None
+        self, weights: Mapping[str, Tensor], data: Data | None, biases: Mapping[str, Tensor] | None = None
     ) -> "OnnxNetwork":
         forms = {name: DenseFactors(weight) for name, weight in weights.items()}
         return OnnxNetwork(rewritten(self.file, self.graph, forms, biases or {}), data)
@@ -181,15 +182,17 @@ class OnnxNetwork(Network):
             reason = " ".join(str(error).split())[:300]
             raise SlrpropError(f"the model can't take data of shape {shapes}: {reason}") from error
 
-    def stream(self, names: tuple[str, ...], data: Data) -> Iterator[Flow]:
+    def stream(self, names: tuple[str, ...], data: Data, whole: bool = True) -> Iterator[Flow]:
         layers = {name: self.layer(name) for name in names}
         fed = {value.name for value in self.graph.inputs}
-        wanted = {tensor for layer in layers.values() for tensor in (layer.x, layer.y)} | {self.graph.main}
+        wanted = {tensor for layer in layers.values() for tensor in (layer.x, layer.y)}
+        wanted |= {self.graph.main} if whole else set()
         session = self.file.session(sorted(wanted - fed))
         for part in (part for batch in data for part in self._parts(batch)):
             found = {**part.feed, **self.run(session, part.feed)}
-            output = unpadded(tensor_of(found[self.graph.main]), part)
-            require_finite(output)
+            output = unpadded(tensor_of(found[self.graph.main]), part) if whole else torch.empty(0)
+            if whole:
+                require_finite(output)
             calls = {}
             for name, layer in layers.items():
                 x, y = unpadded(layer_input(layer, found), part), unpadded(tensor_of(found[layer.y]), part)

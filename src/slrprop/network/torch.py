@@ -1,5 +1,6 @@
 """Torch networks: find dense layers, stream what flows through them, swap them."""
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient; afterwards those do again that did."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_()
 
 
 def main_output(result: Any) -> Tensor:
@@ -94,6 +108,10 @@ def swapped(model: nn.Module, modules: dict[str, nn.Module]) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+class _Enough(BaseException):
+    """Ends a forward pass when all that was asked for has been seen; no ``except Exception`` of a model swallows it."""
+
+
 class TorchNetwork(Network):
     """A torch model and one traced batch of data."""
 
@@ -125,7 +143,7 @@ class TorchNetwork(Network):
             for handle in handles:
                 handle.remove()
         output, made = main_output(result), trace.made
-        self.ending = trace.ending(output)
+        self.ending, self._reads = trace.ending(output), trace.read
         for name, module in self.modules.items():
             # a product outside the modules' own forward reads a weight: such a layer can't be replaced
             own = sum(len(made[other]) for other, twin in self.modules.items() if twin.weight is module.weight)
@@ -165,53 +183,63 @@ class TorchNetwork(Network):
         bias = self.modules[name].bias
         return None if bias is None else bias.detach()
 
-    def stream(self, names: tuple[str, ...], data: Data) -> Iterator[Flow]:
+    def stream(self, names: tuple[str, ...], data: Data, whole: bool = True) -> Iterator[Flow]:
+        once = not whole and all(self.times_called[name] == 1 for name in names)
         for batch in data:
             calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
 
             def note(name: str, into: dict[str, list[tuple[Tensor, Tensor]]]) -> Callable[..., None]:
                 def hook(module: nn.Linear, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-                    into[name].append((inputs[0].reshape(-1, module.in_features), y.reshape(-1, module.out_features)))
+                    x = inputs[0].reshape(-1, module.in_features).clone()  # the model may write to both later
+                    into[name].append((x, y.reshape(-1, module.out_features).clone()))
+                    if once and all(into.values()):
+                        raise _Enough
 
                 return hook
 
-            batch = batch.to(self.device)
+            batch, output = batch.to(self.device), torch.empty(0)
             handles = [self.modules[name].register_forward_hook(note(name, calls), prepend=True) for name in names]
             try:
-                with evaluating(self.model):
+                with evaluating(self.model), contextlib.suppress(_Enough):
                     output = main_output(self.call(batch))
             finally:
                 for handle in handles:
                     handle.remove()
-            require_finite(output)
+            if whole:
+                require_finite(output)
             yield Flow(batch, output, calls)
 
-    def gradients(self, name: str, data: Data, probes: int) -> Iterator[Tensor]:
-        """By the chain that follows, else by automatic differentiation of the whole module."""
-        if self.chain(name) is not None:
-            yield from super().gradients(name, data, probes)
+    def gradients(self, names: tuple[str, ...], data: Data, probes: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """By the chains that follow; by one automatic differentiation for all layers where one has none."""
+        if all(self.chain(name) is not None for name in names):
+            yield from super().gradients(names, data, probes)
             return
         random = torch.Generator().manual_seed(0)
         for batch in data:
-            seen: list[Tensor] = []
+            seen: dict[str, list[Tensor]] = {name: [] for name in names}
 
-            def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor, seen: list[Tensor] = seen) -> Tensor:
-                # a later call's output may depend on the first one's
-                seen.append(y if seen and y.requires_grad else y.detach().requires_grad_())
-                return seen[-1]
+            def watch(name: str, into: dict[str, list[Tensor]]) -> Callable[..., Tensor]:
+                def hook(module: nn.Module, inputs: tuple[Tensor, ...], made: Tensor) -> Tensor:
+                    # the first of all layers begins the graph; what is changed in place later is a copy
+                    into[name].append(made if made.requires_grad else made.detach().requires_grad_())
+                    return into[name][-1].clone()
 
-            handle = self.modules[name].register_forward_hook(hook, prepend=True)
+                return hook
+
+            handles = [self.modules[name].register_forward_hook(watch(name, seen), prepend=True) for name in names]
             try:
-                with evaluating(self.model), torch.enable_grad():
+                with evaluating(self.model), frozen(self.model), torch.enable_grad():
                     output = rows_of(self.scores(main_output(self.call(batch.to(self.device)))))
-                    along = directions(output, probes, random)
-                    found = [torch.autograd.grad(output, seen, d, retain_graph=True, allow_unused=True) for d in along]
             finally:
-                handle.remove()
-            for index, y in enumerate(seen):
-                yield torch.stack(
-                    [torch.zeros_like(y) if part[index] is None else part[index] for part in found]
-                ).flatten(1, -2)
+                for handle in handles:
+                    handle.remove()
+            places = [(name, y) for name, calls in seen.items() for y in calls]
+            for turn, along in enumerate(directions(output, probes, random)):
+                parts = torch.autograd.grad(output, [y for _, y in places], along, retain_graph=True, allow_unused=True)
+                found: dict[str, list[Tensor]] = {}
+                for (name, y), part in zip(places, parts, strict=True):
+                    found.setdefault(name, []).append((torch.zeros_like(y) if part is None else part).flatten(0, -2))
+                yield turn, {name: torch.cat(rows) for name, rows in found.items()}
 
     def outputs_with(self, name: str, flow: Flow, layer: Layer, candidates: Tensor) -> Tensor:
         """Vectorised with ``torch.vmap``; a network that ``vmap`` can't batch runs one candidate at a time."""
@@ -237,11 +265,13 @@ class TorchNetwork(Network):
             return torch.stack([output(candidate) for candidate in candidates])
 
     def with_weights(
-        self, weights: Mapping[str, Tensor], data: Data, biases: Mapping[str, Tensor] | None = None
+        self, weights: Mapping[str, Tensor], data: Data | None, biases: Mapping[str, Tensor] | None = None
     ) -> "TorchNetwork":
         known = biases or {}
         modules = {
             name: linear_from(Dense(weight), known.get(name, self.bias(name))).to(self.modules[name].weight.dtype)
             for name, weight in weights.items()
         }
-        return TorchNetwork(swapped(self.model, modules), data)
+        found = TorchNetwork(swapped(self.model, modules), data)
+        found.times_called = dict(self.times_called)
+        return found

@@ -62,10 +62,15 @@ class Trace(TorchFunctionMode):
     def watch(self, modules: dict[str, nn.Linear]) -> list[RemovableHandle]:
         """Note which products these modules make; the handles undo it."""
         self.made: dict[str, list[int]] = {name: [] for name in modules}
+        self.read: dict[
+            str, tuple[int, int]
+        ] = {}  # the tensor that a layer reads first, and how often that had been written to
 
         def hook(name: str) -> Callable[..., None]:
             def note(module: nn.Module, inputs: Any, output: Any) -> None:
                 self.made[name].append(len(self.calls) - 1)  # the product is the last call of the module's own forward
+                if inputs and not inputs[0].is_inference():  # those do not count what is written to them
+                    self.read.setdefault(name, (id(inputs[0]), inputs[0]._version))
 
             return note
 

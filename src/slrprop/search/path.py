@@ -35,6 +35,10 @@ LEVELS: dict[str, tuple[Choice, ...]] = {
 }
 LEVELS["tuned"] = LEVELS["calibrated"]
 QUICK: dict[str, dict[str, Any]] = {"slr": {"criterion": "weight"}}  # settings of methods named without any
+MANY_LAYERS, SPARSELY = (
+    12,
+    3,
+)  # with more layers only every third step of each ladder is tried: the layers make fine steps
 CALIBRATION_ROWS = 512  # inputs of each layer that predictions are made from
 LEAST_STEP = 4096  # bytes between two points of one layer: more than a file needs around its numbers
 
@@ -76,16 +80,18 @@ class Point:
 def layer_inputs(problem: Problem, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Up to ``CALIBRATION_ROWS`` inputs of each layer (p x m), spread over the data."""
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
-    for flow in problem.network.stream(names, problem.data):
+    for flow in problem.network.stream(names, problem.data, whole=False):
         for name, calls in flow.calls.items():
             seen[name] += [x[:: max(1, len(x) // 128)].clone() for x, _ in calls]
     return {name: torch.cat(parts)[:: max(1, sum(map(len, parts)) // CALIBRATION_ROWS)] for name, parts in seen.items()}
 
 
 def candidates_of(
-    problem: Problem, name: str, x: Tensor, methods: Sequence[Choice], most: float = math.inf
+    problem: Problem, name: str, x: Tensor, methods: Sequence[Choice], most: float = math.inf, every: int = 1
 ) -> list[Candidate]:
     """All candidates of a layer, the dense one first; none whose numbers alone take more than ``most`` bytes.
+
+    Of each method's ladder the largest step and every ``every``-th below it are made.
 
     ``error`` is of the layer's outputs on ``x``, weighed by what they do to the network's where that is known and any of
     the methods is calibrated.
@@ -114,7 +120,7 @@ def candidates_of(
             )
         if name not in kind(**given).eligible(problem.network):
             continue  # for example a layer that SLRProp's chain does not reach
-        for step in reversed(kind.ladder(m, n)):  # from the largest: the components of lower ranks are part of its
+        for step in kind.ladder(m, n)[::-every]:  # from the largest: the components of lower ranks are part of its
             settings = kind(**{**step, **given})
             if (settings.stored_numbers(m, n) or 0) * min(settings.bits, 8 * weight.itemsize) / 8 > most:
                 continue

@@ -16,6 +16,8 @@ from slrprop.search.judge import Door, Judge, Log
 from slrprop.search.observed import Observed, observed
 from slrprop.search.path import (
     LEAST_STEP,
+    MANY_LAYERS,
+    SPARSELY,
     Candidate,
     Choice,
     Evaluation,
@@ -136,9 +138,12 @@ class Search:
             raise SlrpropError(
                 f"no layer can be made smaller ({'; '.join(f'{k}: {v}' for k, v in probe.left_dense.items())})"
             )
+        if self.calibrated:
+            self.problem.calibration.prepare(names)
         inputs = layer_inputs(self.problem, names)
+        every = SPARSELY if len(names) > MANY_LAYERS else 1
         for name in tqdm(names, desc="candidates", unit="layer", disable=None):
-            self.curves[name] = candidates_of(self.problem, name, inputs[name], self.methods, most)
+            self.curves[name] = candidates_of(self.problem, name, inputs[name], self.methods, most, every)
         hulls = {name: hull(found) for name, found in self.curves.items()}
         self.left_dense = probe.left_dense
         self.sensitivity = sensitivity = dict.fromkeys(names, 1.0)
