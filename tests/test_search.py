@@ -124,6 +124,19 @@ def test_same_seed_same_data_same_plan(trained, fresh):
     assert first == second
 
 
+@pytest.mark.parametrize("door", ["torch", "onnx"])
+def test_workers_find_the_same_plan(door, trained, fresh, files):
+    """Candidates made in two processes are those of one, up to the last digits of their factors."""
+    model, data = (trained, fresh) if door == "torch" else files
+    one, two = (compress(model, data, max_bytes="30%", workers=workers) for workers in (1, 2))
+    for layer, other in zip(one.plan.layers, two.plan.layers, strict=True):
+        assert (layer.name, layer.method, layer.settings) == (other.name, other.method, other.settings)
+    assert one.evaluations == two.evaluations and one.bytes == two.bytes
+    for name, curve in one.curves.items():
+        assert [c.bytes for c in curve] == [c.bytes for c in two.curves[name]]
+        assert [c.error for c in curve] == pytest.approx([c.error for c in two.curves[name]], rel=1e-3, abs=1e-6)
+
+
 def test_ones_own_measure(trained, fresh, files):
     def loss(model):
         assert isinstance(model, (nn.Module, Path))

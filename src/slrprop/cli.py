@@ -13,7 +13,7 @@ from slrprop.checks import need_extra
 from slrprop.comparison.commands import compare
 from slrprop.errors import SlrpropError
 from slrprop.paper.commands import paper
-from slrprop.terminal import Json, Output, show_table
+from slrprop.terminal import Cluster, Json, Output, Workers, show_table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -215,6 +215,8 @@ def compress(
         Path | None, typer.Option(help="Keep measurements here; a killed run goes on from them.")
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Write an .html or .md report.")] = None,
+    workers: Workers = 1,
+    cluster: Cluster = None,
     as_json: Json = False,
 ) -> None:
     """Compress an ONNX file within a budget, checked on data the search did not see.
@@ -238,6 +240,7 @@ def compress(
             model, calibration, max_drop=max_drop, max_bytes=max_bytes, max_latency_ms=max_latency_ms, max_latency=max_latency,
             metric=metric, level=level, methods="auto" if method == ["auto"] else [(name, search.QUICK.get(name, {})) for name in method],
             layers=layers or None, confident=confident, seed=seed, run_dir=run_dir,
+            workers=workers, cluster=cluster,
         )  # fmt: skip
     except search.BudgetError as error:
         if report is not None:

@@ -13,9 +13,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes on this machine, one thread each.")]
 Cluster = Annotated[
     str | None,
-    typer.Option(
-        "--cluster", help="A Ray cluster instead: ray://HOST:10001, or auto. --run-dir must be a folder it sees."
-    ),
+    typer.Option("--cluster", help="A Ray cluster instead: ray://HOST:10001, or auto. It must see the same files."),
 ]
 
 

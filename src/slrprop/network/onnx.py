@@ -73,6 +73,12 @@ class OnnxNetwork(Network):
         if data is not None:
             self.feed(next(iter(data)))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Opened anew by whoever receives it; the file is not sent."""
+        if any(item.array is not None for item in self.file.stored.values()):
+            raise TypeError("an edited ONNX network has no file that it could be opened from")
+        return OnnxNetwork, (self.file.path.absolute(), None)
+
     def _dtype(self, name: str) -> torch.dtype:
         """What the layer is computed with."""
         stored = self.graph.constants[self.layer(name).weight].dtype

@@ -41,6 +41,8 @@ def compress(
     confident: bool = False,
     seed: int = 0,
     run_dir: str | Path | None = None,
+    workers: int = 1,
+    cluster: str | None = None,
 ) -> Compression:
     """The network that meets a budget, its promise checked on data that the search did not see.
 
@@ -66,6 +68,8 @@ def compress(
         layers: names or patterns; None for all.
         confident: the upper end of the drop's interval must be within ``max_drop`` too.
         run_dir: measurements are kept here; the same call goes on where a killed one stopped.
+        workers: processes that share the layers' candidates, one thread each.
+        cluster: a Ray cluster instead (``ray://HOST:10001`` or ``auto``; extra ``ray``); it must see a model's file under its path.
 
     Raises:
         BudgetError: the budget can't be met; it carries the nearest compression found.
@@ -90,7 +94,7 @@ def compress(
     empty = Plan(())
     log = Log(None if run_dir is None else Path(run_dir))
     tuned = (tuning or TuneSettings()) if level == "tuned" else None
-    run = Search(door, judge, problem, log, choices, confident, tuned)
+    run = Search(door, judge, problem, log, choices, confident, tuned, workers, cluster)
     original_bytes = door.size(door.realise(empty))
     budget = Budget(
         max_drop,

@@ -87,18 +87,23 @@ def layer_inputs(problem: Problem, names: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def candidates_of(
-    problem: Problem, name: str, x: Tensor, methods: Sequence[Choice], most: float = math.inf, every: int = 1
+    name: str,
+    problem: Problem,
+    inputs: Mapping[str, Tensor],
+    methods: Sequence[Choice],
+    most: float = math.inf,
+    every: int = 1,
 ) -> list[Candidate]:
     """All candidates of a layer, the dense one first; none whose numbers alone take more than ``most`` bytes.
 
-    Of each method's ladder the largest step and every ``every``-th below it are made.
+    ``inputs`` are rows of what every layer reads. Of each method's ladder the largest step and every ``every``-th below it are made.
 
-    ``error`` is of the layer's outputs on ``x``, weighed by what they do to the network's where that is known and any of
+    ``error`` is of the layer's outputs there, weighed by what they do to the network's where that is known and any of
     the methods is calibrated.
     """
     weight = problem.weight(name).detach()
     m, n = weight.shape
-    x = x.to(torch.promote_types(weight.dtype, torch.float32))
+    x = inputs[name].to(torch.promote_types(weight.dtype, torch.float32))
     fitted = any("inputs" in find_method(method).settings(**settings).needs() for method, settings in methods)
     root = problem.calibration.regression(name, {}).root if fitted else None
     bias = problem.network.bias(name)

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from slrprop.api import feeds_between, finished, plan_problem
 from slrprop.errors import SlrpropError
 from slrprop.methods import Problem, find_method
+from slrprop.parallel import each
 from slrprop.plan import Plan
 from slrprop.search.judge import Door, Judge, Log
 from slrprop.search.observed import Observed, observed
@@ -45,6 +46,7 @@ class Search:
     Args:
         methods: methods and settings that candidates are made by.
         tuning: tune every plan that is measured; None does not.
+        workers: processes, and ``cluster`` a Ray cluster, that share the layers' candidates (:func:`slrprop.parallel.each`).
     """
 
     def __init__(
@@ -56,7 +58,10 @@ class Search:
         methods: tuple[Choice, ...],
         confident: bool = False,
         tuning: TuneSettings | None = None,
+        workers: int = 1,
+        cluster: str | None = None,
     ) -> None:
+        self.workers, self.cluster = workers, cluster
         self.door, self.judge, self.problem, self.log = door, judge, problem, log
         self.methods, self.confident, self.tuning = methods, confident, tuning
         self.calibrated = any("inputs" in find_method(name).settings(**given).needs() for name, given in methods)
@@ -142,8 +147,10 @@ class Search:
             self.problem.calibration.prepare(names)
         inputs = layer_inputs(self.problem, names)
         every = SPARSELY if len(names) > MANY_LAYERS else 1
-        for name in tqdm(names, desc="candidates", unit="layer", disable=None):
-            self.curves[name] = candidates_of(self.problem, name, inputs[name], self.methods, most, every)
+        shared = self.problem, inputs, self.methods, most, every
+        made = each(candidates_of, names, shared, self.workers, self.cluster)
+        found = dict(tqdm(made, total=len(names), desc="candidates", unit="layer", disable=None))
+        self.curves = {name: found[name] for name in names}
         hulls = {name: hull(found) for name, found in self.curves.items()}
         self.left_dense = probe.left_dense
         self.sensitivity = sensitivity = dict.fromkeys(names, 1.0)
