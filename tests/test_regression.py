@@ -194,7 +194,7 @@ class TestMoments:
     def test_layers_that_no_sample_reaches(self, trained, calibration):
         task = calibration_of(trained, calibration[0])
         task.network.order = ()
-        task.network.stream = lambda names, data: iter(())
+        task.network.stream = lambda names, data, whole=True: iter(())
         with pytest.raises(SlrpropError, match="layer '2' saw no sample of the calibration data"):
             task.regression("2", {})
 

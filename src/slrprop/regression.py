@@ -142,10 +142,8 @@ class Calibration:
         size = 4 * rows * sum(self.network.shape(name)[1] for name in many)
         outputs: dict[str, list[Tensor]] | None = {} if size <= KEPT_BYTES else None
         for name, summed in moments_of(self.network, many, self.data, False, outputs).items():
-            self._known = {**self._known, name: summed}
             if summed.count:
-                self.regression(name, {}, weighted)
-        self._known = {name: summed for name, summed in self._known.items() if name not in many}
+                self._made(name, {}, weighted, self._known.get(name, summed))
         self._outputs |= outputs or {}
 
     def regression(self, name: str, compressed: Mapping[str, Compressed], weighted: bool = True) -> Regression:
@@ -161,15 +159,18 @@ class Calibration:
         before = {key: value for key, value in compressed.items() if key not in siblings}
         if (name, weighted) in self._first and not before:
             return self._first[name, weighted]
-        weight, bias = self._original(name)
-        m, n = weight.shape
         summed = self._known.get(name) if not before else None
         if summed is None:
-            summed = Moments(m, n, crossed=bool(before))
+            summed = Moments(*self.network.shape(name), crossed=bool(before))
             for x, z in self._pairs(name, before):
                 summed.add(x, z)
         if not summed.count:
             raise SlrpropError(f"layer '{name}' saw no sample of the calibration data; give data that reaches it")
+        return self._made(name, before, weighted, summed)
+
+    def _made(self, name: str, before: dict[str, Compressed], weighted: bool, summed: Moments) -> Regression:
+        """The regression out of moments; kept where nothing is compressed before."""
+        weight, bias = self._original(name)
         mean, target_mean = summed.mean, summed.target_mean
         covariance = summed.square / summed.count
         # what rounding left of constant inputs is not below zero
@@ -217,7 +218,7 @@ class Calibration:
                 yield self._along(entry, x, name, compressed)[0], self._along(entry, x, name, {})[1]
             return
         if not compressed:
-            for flow in self.network.stream((name,), self.data):
+            for flow in self.network.stream((name,), self.data, whole=False):
                 yield from flow.calls[name]
             return
         yield from zip(self._inputs_now(name, compressed), self._outputs_then(name), strict=True)
@@ -279,7 +280,7 @@ class Calibration:
     def _keep(self, first: str) -> list[Tensor] | None:
         """A layer's inputs, batch by batch; None where they would take too much memory."""
         kept, size = [], 0
-        for flow in self.network.stream((first,), self.data):
+        for flow in self.network.stream((first,), self.data, whole=False):
             for x, _ in flow.calls[first]:
                 size += x.nbytes
                 if size > KEPT_BYTES:
