@@ -4,6 +4,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -135,23 +136,31 @@ def _by_share(bench: Compared, choice: Choice, step: int, **more: object) -> Pla
     return plan_problem(bench.problem, method, list(bench.experiment.layers), keep=step / SHARES, **settings, **more)
 
 
+def narrower_widths(experiment: Experiment, shapes: dict[str, tuple[int, int]], size: int) -> list[int] | None:
+    """Widths between the dense layers that store at most ``size`` bytes: in the original's proportion, then the later ones larger."""
+    (inputs, _), *_ = shapes.values()
+    whole = [n for _, n in shapes.values()][:-1]
+
+    def fits(widths: list[int]) -> bool:
+        sides = dict(zip(shapes, pairwise([inputs, *widths, 0]), strict=True))
+        return 4 * sum((m + 1) * n for m, n in (sides[name] for name in experiment.layers)) <= size
+
+    steps = range(256, 0, -1)
+    best = next((widths for s in steps if fits(widths := [max(1, round(n * s / 256)) for n in whole])), None)
+    for place in reversed(range(len(whole))):
+        while (
+            best is not None
+            and best[place] < whole[place]
+            and fits(wider := [*best[:place], best[place] + 1, *best[place + 1 :]])
+        ):
+            best = wider
+    return best
+
+
 def narrower(bench: Compared, size: int) -> Comparison | None:
     """A network with fewer neurons between its dense layers, trained from scratch by the same recipe; the head alone where there are convolutions."""
     experiment, data = bench.experiment, bench.data
-    layers = {name: bench.network.shape(name) for name in bench.head.names}
-    widths = [layers[name][1] for name in bench.head.names[:-1]]
-    best = None
-    for step in range(1, 257):
-        thinner = [max(1, round(width * step / 256)) for width in widths]
-        sides = dict(
-            zip(
-                bench.head.names,
-                zip([layers[bench.head.names[0]][0], *thinner], [*thinner, 0], strict=True),
-                strict=True,
-            )
-        )
-        if 4 * sum(sides[name][0] * sides[name][1] + sides[name][1] for name in experiment.layers) <= size:
-            best = thinner
+    best = narrower_widths(experiment, {name: bench.network.shape(name) for name in bench.head.names}, size)
     if best is None:
         return None
     start, label = time.perf_counter(), f"{experiment.name} narrower {best} seed {bench.seed}"
