@@ -99,13 +99,13 @@ def model(
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10), path)
 
 
-def written(path: Path, form: Factors, opset: int = 21) -> None:
-    """One layer in a form, by the nodes that slrprop writes."""
+def written(path: Path, form: Factors, opset: int = 21, integers: bool = False) -> None:
+    """One layer in a form, by the nodes that slrprop writes, with or without integer products."""
     (m, n), dense = form.shape, path.with_suffix(".dense.onnx")
     weight = numpy_helper.from_array(np.zeros((m, n), np.float32), "weight")
     model(dense, m, n, opset, [helper.make_node("MatMul", ["x", "weight"], ["y"], "dense")], [weight])
     network = OnnxNetwork(dense, None)
-    onnx_rewrite.rewritten(network.file, network.graph, {"dense": form}, {}).save(path, lambda _: None)
+    onnx_rewrite.rewritten(network.file, network.graph, {"dense": form}, {}, integers).save(path, lambda _: None)
     dense.unlink()
 
 

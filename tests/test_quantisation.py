@@ -4,9 +4,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from typer.testing import CliRunner
 
+import slrprop
 from benchmarks import quantisation
-from slrprop.factors import LowRank, SparseLowRank
+from slrprop import SlrpropError, cli
+from slrprop.factors import Dense, LowRank, SparseLowRank
 from slrprop.network import onnx_rewrite
 from slrprop.quantize import quantised
 
@@ -38,6 +41,53 @@ def test_blocks_and_merged_products_compute_the_same(opset, bits, lowest, limit,
     quantisation.written(tmp_path / "layer.onnx", form, opset)
     x = torch.randn(5, 30)
     torch.testing.assert_close(outputs(tmp_path / "layer.onnx", x), x @ form.dense().float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integer_products_are_the_runtimes_own(bits, tmp_path, monkeypatch):
+    """Of dense layers that are large enough; the inputs are rounded too, which costs about a hundredth."""
+    few, x, path = quantised(Dense(torch.randn(64, 48)), bits), torch.randn(200, 64), tmp_path / "layer.onnx"
+    quantisation.written(path, few, integers=True)
+    assert quantisation.nodes((path, None)) == "1 MatMul"  # 3072 numbers
+    monkeypatch.setattr(onnx_rewrite, "INTEGER", few.numbers)
+    quantisation.written(path, few, integers=True)
+    assert quantisation.nodes((path, None)) == "1 MatMulNBits"
+    want = x @ few.dense().float()
+    assert 1e-4 < (outputs(path, x) - want).norm() / want.norm() < 0.03
+    with pytest.raises(SlrpropError, match=r"integer products need an ONNX file of opset 21 or later, and '.*' has 18"):
+        quantisation.written(path, few, 18, integers=True)
+    monkeypatch.setattr(onnx_rewrite, "INTEGER", 1)
+    quantisation.written(path, quantised(LowRank(torch.randn(64, 20), torch.randn(20, 48)), bits), integers=True)
+    assert quantisation.nodes((path, None)) == "2 MatMul"
+
+
+def test_files_are_compressed_and_applied_with_integer_products(trained, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_rewrite, "INTEGER", 500)
+    x, y = (part[1200:] for part in digits)
+    slrprop.export_onnx(trained, tmp_path / "model.onnx", x[:4])
+    found = slrprop.compress(
+        tmp_path / "model.onnx", (x, y), max_drop=1.0, methods={"dense": {"bits": 8}}, integer_products=True
+    )
+    assert found.met and "DequantizeLinear" in {node.op_type for node in found.model.proto.graph.node}
+    parity = slrprop.apply(tmp_path / "model.onnx", found.plan, tmp_path / "small.onnx", (x, y), integer_products=True)
+    assert all(1e-5 < apart < parity.tolerance * 30 for apart in parity.outputs.values())
+    assert "3 MatMulNBits" in quantisation.nodes((tmp_path / "small.onnx", None))
+    plain = slrprop.apply(tmp_path / "model.onnx", found.plan, tmp_path / "plain.onnx", (x, y))
+    assert max(plain.outputs.values()) < 1e-4
+    found.plan.save(tmp_path / "plan.json")
+    command = [
+        "apply",
+        tmp_path / "model.onnx",
+        tmp_path / "plan.json",
+        "-o",
+        tmp_path / "again.onnx",
+        "--integer-products",
+    ]
+    assert CliRunner().invoke(cli.app, list(map(str, command))).exit_code == 0
+    assert "3 MatMulNBits" in quantisation.nodes((tmp_path / "again.onnx", None))
+    for call in (lambda: slrprop.apply(trained, found.plan, integer_products=True), lambda: slrprop.compress(trained, (x, y), max_drop=1.0, integer_products=True)):  # fmt: skip
+        with pytest.raises(SlrpropError, match="integer products are ONNX Runtime's; give the path of an ONNX file"):
+            call()
 
 
 @pytest.mark.parametrize("ranks", [(3, 2, 2), (12, 9, 8)])

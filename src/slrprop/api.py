@@ -234,8 +234,12 @@ def feeds_between(network: Network, wanted: tuple[str, ...]) -> dict[str, str]:
 @overload
 def apply(model: nn.Module, plan: Plan) -> nn.Module: ...
 @overload
-def apply(model: str | Path, plan: Plan, output: str | Path, data: Any = None) -> Parity: ...
-def apply(model: Model, plan: Plan, output: str | Path | None = None, data: Any = None) -> nn.Module | Parity:
+def apply(
+    model: str | Path, plan: Plan, output: str | Path, data: Any = None, integer_products: bool = False
+) -> Parity: ...
+def apply(
+    model: Model, plan: Plan, output: str | Path | None = None, data: Any = None, integer_products: bool = False
+) -> nn.Module | Parity:
     """A new model with the plan carried out; the original is untouched.
 
     Neurons between layers that ``plan.feeds`` names are put in an order that makes every block of a sparse low-rank
@@ -246,6 +250,8 @@ def apply(model: Model, plan: Plan, output: str | Path | None = None, data: Any 
         output: for an ONNX file, where the new one is written.
         data: for an ONNX file, samples on which the new one's outputs are compared with those of the factors
             multiplied out; made-up inputs by default.
+        integer_products: for an ONNX file, let ONNX Runtime multiply whole numbers in layers that stay dense, in 8 or 4 bits, with
+            100 000 numbers or more: faster, but their inputs are rounded too (about 1 %; docs/quantisation.md).
 
     Returns:
         The new module; or, for a file, how far its outputs are from the factors' mathematics.
@@ -257,6 +263,7 @@ def apply(model: Model, plan: Plan, output: str | Path | None = None, data: Any 
     if not isinstance(plan, Plan):
         raise SlrpropError(f"plan must be a slrprop plan, read from a file by Plan.load, got {type(plan).__name__}")
     if isinstance(model, nn.Module):
+        no_integers(integer_products)
         return _apply_module(model, plan)
     if output is None:
         raise SlrpropError("an ONNX file was given, so apply needs the path of the file to write")
@@ -265,16 +272,22 @@ def apply(model: Model, plan: Plan, output: str | Path | None = None, data: Any 
     network = OnnxNetwork(model, None)
     done = _file_forms(network, plan)
     samples = None if data is None else open_data(data)
-    return write(network, done.forms, done.biases, done.moved, done.moved_biases, output, samples)
+    return write(network, done.forms, done.biases, done.moved, done.moved_biases, output, samples, integer_products)
 
 
-def realised(model: Model, plan: Plan) -> nn.Module | OnnxFile:
+def no_integers(asked: bool) -> None:
+    """Refuse integer products for a torch module."""
+    if asked:
+        raise SlrpropError("integer products are ONNX Runtime's; give the path of an ONNX file, or leave them out")
+
+
+def realised(model: Model, plan: Plan, integer_products: bool = False) -> nn.Module | OnnxFile:
     """The plan's network in memory: a module, or for an ONNX file the new file's content, not compared or written."""
     if isinstance(model, nn.Module):
         return _apply_module(model, plan)
     network = OnnxNetwork(model, None)
     done = _file_forms(network, plan)
-    return rewritten(network.file, network.graph, done.moved, done.moved_biases)
+    return rewritten(network.file, network.graph, done.moved, done.moved_biases, integer_products)
 
 
 class _Done(NamedTuple):

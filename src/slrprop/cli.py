@@ -25,6 +25,13 @@ app.add_typer(paper, name="paper")
 app.command()(compare)
 
 OnnxFile = Annotated[Path, typer.Argument(help="An .onnx file.", show_default=False)]
+IntegerProducts = Annotated[
+    bool,
+    typer.Option(
+        "--integer-products",
+        help="Large dense layers of few bits multiply whole numbers: faster, inputs rounded too.",
+    ),
+]
 Calibration = Annotated[
     Path | None,
     typer.Option("--calibration", help=".npz with one array per input of the model and optional 'targets', or .npy."),
@@ -138,6 +145,7 @@ def apply_plan(
     plan: Annotated[Path, typer.Argument(help="A plan that slrprop plan wrote.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .onnx file to write.")],
     calibration: Calibration = None,
+    integer_products: IntegerProducts = False,
     as_json: Json = False,
 ) -> None:
     """Carry a plan out; the new file's outputs are compared (on the data, or on made-up inputs) before it is kept.
@@ -145,7 +153,7 @@ def apply_plan(
     Example: slrprop apply model.onnx plan.json -o small.onnx
     """
     loaded = importlib.import_module("slrprop.plan").Plan.load(plan)
-    parity = importlib.import_module("slrprop.api").apply(model, loaded, output, calibration)
+    parity = importlib.import_module("slrprop.api").apply(model, loaded, output, calibration, integer_products)
     files = importlib.import_module("slrprop.network.onnx_file").OnnxFile
     before, after = files.open(model).bytes, files.open(output).bytes
     if as_json:
@@ -217,6 +225,7 @@ def compress(
     report: Annotated[Path | None, typer.Option(help="Write an .html or .md report.")] = None,
     workers: Workers = 1,
     cluster: Cluster = None,
+    integer_products: IntegerProducts = False,
     as_json: Json = False,
 ) -> None:
     """Compress an ONNX file within a budget, checked on data the search did not see.
@@ -240,7 +249,7 @@ def compress(
             model, calibration, max_drop=max_drop, max_bytes=max_bytes, max_latency_ms=max_latency_ms, max_latency=max_latency,
             metric=metric, level=level, methods="auto" if method == ["auto"] else [(name, search.QUICK.get(name, {})) for name in method],
             layers=layers or None, confident=confident, seed=seed, run_dir=run_dir,
-            workers=workers, cluster=cluster,
+            workers=workers, cluster=cluster, integer_products=integer_products,
         )  # fmt: skip
     except search.BudgetError as error:
         if report is not None:
@@ -249,7 +258,7 @@ def compress(
             typer.echo(json.dumps(error.best.summary()))
         typer.echo(f"error: {error}", err=True)
         sys.exit(3)
-    parity = importlib.import_module("slrprop.api").apply(model, found.plan, output, calibration)
+    parity = importlib.import_module("slrprop.api").apply(model, found.plan, output, calibration, integer_products)
     if report is not None:
         write_report(found, report, command, parity.outputs)
     if as_json:

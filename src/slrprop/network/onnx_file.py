@@ -156,7 +156,7 @@ class OnnxFile:
         stored = {name: item for name, item in self.stored.items() if name not in gone}
         external = any(item.external for item in self.stored.values())
         for name, array in new.items():
-            array = np.ascontiguousarray(array)
+            array = np.asarray(array, order="C")  # numbers without axes stay so
             tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
             if array.dtype == ml_dtypes.int4:
                 tensor.raw_data = packed(torch.from_numpy(array.astype(np.int8)), 4).numpy().tobytes()
@@ -285,7 +285,8 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 4
-        options.add_session_config_entry("session.disable_prepacking", "1")  # it would copy every weight
+        if not any(node.op_type == "DequantizeLinear" for node in proto.graph.node):  # their integer products need it
+            options.add_session_config_entry("session.disable_prepacking", "1")  # it would copy every weight
         folder = file.path.resolve().parent
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         self._lent: dict[str, np.ndarray] = {}

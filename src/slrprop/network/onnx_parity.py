@@ -16,6 +16,7 @@ from slrprop.network.onnx_rewrite import rewritten
 
 TOLERANCE = {np.dtype(np.float16): 2e-2}  # of the largest output; sums in another order
 FLOAT_TOLERANCE = 1e-4
+INTEGER_TOLERANCE = 0.1  # where inputs are rounded to 8 bits too
 SAMPLES = 16  # compared
 SIDES = (8, 32, 224)  # tried in turn for open axes of made-up inputs
 
@@ -50,6 +51,7 @@ def write(
     new_biases: Mapping[str, Tensor],
     path: str | Path,
     data: Data | None,
+    integers: bool = False,
 ) -> Parity:
     """Write the model with new factors, after its outputs were compared with those of the multiplied-out factors.
 
@@ -57,6 +59,7 @@ def write(
         forms, biases: the layers' factors and new biases, in the original order of neurons.
         new_forms, new_biases: what is written, neighbours included, in another order.
         data: what to compare on, its first samples; made-up inputs without it.
+        integers: see :func:`slrprop.network.onnx_rewrite.rewritten`.
 
     Raises:
         SlrpropError: the outputs differ, the model can't be run, or the file can't be written; none is left then.
@@ -73,7 +76,11 @@ def write(
         outputs.append(network.graph.main)  # the numbers behind a map of class names
     feed, want = _example(network, plain.session(outputs), data)
     del plain
-    tolerance = max((TOLERANCE.get(dtype, FLOAT_TOLERANCE) for dtype in dtypes.values()), default=FLOAT_TOLERANCE)
+    tolerance = (
+        INTEGER_TOLERANCE
+        if integers
+        else max((TOLERANCE.get(dtype, FLOAT_TOLERANCE) for dtype in dtypes.values()), default=FLOAT_TOLERANCE)
+    )
     found: dict[str, float] = {}
     flaw = network.file.flaw()  # the runtime takes models that the checker does not
 
@@ -86,7 +93,7 @@ def write(
             if isinstance(want[name], np.ndarray):
                 found[name] = _difference(name, want[name], got[name], tolerance)
 
-    rewritten(network.file, network.graph, new_forms, new_biases).save(path, check)
+    rewritten(network.file, network.graph, new_forms, new_biases, integers).save(path, check)
     return Parity(found, tolerance)
 
 

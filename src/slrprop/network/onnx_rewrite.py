@@ -19,18 +19,27 @@ from slrprop.network.onnx_graph import Graph
 MERGED = 40_000  # zeros that may be multiplied to save nodes: python -m benchmarks.quantisation
 GATHERED = 50  # zeros more for every number that blocks would gather
 SHARED = 4  # numbers at most of a constant that is stored once
+INTEGER = 100_000  # numbers from which the runtime's integer products are the faster ones: docs/quantisation.md
+INTEGER_OPSET = 21  # the first with whole numbers of 4 bits
 CAST = 24  # scales from which float16 and a node to cast them take fewer bytes than float32
 
 
 class Writer:
-    """Nodes and initializers that take the place of one layer."""
+    """Nodes and initializers that take the place of one layer.
 
-    def __init__(self, graph: Graph, name: str, opset: int, taken: set[str], new: dict[str, np.ndarray]) -> None:
+    Args:
+        integers: let the runtime multiply whole numbers where that is the faster way.
+    """
+
+    def __init__(
+        self, graph: Graph, name: str, opset: int, taken: set[str], new: dict[str, np.ndarray], integers: bool = False
+    ) -> None:
         self.graph, self.name, self.layer = graph, name, graph.layers[name]
         self.node = self.graph.nodes[self.layer.index]
         self.dtype = self.graph.constants[self.layer.weight].dtype
-        self.opset = opset
+        self.opset, self.integers = opset, integers
         self.nodes: list[NodeProto] = []
+        self.adds = "Add"  # what adds the bias
         self.quantized: Quantized | None = None  # the form being written, if its numbers are in few bits
         self._taken, self._new = taken, new
         self._turned: dict[str, str] = {}  # tensors whose transpose is there already
@@ -143,7 +152,7 @@ class Writer:
         y = self.fresh("product") if added else out
         product_of(form, self, x, y)
         if added:
-            self.add("Add", [y, added], out)
+            self.add(self.adds, [y, added], out)
 
     def bias_tensor(self, form: Factors, bias: Tensor | None) -> str:
         """The name of the layer's bias: a new one where given (the form's own, if it carries that), else the old one."""
@@ -175,8 +184,7 @@ class Writer:
         """Whole numbers as an initializer of ``bits`` bits, and the nodes that make real numbers of them.
 
         The nodes have constant inputs only, so the runtime runs them once, when it loads the file. DequantizeLinear would be
-        merged into its product instead, which rounds the inputs to 8 bits too: slower for small layers, faster for large ones
-        if the scales of both factors are joined (docs/quantisation.md).
+        merged into its product instead, which rounds the inputs to 8 bits too: see :meth:`integer_product`.
 
         Args:
             scale: float16, one for all (axis None) or one for each entry along ``axis``.
@@ -195,6 +203,15 @@ class Writer:
         if short and self.dtype != np.float16:
             factor = self.add("Cast", [factor], to=to)
         return self.add("Mul", [number, factor])
+
+    def integer_product(self, x: str, codes: Tensor, scale: Tensor, bits: int, y: str) -> None:
+        """``x`` times whole numbers (m x n) with a scale (n,) for each column, the runtime's own: it rounds ``x`` to 8 bits, row by row.
+
+        A bias is added by Sum then: with Add the runtime would make a Gemm of both, and real numbers at every run.
+        """
+        whole = self.tensor("weight", codes.cpu().numpy().astype(ml_dtypes.int4 if bits == 4 else np.int8))
+        self.product(x, self.add("DequantizeLinear", [whole, self.tensor("weight_scale", scale.float())], axis=1), y)
+        self.adds = "Sum"
 
     def _halves(self, what: str, whole: np.ndarray) -> str:
         """Whole numbers of 4 bits for operator sets that have none: two in one byte, taken apart by arithmetic."""
@@ -308,8 +325,12 @@ def _(form: Narrowed, writer: Writer, x: str, y: str) -> None:
 
 @product_of.register
 def _(form: Quantized, writer: Writer, x: str, y: str) -> None:
-    writer.quantized = form
-    product_of(form.codes, writer, x, y)
+    codes = form.codes
+    if writer.integers and isinstance(codes, Dense) and form.numbers >= INTEGER and writer.dtype == np.float32:
+        writer.integer_product(x, codes.weight, form.scales["weight"], form.bits, y)
+    else:
+        writer.quantized = form
+        product_of(codes, writer, x, y)
 
 
 def _forget_sizes(graph: GraphProto, layers: Graph, forms: Mapping[str, Factors]) -> None:
@@ -322,12 +343,22 @@ def _forget_sizes(graph: GraphProto, layers: Graph, forms: Mapping[str, Factors]
     graph.value_info.extend(kept)
 
 
-def rewritten(file: OnnxFile, layers: Graph, forms: Mapping[str, Factors], biases: Mapping[str, Tensor]) -> OnnxFile:
+def rewritten(
+    file: OnnxFile, layers: Graph, forms: Mapping[str, Factors], biases: Mapping[str, Tensor], integers: bool = False
+) -> OnnxFile:
     """The model with the layers' factors in the place of their weights; the rest stays as it is.
 
     Args:
         biases: for layers whose bias is another one, or in another order, that bias (n,).
+        integers: let the runtime multiply whole numbers in large dense layers of few bits.
+
+    Raises:
+        SlrpropError: ``integers``, and the file's operator set has no whole numbers of 4 bits.
     """
+    if integers and file.opset < INTEGER_OPSET:
+        raise SlrpropError(
+            f"integer products need an ONNX file of opset {INTEGER_OPSET} or later, and '{file.path}' has {file.opset}; convert it, or leave them out"
+        )
 
     def edit(graph: GraphProto) -> dict[str, np.ndarray]:
         taken = {name for node in graph.node for name in (node.name, *node.input, *node.output)}
@@ -335,18 +366,20 @@ def rewritten(file: OnnxFile, layers: Graph, forms: Mapping[str, Factors], biase
         new: dict[str, np.ndarray] = {}
         nodes: dict[int, list[NodeProto]] = {}
         for name, form in forms.items():
-            writer, bias = Writer(layers, name, file.opset, taken, new), biases.get(name)
+            writer, bias = Writer(layers, name, file.opset, taken, new, integers), biases.get(name)
             if isinstance(form, Dense):
                 writer.dense(form, bias)
             else:
                 writer.factored(form, bias)
             nodes[writer.layer.index] = writer.nodes
             adder = writer.layer.adder
-            if bias is not None and adder is not None and adder != writer.layer.index:
+            if adder is not None and adder != writer.layer.index and (bias is not None or writer.adds != "Add"):
                 added, count = NodeProto(), len(writer.nodes)
                 added.CopyFrom(writer.graph.nodes[adder])
-                place = list(added.input).index(writer.layer.bias or "")
-                added.input[place] = writer.bias_tensor(form, bias)
+                added.op_type = writer.adds
+                if bias is not None:
+                    place = list(added.input).index(writer.layer.bias or "")
+                    added.input[place] = writer.bias_tensor(form, bias)
                 nodes[adder] = [*writer.nodes[count:], added]
                 del writer.nodes[count:]
         _forget_sizes(graph, layers, forms)

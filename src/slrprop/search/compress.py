@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from slrprop.api import no_integers
 from slrprop.checks import require_choice
 from slrprop.data import open_data
 from slrprop.errors import SlrpropError
@@ -43,6 +44,7 @@ def compress(
     run_dir: str | Path | None = None,
     workers: int = 1,
     cluster: str | None = None,
+    integer_products: bool = False,
 ) -> Compression:
     """The network that meets a budget, its promise checked on data that the search did not see.
 
@@ -71,6 +73,8 @@ def compress(
         workers: processes that share the layers' candidates, one thread each.
         cluster: a Ray cluster instead (``ray://HOST:10001`` or ``auto``; extra ``ray``); it must see a model's file under its path.
 
+        integer_products: of an ONNX file, measured with them: see :func:`slrprop.apply`.
+
     Raises:
         BudgetError: the budget can't be met; it carries the nearest compression found.
         SlrpropError: no budget, unusable data or model.
@@ -88,7 +92,9 @@ def compress(
         )
     opened = open_data(data)
     search_part, check_part = opened.split(seed)
-    door = Door(model, search_part)
+    if isinstance(model, nn.Module):
+        no_integers(integer_products)
+    door = Door(model, search_part, integer_products)
     judge = Judge(model, search_part, metric, evaluate, lower_is_better)
     problem = Problem(judge.network, search_part)
     empty = Plan(())

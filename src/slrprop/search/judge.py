@@ -177,12 +177,12 @@ class Log:
 class Door:
     """How plans become networks that can be measured: torch modules, or ONNX files in memory."""
 
-    def __init__(self, model: Any, data: Data) -> None:
-        self.model, self.first = model, next(iter(data))
+    def __init__(self, model: Any, data: Data, integer_products: bool = False) -> None:
+        self.model, self.first, self.integer_products = model, next(iter(data)), integer_products
 
     def realise(self, plan: Plan) -> Any:
         """The network of a plan, for :func:`slrprop.network.open_network`."""
-        return realised(self.model, plan)
+        return realised(self.model, plan, self.integer_products)
 
     def size(self, made: Any) -> int:
         """Bytes of the file of a network that :meth:`realise` gave."""

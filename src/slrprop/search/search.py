@@ -75,6 +75,7 @@ class Search:
         self.left_dense: dict[str, str] = {}
 
     def _key(self, what: str, plan: Plan) -> str:
+        what += " with integer products" * self.door.integer_products
         content = f"{what} {self.judge.fingerprint} {self.judge.metric} {plan.to_json()}"
         return hashlib.sha256(content.encode()).hexdigest()
 
