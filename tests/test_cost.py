@@ -51,6 +51,8 @@ def compare(model, x, y, name, loss="cross_entropy", rank=4, reduced=1, baseline
     network = TorchNetwork(model, data)
     svd = truncated_svd(network.weight(name), min(rank, *network.weight(name).shape))
     fast = cost_scores(network, data, name, svd, reduced, baseline, loss)
+    alone = cost_scores(network, data, name, svd, reduced, baseline, loss, inputs=False)
+    assert torch.equal(alone.columns, fast.columns) and alone.rows.shape == (0,) and alone.baseline == fast.baseline
     rows, columns = naive_cost(model, network.modules[name], svd, reduced, x, labels, loss, baseline=baseline)
     assert fast.rows.dtype == fast.columns.dtype == torch.float64
     scale = max(1.0, fast.baseline + max(float(rows.max()), float(columns.max())))

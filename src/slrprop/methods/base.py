@@ -182,15 +182,16 @@ class Problem:
         baseline: Baseline,
         loss: LossName | None,
         compressed: dict[str, Factors] | None = None,
+        inputs: bool = True,
     ) -> CostScores:
-        """Exact costs of shortening single neurons, where asked with other layers already ``compressed``."""
+        """Exact costs of shortening single neurons, of the outputs alone without ``inputs``, where asked with other layers already ``compressed``."""
         svd = self.svd(name, rank, solver)
         if compressed:
             network = self.network.with_weights({key: form.dense() for key, form in compressed.items()}, self.data)
-            return cost_scores(network, self.data, name, svd, reduced_rank, baseline, loss)
+            return cost_scores(network, self.data, name, svd, reduced_rank, baseline, loss, inputs)
         key = (name, rank, solver, reduced_rank, baseline, loss)
-        if key not in self._costs:
-            self._costs[key] = cost_scores(self.network, self.data, name, svd, reduced_rank, baseline, loss)
+        if key not in self._costs or (inputs and not len(self._costs[key].rows)):
+            self._costs[key] = cost_scores(self.network, self.data, name, svd, reduced_rank, baseline, loss, inputs)
         return self._costs[key]
 
 

@@ -90,12 +90,16 @@ def kept(scores: Tensor, sparsity_rate: float) -> Tensor:
 
 
 def cost_of(
-    problem: Problem, name: str, settings: ShortenSettings, compressed: dict[str, Factors] | None = None
+    problem: Problem,
+    name: str,
+    settings: ShortenSettings,
+    compressed: dict[str, Factors] | None = None,
+    inputs: bool = True,
 ) -> CostScores:
-    """The costs of a layer's neurons under these settings."""
+    """The costs of a layer's neurons under these settings, without ``inputs`` those of its outputs alone."""
     before = compressed if settings.order == "sequential" else None
     return problem.cost(
-        name, settings.rank, settings.solver, settings.reduced_rank, settings.baseline, settings.loss, before
+        name, settings.rank, settings.solver, settings.reduced_rank, settings.baseline, settings.loss, before, inputs
     )
 
 

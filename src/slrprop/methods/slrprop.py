@@ -68,7 +68,7 @@ def decide(problem: Problem, layers: tuple[str, ...], settings: SLRPropSettings)
     relevance: Tensor | None = None  # of the current layer's outputs
     for name in reversed(path[path.index(layers[0]) :]):
         if relevance is None or name in layers:
-            rows, columns, _ = cost_of(problem, name, settings, compressed)
+            rows, columns, _ = cost_of(problem, name, settings, compressed, inputs=relevance is None)
         if relevance is not None:
             svd = problem.svd(name, settings.rank, settings.solver)
             rows = propagated(

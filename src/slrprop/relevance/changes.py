@@ -178,17 +178,20 @@ class Walk:
         return total
 
 
-def chain_changes(x: Tensor, svd: SVD, reduced_rank: int, walk: Walk) -> tuple[Tensor, Tensor]:
+def chain_changes(x: Tensor, svd: SVD, reduced_rank: int, walk: Walk, inputs: bool = True) -> tuple[Tensor, Tensor]:
     """Summed loss changes over the batch for shortening each input (m,) and each output (n,), in float64.
 
     Args:
         x: the layer's inputs (p x m).
         walk: the batch at the truncated layer; ``walk.z[0]`` is the layer's output after its own batch norm.
+        inputs: False leaves those of the inputs out (0,).
     """
     chain = walk.chain
     left, right = svd.left[:, reduced_rank:].contiguous(), svd.vt[reduced_rank:] * chain.scale
     steps, width = chain.steps, svd.vt.shape[1]
-    if steps and steps[0].activation == "relu" and width >= WIDE:
+    if not inputs:
+        rows = x.new_zeros(0, dtype=torch.float64)
+    elif steps and steps[0].activation == "relu" and width >= WIDE:
         rows = walk.wide_low_rank(-x, left, right)
     else:
         rows = walk.pairs(-x, left @ right, 0)

@@ -19,7 +19,7 @@ CANDIDATES_AT_ONCE = 32
 
 
 class CostScores(NamedTuple):
-    """Scores of the inputs (m,) and outputs (n,) in float64, and the mean loss they are measured from."""
+    """Scores of the inputs (m,), or (0,) if they were not asked for, and outputs (n,) in float64; the mean loss they are measured from."""
 
     rows: Tensor
     columns: Tensor
@@ -34,12 +34,16 @@ def cost_scores(
     reduced_rank: int,
     baseline: Baseline = "truncated",
     loss: LossName | None = None,
+    inputs: bool = True,
 ) -> CostScores:
     """``|c - c_i|`` for every neuron of a layer, over the calibration data.
 
     ``c_i`` is the mean loss when the layer is its truncated SVD and neuron i alone keeps only ``reduced_rank``
     ranks; ``c`` is the mean loss of the truncated network (``baseline="truncated"``, as in the authors' SLR code)
     or of the original one (``"original"``, as in Garmendia-Orbegozo et al. 2023).
+
+    Args:
+        inputs: False leaves the inputs' scores out; SLRProp has others for the layers before the last.
     """
     if baseline not in ("truncated", "original"):
         raise SlrpropError(f"no baseline is called '{baseline}'; choose 'truncated' or 'original'")
@@ -59,7 +63,7 @@ def cost_scores(
             y = (x @ svd.left) @ svd.vt
             z = chain.values(y if bias is None else y + bias)
             walk = Walk(chain, z, loss_point(chosen, z[-1], target, output))
-            parts = chain_changes(x, svd, reduced_rank, walk)
+            parts = chain_changes(x, svd, reduced_rank, walk, inputs)
             point = walk.point
         else:
             outputs = _changed_outputs(network, flow, name, svd, chosen)
@@ -67,7 +71,7 @@ def cost_scores(
                 lambda x, _: torch.zeros((), dtype=x.dtype, device=x.device), torch.zeros(1, dtype=torch.long)
             )[0]
             point = loss_point(chosen, base, target, output)
-            parts = _general_changes(outputs, svd, reduced_rank, base, point)
+            parts = _general_changes(outputs, svd, reduced_rank, base, point, inputs)
         rows, columns = rows + parts[0], columns + parts[1]
         truncated += float(point.values.double().sum())
         samples += len(output)
@@ -98,7 +102,7 @@ def _changed_outputs(network: Network, flow: Flow, name: str, svd: SVD, loss: Lo
 
 
 def _general_changes(
-    outputs: Outputs, svd: SVD, reduced_rank: int, base: Tensor, point: Point
+    outputs: Outputs, svd: SVD, reduced_rank: int, base: Tensor, point: Point, inputs: bool
 ) -> tuple[Tensor, Tensor]:
     """The same sums for any network: what depends on the layer runs on batched candidates, the rest once a batch."""
     left, right = svd.left[:, reduced_rank:], svd.vt[reduced_rank:]
@@ -119,4 +123,4 @@ def _general_changes(
             parts.append(point.change(moved - base, (None,)).double().sum(1))
         return torch.cat(parts)
 
-    return sums(row, m), sums(column, n)
+    return sums(row, m) if inputs else left.new_zeros(0, dtype=torch.float64), sums(column, n)

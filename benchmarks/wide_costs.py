@@ -1,0 +1,116 @@
+"""Exact cost scores of layers of thousands of neurons, against what else such a layer costs.
+
+    python -m benchmarks.wide_costs [--network vgg16-cifar10] [--rank 8] [--data FOLDER] [--run-dir runs/paper] [--naive-neurons 4]
+
+The two consecutive layers of an experiment, its calibration samples' features in memory. *exact*: the scores of both sides (SLR), or of
+the sides that SLRProp needs. Beside it: *naive*, one evaluation of the dense head per neuron, of a few neurons and extrapolated; *limit*, the multiplications of the
+formula over this machine's rate of float32 matrix products of 4096 x 4096. The formula: along a chain of layers of n_0, n_1, ... units, p
+samples, r lost ranks and c outputs, the rows of an m x n_0 layer take ``p r (sum n_t n_t+1 + m c)``, its columns ``p n_0 n_1 c`` (``p n_0 c``
+where the next layer gives the outputs): inactive units are not taken into account, so that skipping them can beat it.
+"""
+
+import argparse
+import itertools
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.quantisation import header
+from slrprop.checks import share
+from slrprop.linalg import truncated_svd
+from slrprop.paper.bench import Bench
+from slrprop.paper.experiments import EXPERIMENTS
+from slrprop.relevance.cost import cost_scores
+from slrprop.relevance.simple import weight_scores
+from tests.oracle import naive_cost
+
+
+def timed(call, repetitions: int = 1):
+    """Median seconds, and the last result."""
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        result = call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), result
+
+
+def rate(size: int = 4096) -> float:
+    """Multiplications per second of float32 matrix products."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    return size**3 / min(timed(lambda: a @ b)[0] for _ in range(5))
+
+
+def multiplications(widths: list[int], samples: int, lost: int, inputs: int) -> tuple[int, int]:
+    """Of the formula, for rows and columns of a layer with ``widths`` outputs at and after it."""
+    between, outputs = sum(a * b for a, b in itertools.pairwise(widths)), widths[-1]
+    columns = widths[0] * outputs * (widths[1] if len(widths) > 2 else 1)
+    return samples * lost * (between + inputs * outputs), samples * columns
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--network", default="vgg16-cifar10", choices=[name for name, e in EXPERIMENTS.items() if e.wide]
+    )
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/paper"))
+    parser.add_argument("--naive-neurons", type=int, default=4)
+    args = parser.parse_args()
+    experiment, reduced = EXPERIMENTS[args.network], share(args.rank, 0.5)
+    bench = Bench(experiment, 0, experiment.load_data(args.data), args.run_dir)
+    before, frl = experiment.layers
+    x, labels = (torch.cat(parts) for parts in zip(*((b.inputs[0], b.targets) for b in bench.calibration), strict=True))
+    speed, names = rate(), list(bench.head.names)
+    print(
+        f"{args.network}, {len(x)} samples, rank {args.rank} of which {args.rank - reduced} lost, {torch.get_num_threads()} threads, {speed / 1e9:.0f} billion multiplications a second\n"
+    )
+    header(
+        "layer",
+        "side",
+        "neurons",
+        "exact, s",
+        "naive, s",
+        "naive / exact",
+        "limit, s",
+        "exact / limit",
+        "largest difference",
+    )
+    naive_total, slrprop, svds = 0.0, 0.0, []
+    for layer in (frl, before):
+        weight, (m, n) = bench.network.weight(layer), bench.network.shape(layer)
+        svd, given = truncated_svd(weight, args.rank), (bench.network, bench.calibration, layer)
+        columns, _ = timed(lambda g=given, s=svd: cost_scores(*g, s, reduced, inputs=False))
+        both, scores = timed(lambda g=given, s=svd: cost_scores(*g, s, reduced))
+        half = args.naive_neurons // 2
+        some = [torch.linspace(0, side - 1, half).long().tolist() for side in (m, n)]
+        stamps: list[float] = []
+        naive = naive_cost(
+            bench.head, bench.network.modules[layer], svd, reduced, x, labels, rows=some[0], columns=some[1],
+            tick=lambda s=stamps: s.append(time.perf_counter()),
+        )  # fmt: skip
+        each = statistics.median(b - a for a, b in itertools.pairwise(stamps))
+        widths = [bench.network.shape(name)[1] for name in names[names.index(layer) :]]
+        limits = multiplications(widths, len(x), args.rank - reduced, m)
+        times, sides = (both - columns, columns), ("rows", "columns")
+        for side, exact, count, limit, found, want, at in zip(
+            sides, times, (m, n), limits, scores, naive, some, strict=False
+        ):
+            apart = float((found[at] - want).abs().max())
+            print(f"| {layer} {m}x{n} | {side} | {count} | {exact:.2f} | {count * each:.0f} | {count * each / exact:.0f}x | {limit / speed:.2f} | {exact * speed / limit:.1f} | {apart:.1e} |", flush=True)  # fmt: skip
+        whole = both if layer == frl else columns
+        slrprop, naive_total = slrprop + whole, naive_total + each * (m + n if layer == frl else n)
+        by_weight, full = (
+            timed(lambda w=weight: weight_scores(w), 3)[0],
+            timed(lambda w=weight: torch.linalg.svd(w, full_matrices=False))[0],
+        )
+        svds.append(f"{layer}: weight criterion {1e3 * by_weight:.0f} ms, full SVD {full:.1f} s")
+    print(f"\n{'; '.join(svds)}\n")
+    print(f"SLRProp's scores (both sides of {frl}, the columns of {before}, its rows by one product with a vector, not timed): {slrprop:.1f} s, {naive_total / slrprop:.0f} times as fast as naive")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
