@@ -35,10 +35,8 @@ LEVELS: dict[str, tuple[Choice, ...]] = {
 }
 LEVELS["tuned"] = LEVELS["calibrated"]
 QUICK: dict[str, dict[str, Any]] = {"slr": {"criterion": "weight"}}  # settings of methods named without any
-MANY_LAYERS, SPARSELY = (
-    12,
-    3,
-)  # with more layers only every third step of each ladder is tried: the layers make fine steps
+MANY_LAYERS = 12  # with more, only every third step of each ladder is tried: so many layers make fine steps together
+SPARSELY = 3
 CALIBRATION_ROWS = 512  # inputs of each layer that predictions are made from
 LEAST_STEP = 4096  # bytes between two points of one layer: more than a file needs around its numbers
 
