@@ -56,9 +56,26 @@ def test_integer_products_are_the_runtimes_own(bits, tmp_path, monkeypatch):
     assert 1e-4 < (outputs(path, x) - want).norm() / want.norm() < 0.03
     with pytest.raises(SlrpropError, match=r"integer products need an ONNX file of opset 21 or later, and '.*' has 18"):
         quantisation.written(path, few, 18, integers=True)
-    monkeypatch.setattr(onnx_rewrite, "INTEGER", 1)
-    quantisation.written(path, quantised(LowRank(torch.randn(64, 20), torch.randn(20, 48)), bits), integers=True)
+    few = quantised(LowRank(torch.randn(64, 20), torch.randn(20, 48)), bits)
+    quantisation.written(path, few, integers=True)
     assert quantisation.nodes((path, None)) == "2 MatMul"
+    monkeypatch.setattr(onnx_rewrite, "INTEGER_FACTORS", few.numbers)
+    quantisation.written(path, few, integers=True)
+    assert quantisation.nodes((path, None)) == "2 MatMulNBits"
+    want = x @ few.dense().float()
+    assert 1e-4 < (outputs(path, x) - want).norm() / want.norm() < 0.03
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_no_integer_product_takes_another_ones_constants(bits, trained, digits, tmp_path, monkeypatch):
+    """Constants that the runtime finds equal it would share, and leave their products in real numbers."""
+    monkeypatch.setattr(onnx_rewrite, "INTEGER_FACTORS", 1)
+    x = digits[0][1200:]
+    slrprop.export_onnx(trained, tmp_path / "model.onnx", x[:4])
+    plan = slrprop.plan(tmp_path / "model.onnx", x, "low_rank", rank=20, bits=bits)
+    assert [layer.method for layer in plan.layers] == ["low_rank", "low_rank", "dense"]
+    slrprop.apply(tmp_path / "model.onnx", plan, tmp_path / "small.onnx", x, integer_products=True)
+    assert "4 MatMulNBits" in quantisation.nodes((tmp_path / "small.onnx", None))
 
 
 def test_files_are_compressed_and_applied_with_integer_products(trained, digits, tmp_path, monkeypatch):

@@ -250,8 +250,8 @@ def apply(
         output: for an ONNX file, where the new one is written.
         data: for an ONNX file, samples on which the new one's outputs are compared with those of the factors
             multiplied out; made-up inputs by default.
-        integer_products: for an ONNX file, let ONNX Runtime multiply whole numbers in layers that stay dense, in 8 or 4 bits, with
-            100 000 numbers or more: faster, but their inputs are rounded too (about 1 %; docs/quantisation.md).
+        integer_products: for an ONNX file, let ONNX Runtime multiply whole numbers in dense layers of 8 or 4 bits with 100 000 numbers
+            or more, and in low-rank ones with a million: faster, but their inputs are rounded too (about 1 %; docs/quantisation.md).
 
     Returns:
         The new module; or, for a file, how far its outputs are from the factors' mathematics.

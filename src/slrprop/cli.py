@@ -29,7 +29,7 @@ IntegerProducts = Annotated[
     bool,
     typer.Option(
         "--integer-products",
-        help="Large dense layers of few bits multiply whole numbers: faster, inputs rounded too.",
+        help="Large layers of few bits multiply whole numbers: faster, inputs rounded too.",
     ),
 ]
 Calibration = Annotated[

@@ -19,7 +19,10 @@ from slrprop.network.onnx_graph import Graph
 MERGED = 40_000  # zeros that may be multiplied to save nodes: python -m benchmarks.quantisation
 GATHERED = 50  # zeros more for every number that blocks would gather
 SHARED = 4  # numbers at most of a constant that is stored once
-INTEGER = 100_000  # numbers from which the runtime's integer products are the faster ones: docs/quantisation.md
+INTEGER = (
+    100_000  # numbers from which the runtime's integer products are the faster ones: python -m benchmarks.wide_layers
+)
+INTEGER_FACTORS = 1_000_000  # the same of low-rank layers
 INTEGER_OPSET = 21  # the first with whole numbers of 4 bits
 CAST = 24  # scales from which float16 and a node to cast them take fewer bytes than float32
 
@@ -204,14 +207,19 @@ class Writer:
             factor = self.add("Cast", [factor], to=to)
         return self.add("Mul", [number, factor])
 
-    def integer_product(self, x: str, codes: Tensor, scale: Tensor, bits: int, y: str) -> None:
-        """``x`` times whole numbers (m x n) with a scale (n,) for each column, the runtime's own: it rounds ``x`` to 8 bits, row by row.
+    def integer_product(self, x: str, what: str, codes: Tensor, scale: Tensor, bits: int, y: str | None = None) -> str:
+        """``x`` times whole numbers (r x c), the runtime's own: it rounds ``x`` to 8 bits, row by row.
 
         A bias is added by Sum then: with Add the runtime would make a Gemm of both, and real numbers at every run.
+
+        Args:
+            scale: one for all (), or one for each column (c,).
         """
-        whole = self.tensor("weight", codes.cpu().numpy().astype(ml_dtypes.int4 if bits == 4 else np.int8))
-        self.product(x, self.add("DequantizeLinear", [whole, self.tensor("weight_scale", scale.float())], axis=1), y)
+        whole = self.tensor(what, codes.cpu().numpy().astype(ml_dtypes.int4 if bits == 4 else np.int8))
+        axis: dict[str, Any] = {"axis": 1} if scale.ndim else {}
         self.adds = "Sum"
+        real = self.add("DequantizeLinear", [whole, self.tensor(f"{what}_scale", scale.float())], **axis)
+        return self.product(x, real, y)
 
     def _halves(self, what: str, whole: np.ndarray) -> str:
         """Whole numbers of 4 bits for operator sets that have none: two in one byte, taken apart by arithmetic."""
@@ -325,9 +333,17 @@ def _(form: Narrowed, writer: Writer, x: str, y: str) -> None:
 
 @product_of.register
 def _(form: Quantized, writer: Writer, x: str, y: str) -> None:
-    codes = form.codes
-    if writer.integers and isinstance(codes, Dense) and form.numbers >= INTEGER and writer.dtype == np.float32:
-        writer.integer_product(x, codes.weight, form.scales["weight"], form.bits, y)
+    codes, scales = form.codes, form.scales
+    whole = writer.integers and writer.dtype == np.float32
+    if whole and isinstance(codes, Dense) and form.numbers >= INTEGER:
+        writer.integer_product(x, "weight", codes.weight, scales["weight"], form.bits, y)
+    elif whole and isinstance(codes, LowRank) and form.numbers >= INTEGER_FACTORS:
+        # the first product has both scales of a component but for one number: another for every layer, because the runtime
+        # lets equal constants be shared, and merges a shared one into no product
+        rest = torch.tensor(1 + writer.layer.index / 1024)
+        joined = scales["left"].float() * scales["right"].float() / rest
+        hidden = writer.integer_product(x, "left", codes.left, joined, form.bits)
+        writer.integer_product(hidden, "right", codes.right, rest, form.bits, y)
     else:
         writer.quantized = form
         product_of(codes, writer, x, y)
@@ -350,7 +366,7 @@ def rewritten(
 
     Args:
         biases: for layers whose bias is another one, or in another order, that bias (n,).
-        integers: let the runtime multiply whole numbers in large dense layers of few bits.
+        integers: let the runtime multiply whole numbers in large layers of few bits.
 
     Raises:
         SlrpropError: ``integers``, and the file's operator set has no whole numbers of 4 bits.
