@@ -5,7 +5,7 @@
 
 *minilm*: all-MiniLM-L6-v2 (6 layers, 384 wide, dense 384 x 1536; Wang et al. 2020; the published weights, checked by their SHA-256),
 mean pooling and a linear head, fitted by logistic regression to the embeddings of 4 000 training rows of AG News (``agnews_clean12k.tsv``
-or ``.tsv.xz`` in ``--data`` or $SLRPROP_DATA: columns split, class, text). *vit*: 4 blocks, 128 wide, patches of 4 x 4 pixels, trained
+or ``.tsv.xz`` in ``--data`` or $SLRPROP_DATA: columns split, class, text). *vit*: 4 blocks, 128 wide, patches of 7 x 7 pixels, trained
 here on MNIST (``--epochs``; kept in ``--run-dir``). Both have separate linear layers for queries, keys and values.
 
 ``auto`` (level ``calibrated``), truncated SVD and whitened SVD, each searched by ``slrprop.compress`` within the same bytes of the file or the
@@ -90,16 +90,16 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Images (p x 1 x 28 x 28) to class scores (p x 10): 49 patches, their mean behind the last block."""
+    """Images (p x 1 x 28 x 28) to class scores (p x 10): 16 patches, their mean behind the last block."""
 
     def __init__(self, wide: int = 128, depth: int = 4, heads: int = 4) -> None:
         super().__init__()
-        self.patches, self.places = nn.Linear(16, wide), nn.Parameter(0.02 * torch.randn(49, wide))
+        self.patches, self.places = nn.Linear(49, wide), nn.Parameter(0.02 * torch.randn(16, wide))
         self.blocks = nn.Sequential(*(Block(wide, heads) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(wide), nn.Linear(wide, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        patches = images.unflatten(2, (7, 4)).unflatten(4, (7, 4)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        patches = images.unflatten(2, (4, 7)).unflatten(4, (4, 7)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         return self.head(self.norm(self.blocks(self.patches(patches) + self.places)).mean(1))
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.cost_scores import median_of
 from benchmarks.quantisation import header
 from slrprop.checks import share
 from slrprop.linalg import truncated_svd
@@ -27,20 +28,10 @@ from slrprop.relevance.simple import weight_scores
 from tests.oracle import naive_cost
 
 
-def timed(call, repetitions: int = 1):
-    """Median seconds, and the last result."""
-    times = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        result = call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times), result
-
-
 def rate(size: int = 4096) -> float:
     """Multiplications per second of float32 matrix products."""
     a, b = torch.randn(size, size), torch.randn(size, size)
-    return size**3 / min(timed(lambda: a @ b)[0] for _ in range(5))
+    return size**3 / min(median_of(1, lambda: a @ b)[0] for _ in range(5))
 
 
 def multiplications(widths: list[int], samples: int, lost: int, inputs: int) -> tuple[int, int]:
@@ -83,8 +74,8 @@ def main() -> None:
     for layer in (frl, before):
         weight, (m, n) = bench.network.weight(layer), bench.network.shape(layer)
         svd, given = truncated_svd(weight, args.rank), (bench.network, bench.calibration, layer)
-        columns, _ = timed(lambda g=given, s=svd: cost_scores(*g, s, reduced, inputs=False))
-        both, scores = timed(lambda g=given, s=svd: cost_scores(*g, s, reduced))
+        columns, _ = median_of(1, lambda g=given, s=svd: cost_scores(*g, s, reduced, inputs=False))
+        both, scores = median_of(1, lambda g=given, s=svd: cost_scores(*g, s, reduced))
         half = args.naive_neurons // 2
         some = [torch.linspace(0, side - 1, half).long().tolist() for side in (m, n)]
         stamps: list[float] = []
@@ -104,8 +95,8 @@ def main() -> None:
         whole = both if layer == frl else columns
         slrprop, naive_total = slrprop + whole, naive_total + each * (m + n if layer == frl else n)
         by_weight, full = (
-            timed(lambda w=weight: weight_scores(w), 3)[0],
-            timed(lambda w=weight: torch.linalg.svd(w, full_matrices=False))[0],
+            median_of(3, lambda w=weight: weight_scores(w))[0],
+            median_of(1, lambda w=weight: torch.linalg.svd(w, full_matrices=False))[0],
         )
         svds.append(f"{layer}: weight criterion {1e3 * by_weight:.0f} ms, full SVD {full:.1f} s")
     print(f"\n{'; '.join(svds)}\n")
