@@ -109,7 +109,7 @@ class Trainer:
         self._place(device, self.layout)
         rate, decay = recipe.learning_rate, recipe.weight_decay
         self.optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD(model.parameters(), rate, recipe.momentum, weight_decay=decay, nesterov=True)
+            torch.optim.SGD(model.parameters(), rate, recipe.momentum, weight_decay=decay, nesterov=True, fused=True)
             if recipe.momentum
             else torch.optim.AdamW(model.parameters(), rate, weight_decay=decay, fused=True)
         )
