@@ -11,7 +11,8 @@ from onnx import TensorProto, helper
 
 from slrprop.errors import SlrpropError
 from slrprop.factors.shared import Shared
-from slrprop.network.onnx_rewrite import Writer, product_of
+from slrprop.network.onnx_rewrite import product_of
+from slrprop.network.onnx_writer import Writer
 from slrprop.permutations import GOLDEN, MIX_1, MIX_2, entry_bits, pack, packed_bytes, windows
 
 SEED_OPSET = 18  # the first that knows BitwiseXor

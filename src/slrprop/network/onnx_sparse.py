@@ -10,7 +10,8 @@ from onnx import TensorProto, helper
 
 from slrprop.errors import SlrpropError
 from slrprop.factors import LowRankPlusSparse, Sparse
-from slrprop.network.onnx_rewrite import Writer, product_of
+from slrprop.network.onnx_rewrite import product_of
+from slrprop.network.onnx_writer import Writer
 from slrprop.positions import packed_codes
 
 OPSET = 11  # CumSum and ScatterElements
