@@ -39,6 +39,14 @@ def median_of(repetitions: int, run):
     return statistics.median(times), result
 
 
+def given_inputs(network, flow, layer, svd, reduced, inputs=True):
+    """The summed changes of both sides, or the outputs alone, of all samples of a flow with labels."""
+    x, chain = flow.calls[layer][0][0], network.chain(layer)
+    z = chain.values((x @ svd.left) @ svd.vt + network.bias(layer))
+    point = loss_point("cross_entropy", z[-1], flow.batch.targets, flow.output)
+    return chain_changes(x, svd, reduced, Walk(chain, z, point), inputs)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=8)
@@ -62,15 +70,10 @@ def main() -> None:
         calibration = Data((x, y))
         network = TorchNetwork(model, calibration)
         svd = truncated_svd(network.weight(layer), args.rank)
-        chain, bias = network.chain(layer), network.bias(layer)
         flow = next(iter(network.stream((layer,), Data((x, y), len(x)))))
-        inputs = flow.calls[layer][0][0]
 
-        def scores(inputs=inputs, svd=svd, chain=chain, bias=bias, y=y, flow=flow):
-            z = chain.values((inputs @ svd.left) @ svd.vt + bias)
-            return chain_changes(
-                inputs, svd, reduced, Walk(chain, z, loss_point("cross_entropy", z[-1], y, flow.output))
-            )
+        def scores(network=network, flow=flow, layer=layer, svd=svd):
+            return given_inputs(network, flow, layer, svd, reduced)
 
         scores()
         alone, _ = median_of(5, scores)

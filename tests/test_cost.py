@@ -1,6 +1,7 @@
 """The exact cost scores against their literal definition."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from slrprop import SlrpropError, relevance
 from slrprop.data import Data
 from slrprop.linalg import truncated_svd
 from slrprop.network import TorchNetwork
-from slrprop.relevance import changes
+from slrprop.relevance import alike, changes
 from slrprop.relevance.cost import cost_scores
 from tests.oracle import naive_cost
 
@@ -59,9 +60,11 @@ def compare(model, x, y, name, loss="cross_entropy", rank=4, reduced=1, baseline
     return max(float((fast.rows - rows).abs().max()), float((fast.columns - columns).abs().max())) / scale
 
 
-@pytest.fixture(params=["wide kernels", "pairs kernel"])
+@pytest.fixture(params=["compiled kernels", "wide kernels", "pairs kernel"])
 def kernels(request, monkeypatch):
-    monkeypatch.setattr(changes, "WIDE", 2 if request.param == "wide kernels" else 10**9)
+    monkeypatch.setattr(changes, "WIDE", 10**9 if request.param == "pairs kernel" else 2)
+    monkeypatch.setattr(alike, "usable", lambda x: request.param == "compiled kernels")
+    monkeypatch.setattr(alike, "PER_REFERENCE", 8)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -102,14 +105,53 @@ def test_tiny_and_huge_changes(scale, kernels):
         assert compare(model, x, y, name) < 1e-12
 
 
-def test_wide_kernel_with_many_sign_flips(monkeypatch):
-    """Pre-activations around zero: most units are corrected, or the kernel gives up its linear form."""
-    monkeypatch.setattr(changes, "WIDE", 2)
+def test_many_sign_flips(kernels):
+    """Pre-activations around zero: most units are corrected, or the wide kernel gives up its linear form."""
     model, x, y = chain("relu", torch.float64)
     for name in POSITIONS[:3]:
         model.get_submodule(name).bias.data.zero_()
     assert compare(model, x * 1e-3, y, "first") < 1e-12
     assert compare(model, x * 1e-3, y, "second") < 1e-12
+
+
+@pytest.mark.parametrize("widths", [(300, 200, 7), (130, 65, 64, 2)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_compiled_loops_equal_one_neuron_after_the_other(widths, dtype):
+    """Several references, tiles and groups of units; inputs that are zero, or all are."""
+    torch.manual_seed(1)
+    x = torch.randn(150, 140, dtype=dtype).relu()
+    x[:, 3] = 0
+    left, right = torch.randn(140, 3, dtype=dtype) / 3, torch.randn(3, widths[0], dtype=dtype) / 3
+    weights = [torch.randn(m, n, dtype=dtype) / m**0.5 for m, n in itertools.pairwise(widths)]
+    z = [torch.randn(150, widths[0], dtype=dtype)]
+    z.append(z[0].relu() @ weights[0])
+
+    def changed(parts, outputs):
+        found = torch.zeros(150, 140, outputs, dtype=dtype)
+        for samples, candidates, d in parts:
+            found[samples[:, None], candidates] = d
+        return found
+
+    moved = z[0][:, None] + x[:, :, None] * (left @ right)
+    one = (moved.relu() - z[0][:, None].relu()) @ weights[0]
+    two = ((z[1][:, None] + one).relu() - z[1][:, None].relu()) @ weights[1]
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    found = changed(alike.behind_one(z[0], x, left @ right, weights[0]), widths[1])
+    torch.testing.assert_close(found, one, rtol=0, atol=tolerance)
+    found = changed(alike.behind_two(*z, x, left, right, *weights[:2]), widths[2])
+    torch.testing.assert_close(found, two, rtol=0, atol=tolerance)
+    assert not list(alike.behind_one(z[0], 0 * x, left @ right, weights[0]))
+
+
+def test_samples_are_near_their_reference():
+    """Every sample is in one group, and differs from its reference in fewer units than from one reference for all."""
+    torch.manual_seed(1)
+    masks = torch.rand(6, 40).gt(0.5).repeat_interleave(100, 0) ^ torch.rand(600, 40).gt(0.95)
+    masks = masks[torch.randperm(600)]
+    groups = alike.alike(masks)
+    assert sorted(torch.cat([samples for samples, _ in groups]).tolist()) == list(range(600))
+    apart = sum(int((masks[samples] ^ reference).sum()) for samples, reference in groups)
+    assert apart < 0.5 * int((masks ^ (masks.float().mean(0) > 0.5)).sum())
 
 
 def test_sparse_inputs_and_real_data(trained, digits):

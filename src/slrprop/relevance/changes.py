@@ -3,12 +3,13 @@
 Shortening input i moves the pre-activation by ``-x_i d_i`` with ``d_i = left[i, rk:] @ right[rk:]``; shortening
 output j moves only pre-activation j, and through its activation the next layer by one row of its weight. Each
 candidate is so an *injection* ``s[p, i] * D[i]`` into one layer, and only this change travels on to the loss.
-Three kernels share the work: single (the changed output is the network's own), pairs (each sample and candidate
-pushed through the rest), and wide (ReLU layers: away from sign flips the map is linear, so all candidates pass
-as a product of small matrices, and the few units that could flip are corrected one by one; still exact).
+Four kernels share the work: single (the changed output is the network's own), pairs (each sample and candidate
+pushed through the rest), wide (ReLU layers: away from sign flips the map is linear, so all candidates pass
+as a product of small matrices, and the few units that could flip are corrected one by one; still exact), and alike
+(the same idea in compiled loops, for samples that are active alike: :mod:`slrprop.relevance.alike`, extra ``numba``).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +18,13 @@ from torch import Tensor
 from slrprop.linalg import SVD
 from slrprop.losses import Point, at
 from slrprop.network.chain import ACTIVATIONS, Chain
+from slrprop.relevance import alike
 
 WIDE = 256  # from this width on a ReLU layer is worth the wide kernel
-FEW_OUTPUTS = 64  # the wide kernel for full-rank injections needs a narrow next layer
+FEW_OUTPUTS = 256  # the wide kernels for full-rank injections need a narrow next layer
 PAIR_TILE = 1 << 19  # numbers in flight at once in the pairs kernel: about the cache
 WIDE_TILE = 1 << 19  # the same for the wide kernels
 OUTER_SAMPLES = 128  # samples whose linear maps are computed by one large product
-SLACK = 1 + 1e-4  # bounds are rounded up by this much
 
 
 def activation_change(d: Tensor, z: Tensor, activation: str) -> Tensor:
@@ -129,7 +130,7 @@ class Walk:
                 bound = reach * lengths[t]
                 if outgoing.shape[1]:
                     bound = bound + _norm(corrections, 2).amax(1)[:, None] * _norm(outgoing, 1)
-                bound = bound * SLACK
+                bound = bound * alike.SLACK
                 risky = int((z.abs() <= bound).sum(1).max())
             if bound is None or 2 * risky > basis.shape[2]:
                 d = coefficients @ basis
@@ -167,7 +168,7 @@ class Walk:
                 peaks = by_unit.abs().amax(1)
                 for part in _tiles(start, stop, len(group)):
                     z, share = self.z[level][part], chosen[part]
-                    bound = share.abs().amax(1)[:, None] * peaks * SLACK
+                    bound = share.abs().amax(1)[:, None] * peaks * alike.SLACK
                     risky = int((z.abs() <= bound).sum(1).max())
                     d = share[:, :, None] * through_group[part.start - start : part.stop - start]
                     if risky:
@@ -176,6 +177,44 @@ class Walk:
                         d = d + self._flips(moved, z.gather(1, unit)[:, :, None]).mT @ weight[unit]
                     total[group] += self.push(d, level + 1, (part, None)).double().sum(0)
         return total
+
+    def alike(self, parts: Iterable[alike.Part], count: int, level: int) -> Tensor:
+        """Sum over samples of the loss changes, from those of pre-activation ``level``: (candidates,)."""
+        total = torch.zeros(count, dtype=torch.float64)
+        for samples, candidates, d in parts:
+            total.index_add_(0, candidates, self.push(d, level, (samples, None)).double().sum(0))
+        return total
+
+    def wide(self, level: int) -> bool:
+        """Whether behind ``level`` there is a wide ReLU layer, and few outputs behind that."""
+        steps = self.chain.steps[level:]
+        return (
+            bool(steps)
+            and steps[0].activation == "relu"
+            and steps[0].weight.shape[1] <= FEW_OUTPUTS
+            and self.z[level].shape[1] >= WIDE
+        )
+
+    def low_rank(self, s: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """Sum over samples of the loss changes for injections ``s[p, i] * left[i] @ right`` at level 0, by the fastest kernel."""
+        steps, compiled = self.chain.steps, alike.usable(s)
+        if compiled and self.wide(0):
+            return self.alike(alike.behind_one(self.z[0], s, left @ right, steps[0].weight), len(left), 1)
+        if compiled and self.wide(1) and self._wide_steps(0) > 1:
+            weights = steps[0].weight, steps[1].weight
+            return self.alike(alike.behind_two(self.z[0], self.z[1], s, left, right, *weights), len(left), 2)
+        if self._wide_steps(0) and right.shape[1] >= WIDE:
+            return self.wide_low_rank(s, left, right)
+        return self.pairs(s, left @ right, 0)
+
+    def full_rank(self, s: Tensor, direction: Tensor, level: int) -> Tensor:
+        """The same for injections ``s[p, i] * direction[i]`` at a level."""
+        if not self.wide(level):
+            return self.pairs(s, direction, level)
+        if alike.usable(s):
+            parts = alike.behind_one(self.z[level], s, direction, self.chain.steps[level].weight)
+            return self.alike(parts, len(direction), level + 1)
+        return self.wide_full_rank(s, direction, level)
 
 
 def chain_changes(x: Tensor, svd: SVD, reduced_rank: int, walk: Walk, inputs: bool = True) -> tuple[Tensor, Tensor]:
@@ -188,19 +227,9 @@ def chain_changes(x: Tensor, svd: SVD, reduced_rank: int, walk: Walk, inputs: bo
     """
     chain = walk.chain
     left, right = svd.left[:, reduced_rank:].contiguous(), svd.vt[reduced_rank:] * chain.scale
-    steps, width = chain.steps, svd.vt.shape[1]
-    if not inputs:
-        rows = x.new_zeros(0, dtype=torch.float64)
-    elif steps and steps[0].activation == "relu" and width >= WIDE:
-        rows = walk.wide_low_rank(-x, left, right)
-    else:
-        rows = walk.pairs(-x, left @ right, 0)
+    rows = walk.low_rank(-x, left, right) if inputs else x.new_zeros(0, dtype=torch.float64)
     tail = (x @ left) @ right
-    if not steps:
+    if not chain.steps:
         return rows, walk.point.single_change(-tail).double().sum(0)
-    moved = activation_change(-tail, walk.z[0], steps[0].activation)
-    following = steps[0].weight
-    narrow = len(steps) > 1 and steps[1].weight.shape[1] <= FEW_OUTPUTS
-    if narrow and steps[1].activation == "relu" and following.shape[1] >= WIDE:
-        return rows, walk.wide_full_rank(moved, following, 1)
-    return rows, walk.pairs(moved, following, 1)
+    moved = activation_change(-tail, walk.z[0], chain.steps[0].activation)
+    return rows, walk.full_rank(moved, chain.steps[0].weight, 1)

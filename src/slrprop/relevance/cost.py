@@ -1,6 +1,7 @@
 """Cost: how much the loss changes when one neuron is shortened, exactly and without re-running the network."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,10 +13,12 @@ from slrprop.errors import SlrpropError
 from slrprop.linalg import SVD
 from slrprop.losses import LossName, Point, loss_point, pick_loss, rows_of
 from slrprop.network.base import Flow, Layer, Network
+from slrprop.network.chain import Chain
 from slrprop.relevance.changes import Walk, chain_changes
 
 Baseline = Literal["truncated", "original"]
 CANDIDATES_AT_ONCE = 32
+HELD = 1 << 25  # numbers of one layer's inputs or outputs for which a chain is walked at once
 
 
 class CostScores(NamedTuple):
@@ -47,39 +50,67 @@ def cost_scores(
     """
     if baseline not in ("truncated", "original"):
         raise SlrpropError(f"no baseline is called '{baseline}'; choose 'truncated' or 'original'")
-    rows = columns = torch.zeros((), dtype=torch.float64)
-    truncated = original = 0.0
-    samples = 0
+    sums, held, chain = _Sums(), list[_Seen](), network.chain(name)
+    original, samples, most = 0.0, 0, HELD // max(svd.vt.shape[1], svd.left.shape[0])
     for flow in tqdm(network.stream((name,), data), desc=f"cost of {name}", unit="batch", disable=None, leave=False):
         target = flow.batch.targets
         chosen = pick_loss(target, rows_of(flow.output), loss)
         output = rows_of(flow.output if chosen == "squared" else network.scores(flow.output))
         original += float(loss_point(chosen, output, target, output).values.double().sum())
-        chain = network.chain(name)
-        seen_through = chain is not None and not (network.ending and chosen == "squared")
+        samples += len(output)
+        seen_through = not (network.ending and chosen == "squared")
         if chain is not None and seen_through and network.reproduces(chain, flow.calls[name][0][1], flow.output):
-            x = flow.calls[name][0][0].to(svd.u)
-            bias = network.bias(name)
-            y = (x @ svd.left) @ svd.vt
-            z = chain.values(y if bias is None else y + bias)
-            walk = Walk(chain, z, loss_point(chosen, z[-1], target, output))
-            parts = chain_changes(x, svd, reduced_rank, walk, inputs)
-            point = walk.point
+            held.append(_Seen(flow.calls[name][0][0].to(svd.u), output, target))
+            if sum(len(seen.x) for seen in held) >= most:
+                sums.add(*_by_chain(chain, network.bias(name), held, svd, reduced_rank, chosen, inputs))
+                held.clear()
         else:
             outputs = _changed_outputs(network, flow, name, svd, chosen)
             base = outputs(
                 lambda x, _: torch.zeros((), dtype=x.dtype, device=x.device), torch.zeros(1, dtype=torch.long)
             )[0]
             point = loss_point(chosen, base, target, output)
-            parts = _general_changes(outputs, svd, reduced_rank, base, point, inputs)
-        rows, columns = rows + parts[0], columns + parts[1]
-        truncated += float(point.values.double().sum())
-        samples += len(output)
-    rows, columns = rows / samples, columns / samples
+            sums.add(_general_changes(outputs, svd, reduced_rank, base, point, inputs), point)
+    if chain is not None and held:
+        sums.add(*_by_chain(chain, network.bias(name), held, svd, reduced_rank, chosen, inputs))
+    rows, columns = sums.rows / samples, sums.columns / samples
     if baseline == "original":
-        shift = (truncated - original) / samples
+        shift = (sums.truncated - original) / samples
         return CostScores((rows + shift).abs(), (columns + shift).abs(), original / samples)
-    return CostScores(rows.abs(), columns.abs(), truncated / samples)
+    return CostScores(rows.abs(), columns.abs(), sums.truncated / samples)
+
+
+@dataclass
+class _Sums:
+    """Over all samples: the loss changes of the inputs and the outputs, and the loss of the truncated network."""
+
+    rows: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    columns: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    truncated: float = 0.0
+
+    def add(self, changes: tuple[Tensor, Tensor], point: Point) -> None:
+        self.rows, self.columns = self.rows + changes[0], self.columns + changes[1]
+        self.truncated += float(point.values.double().sum())
+
+
+class _Seen(NamedTuple):
+    """What a layer of a chain saw in one batch (p x m), the network's output (p x c) and the targets."""
+
+    x: Tensor
+    output: Tensor
+    target: Tensor | None
+
+
+def _by_chain(
+    chain: Chain, bias: Tensor | None, held: list[_Seen], svd: SVD, reduced_rank: int, loss: LossName, inputs: bool
+) -> tuple[tuple[Tensor, Tensor], Point]:
+    """The changes over several batches at once: the more samples, the more of them are alike."""
+    x, output = (torch.cat(parts) for parts in zip(*((seen.x, seen.output) for seen in held), strict=True))
+    targets = [seen.target for seen in held if seen.target is not None]
+    y = (x @ svd.left) @ svd.vt
+    z = chain.values(y if bias is None else y + bias)
+    point = loss_point(loss, z[-1], torch.cat(targets) if targets else None, output)
+    return chain_changes(x, svd, reduced_rank, Walk(chain, z, point), inputs), point
 
 
 Outputs = Callable[[Layer, Tensor], Tensor]
