@@ -1,7 +1,10 @@
 """Exact changes behind one or two ReLU layers, by the compiled loops, samples that are active alike together."""
 
-import importlib.util
+import functools
+import importlib
+import threading
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,12 +14,23 @@ ROUNDS = 4  # of k-means
 LARGEST = 256  # numbers of a column by which a sparse product with it is bounded
 SLACK = 1 + 1e-4  # bounds are rounded up by this much
 NUMBERS = 1 << 24  # that the changes of some samples may be
+TILE = 64  # candidates that the loops take side by side
+RUNNING = threading.Lock()  # some of numba's thread pools take one call at a time
 Part = tuple[Tensor, Tensor, Tensor]
+
+
+@functools.cache
+def loops() -> ModuleType | None:
+    """The compiled loops; None without numba, or where it can't keep what it compiles."""
+    try:
+        return importlib.import_module("slrprop.relevance.compiled")
+    except (ImportError, RuntimeError):
+        return None
 
 
 def usable(x: Tensor) -> bool:
     """Whether the compiled loops can run on such a tensor."""
-    return not x.is_cuda and importlib.util.find_spec("numba") is not None
+    return x.device.type == "cpu" and loops() is not None
 
 
 def alike(masks: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -32,14 +46,12 @@ def alike(masks: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(samples, center > 0) for samples, center in zip(parts, centers, strict=True) if len(samples)]
 
 
-def _behind(weight: Tensor, references: list[Tensor], after: Tensor) -> list[Tensor]:
+def _behind(weight: Tensor, references: list[Tensor], after: Tensor) -> Iterator[Tensor]:
     """``weight @ (r * after)`` (m x c) for each reference r, of many at once: a product with few columns is slow."""
-    found: list[Tensor] = []
     at_once = max(1, 2048 // after.shape[1])
     for start in range(0, len(references), at_once):
         masked = [after * r[:, None] for r in references[start : start + at_once]]
-        found += (weight @ torch.cat(masked, 1)).split(after.shape[1], 1)
-    return found
+        yield from (weight @ torch.cat(masked, 1)).split(after.shape[1], 1)
 
 
 def _even(weight: Tensor) -> Tensor:
@@ -60,11 +72,11 @@ def _largest(x: Tensor) -> Tensor:
     return torch.cat([norms[:, levels].T, x.norm(dim=0, keepdim=True)])
 
 
-def _tiled(sizes: Tensor, tile: int) -> tuple[int, Tensor]:
+def _tiled(sizes: Tensor) -> tuple[int, Tensor]:
     """How many candidates move, and these by size, the last tile filled up with the first one."""
     order = sizes.argsort(descending=True)
     count = int((sizes > 0).sum())
-    return count, torch.cat([order[:count], order[:1].expand(-count % tile)])
+    return count, torch.cat([order[:count], order[:1].expand(-count % TILE)])
 
 
 def _scaled(s: Tensor, order: Tensor, count: int) -> Tensor:
@@ -73,16 +85,19 @@ def _scaled(s: Tensor, order: Tensor, count: int) -> Tensor:
     return chosen
 
 
-def _run(kernel: object, *tensors: Tensor) -> None:
+def _run(name: str, *tensors: Tensor) -> None:
+    """One of the compiled loops, in as many threads as torch has."""
     import numba
 
-    before, most = numba.get_num_threads(), numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
     threads = min(torch.get_num_threads(), most)
-    numba.set_num_threads(threads)
-    try:
-        kernel(*(tensor.contiguous().numpy() for tensor in tensors), threads)  # type: ignore[operator]
-    finally:
-        numba.set_num_threads(before)
+    with RUNNING:
+        before = numba.get_num_threads()
+        numba.set_num_threads(threads)
+        try:
+            getattr(loops(), name)(*(tensor.contiguous().numpy() for tensor in tensors), threads)
+        finally:
+            numba.set_num_threads(before)
 
 
 def behind_one(z: Tensor, s: Tensor, direction: Tensor, weight: Tensor) -> Iterator[Part]:
@@ -94,8 +109,6 @@ def behind_one(z: Tensor, s: Tensor, direction: Tensor, weight: Tensor) -> Itera
     Yields:
         samples (b,), candidates (k,) and their changes (b x k x c); those that don't move are left out.
     """
-    from slrprop.relevance import compiled
-
     c, after, groups = weight.shape[1], _even(weight), alike(z > 0)
     turned = direction.T.contiguous()
     peaks = turned.abs().amax(1) * SLACK
@@ -104,16 +117,16 @@ def behind_one(z: Tensor, s: Tensor, direction: Tensor, weight: Tensor) -> Itera
         for samples in group.split(max(1, NUMBERS // (s.shape[1] * c))):
             moves, at = s[samples], z[samples]
             sizes = moves.abs()
-            count, order = _tiled(sizes.amax(0), compiled.TILE)
+            count, order = _tiled(sizes.amax(0))
             if not count:
                 continue
             outside = torch.where(reference, -at, at) + sizes.amax(1)[:, None] * peaks
             units = (outside >= 0).any(0).nonzero()[:, 0]
             likely = outside[:, units] >= 0
-            out = z.new_zeros(len(samples), len(order) // compiled.TILE, after.shape[1], compiled.TILE)
-            tiles = linear[order].unflatten(0, (-1, compiled.TILE)).mT
+            out = z.new_zeros(len(samples), len(order) // TILE, after.shape[1], TILE)
+            tiles = linear[order].unflatten(0, (-1, TILE)).mT
             _run(
-                compiled.one_layer, _ended(at[:, units], 1), _ended(reference[units], 0),
+                "one_layer", _ended(at[:, units], 1), _ended(reference[units], 0),
                 likely.sum(1).cumsum(0), likely.nonzero()[:, 1], units,
                 _scaled(moves, order, count), turned, order, _ended(after[units], 0), tiles, out,
             )  # fmt: skip
@@ -132,18 +145,16 @@ def behind_two(
     Yields:
         see :func:`behind_one`.
     """
-    from slrprop.relevance import compiled
-
     c, n, after = weight.shape[1], z.shape[1], _even(weight)
     groups = alike(torch.cat([z, z_next], 1) > 0)
     first, second = ([reference[part] for _, reference in groups] for part in (slice(n), slice(n, None)))
-    norms, behind = left.norm(dim=1), _behind(between, second, after)
+    norms, linears = left.norm(dim=1), _behind(between, second, after)
     basis = [(right * reference) @ between for reference in first]
     lengths, turned, spans = right.norm(dim=0), _ended(right.T, 0), _largest(between)
-    for index, (group, _) in enumerate(groups):
+    for index, ((group, _), behind) in enumerate(zip(groups, linears, strict=True)):
         for samples in group.split(max(1, NUMBERS // (s.shape[1] * c))):
             moves, at, at_next = s[samples], z[samples], z_next[samples]
-            count, order = _tiled(moves.abs().amax(0) * norms, compiled.TILE)
+            count, order = _tiled(moves.abs().amax(0) * norms)
             if not count:
                 continue
             apart = (at > 0).to(z) - first[index].to(z)
@@ -152,9 +163,9 @@ def behind_two(
             own = own.unflatten(0, (len(samples), -1)) + basis[index]  # b x r x l
             reference = second[index]
             linear = (own * reference) @ after
-            out = z.new_empty(len(samples), len(order) // compiled.TILE, after.shape[1], compiled.TILE)
+            out = z.new_empty(len(samples), len(order) // TILE, after.shape[1], TILE)
             _run(
-                compiled.two_layers, at, turned, lengths, _ended(behind[index], 0), between, at_next, reference, own,
+                "two_layers", at, turned, lengths, _ended(behind, 0), between, at_next, reference, own,
                 own.square().sum(1).sqrt_(), spans, after.T, _scaled(moves, order, count), left[order].T, linear.mT, out,
             )  # fmt: skip
             yield samples, order[:count], out.mT.flatten(1, 2)[:, :count, :c]

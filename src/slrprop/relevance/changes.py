@@ -197,10 +197,10 @@ class Walk:
 
     def low_rank(self, s: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """Sum over samples of the loss changes for injections ``s[p, i] * left[i] @ right`` at level 0, by the fastest kernel."""
-        steps, compiled = self.chain.steps, alike.usable(s)
-        if compiled and self.wide(0):
+        steps = self.chain.steps
+        if self.wide(0) and alike.usable(s):
             return self.alike(alike.behind_one(self.z[0], s, left @ right, steps[0].weight), len(left), 1)
-        if compiled and self.wide(1) and self._wide_steps(0) > 1:
+        if self._wide_steps(0) > 1 and self.wide(1) and alike.usable(s):
             weights = steps[0].weight, steps[1].weight
             return self.alike(alike.behind_two(self.z[0], self.z[1], s, left, right, *weights), len(left), 2)
         if self._wide_steps(0) and right.shape[1] >= WIDE:

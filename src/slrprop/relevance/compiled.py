@@ -9,9 +9,8 @@ whose weights are zeros, to fill a group.
 import numpy as np
 from numba import njit, prange
 
-from slrprop.relevance.alike import SLACK
+from slrprop.relevance.alike import SLACK, TILE
 
-TILE = 64  # candidates side by side
 UNITS = 8  # units that are added up at once
 LINE = 64  # bytes of a cache line
 FAST = {"contract", "nsz", "reassoc"}
