@@ -212,6 +212,42 @@ def test_workers_make_the_same_rows_in_any_database(tiny, tmp_path):
     assert not (tmp_path / "results.sqlite").exists()
 
 
+def test_rows_of_a_file_are_gone_on_from_where_the_network_is_the_same(tiny, tmp_path, monkeypatch):
+    common = ["tiny", "--bytes", "20%,40%", "--seeds", 1, "--contenders", "SVD, 8 bits", "--json"]
+    first = call(*common, "--run-dir", tmp_path / "one", "--output", tmp_path)
+    rows = tmp_path / "tiny.csv"
+    monkeypatch.setattr(run, "plans_of", lambda *given: pytest.fail("computed again"))
+    again = call(*common, "--run-dir", tmp_path / "two", "--rows", rows)
+    assert [row["accuracy"] for row in json.loads(again.stdout)] == [
+        row["accuracy"] for row in json.loads(first.stdout)
+    ]
+    assert call("tiny", "--table-only", "--run-dir", tmp_path / "three", "--rows", rows).exit_code == 0
+    accuracy = next(row["accuracy"] for row in json.loads(first.stdout) if row["method"] == "original")
+    text = rows.read_text()
+    assert f",{accuracy:.6g},100," in text
+    rows.write_text(text.replace(f",{accuracy:.6g},100,", ",12.5,100,"))
+    other = call(*common, "--bytes", "30%", "--run-dir", tmp_path / "four", "--rows", rows)
+    assert isinstance(other.exception, SlrpropError)
+    assert "rows of tiny 0 in" in str(other.exception) and "its accuracy was 12.5 and is" in str(other.exception)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "can't be read: "),
+        ("experiment,seed\ntiny,0\n", "is not a file of rows"),
+        ("experiment,seed\ntiny,none\n", "is not a file of rows"),
+        ("experiment,much\ntiny,0\n", "must have the columns experiment,seed,method,size,bytes,"),
+        ("seed\n0\n", "has no rows of tiny; name the CSV file that --output wrote"),
+    ],
+)
+def test_a_file_that_has_no_rows_is_a_mistake(tiny, tmp_path, text, sentence):
+    if text is not None:
+        (tmp_path / "rows.csv").write_text(text)
+    found = call("tiny", "--table-only", "--run-dir", tmp_path, "--rows", tmp_path / "rows.csv")
+    assert isinstance(found.exception, SlrpropError) and sentence in str(found.exception)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

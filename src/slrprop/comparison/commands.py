@@ -10,7 +10,7 @@ import typer
 
 from slrprop.checks import need_extra
 from slrprop.errors import SlrpropError
-from slrprop.paper.commands import Database, DataFolder, Seeds
+from slrprop.paper.commands import Database, DataFolder, Rows, Seeds
 from slrprop.terminal import Cluster, Json, Workers, show_table
 
 GROUPS = ("fast", "slow", "all")
@@ -58,6 +58,7 @@ def compare(
         Path | None, typer.Option("--output", help="Also write NAME.csv, NAME.md, NAME.png and NAME.svg here.")
     ] = None,
     database: Database = None,
+    rows: Rows = None,
     workers: Workers = 1,
     cluster: Cluster = None,
     table_only: Annotated[bool, typer.Option("--table-only", help="Compute nothing; show what there is.")] = False,
@@ -79,9 +80,11 @@ def compare(
         importlib.import_module("slrprop.search.result").parse_size(size, 1e9, "--bytes")
     names = chosen(contenders, {contender.name: contender.slow for contender in run.CONTENDERS})
     path = run_dir / "results.sqlite"
-    if table_only and database is None and not path.exists():
+    if table_only and database is None and rows is None and not path.exists():
         raise SlrpropError(f"there is no '{path}' to show results from")
     kept = store(database or path, run.Comparison, run.KEYS)
+    if rows is not None:
+        kept.take_in(rows, name)
     if not table_only:
         loaded = experiment.load_data(data)
         run.compare(

@@ -31,8 +31,8 @@ class Lead:
 
     @property
     def clear(self) -> bool:
-        """Ahead by more than one standard error."""
-        return self.points > self.error
+        """Ahead by more than one standard error; as much (all by one seed, say) is not more."""
+        return self.points > self.error and not math.isclose(self.points, self.error, rel_tol=1e-6)
 
     def __str__(self) -> str:
         return f"{abs(self.points):.2f}" + (f" ± {self.error:.2f}" if self.seeds > 1 else " (one seed)")

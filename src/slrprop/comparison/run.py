@@ -90,6 +90,11 @@ class Compared(Bench):
             float(nn.functional.cross_entropy(logits.double(), labels)), file_bytes, latency, faster, seconds, told,
         )  # fmt: skip
 
+    def original(self, timed: bool) -> Comparison:
+        """Measure the network as it was trained."""
+        total = self.experiment.stored(self.head)[0]
+        return self.row(ORIGINAL, total, Plan(()), self.head, 0.0, timed)
+
     def file(self, plan: Plan) -> tuple[float, float, float]:
         """Bytes and latency of the whole network's ONNX file, and how many times faster than the original it is."""
         if self._onnx is None:
@@ -184,12 +189,14 @@ class Benches:
         self.experiment, self.data, self.folder = experiment, data, folder.absolute()
         self._last: Compared | None = None
 
-    def of(self, seed: int) -> Compared:
-        """The bench of a seed whose network was trained before."""
+    def of(self, seed: int, store: Store[Comparison]) -> Compared:
+        """The bench of a seed whose network was trained before, the same that the store has rows of."""
         if self._last is None or self._last.seed != seed:
             self._last = None  # frees its memory first
             require_seen(weights_of(self.experiment, seed, self.folder))
-            self._last = Compared(self.experiment, seed, self.data, self.folder)
+            made = Compared(self.experiment, seed, self.data, self.folder)
+            store.require_same(made.original(timed=False), "accuracy", "loss")
+            self._last = made
         return self._last
 
 
@@ -232,7 +239,7 @@ def _contend(task: tuple[int, Contender, list[int]], benches: Benches, store: St
     """Compute the missing rows of a contender on a seed."""
     seed, contender, sizes = task
     count = 0
-    for row in _rows(benches.of(seed), contender, sizes, timed and seed == 0):
+    for row in _rows(benches.of(seed, store), contender, sizes, timed and seed == 0):
         store.add(row)
         count += 1
     return count
@@ -240,7 +247,7 @@ def _contend(task: tuple[int, Contender, list[int]], benches: Benches, store: St
 
 def _rows(bench: Compared, contender: Contender, sizes: list[int], timed: bool) -> Iterator[Comparison]:
     if contender.name == ORIGINAL:
-        yield bench.row(ORIGINAL, sizes[0], Plan(()), bench.head, 0.0, timed)
+        yield bench.original(timed)
         return
     if contender.name == NARROWER:
         for size in sizes:

@@ -23,6 +23,12 @@ Database = Annotated[
     str | None,
     typer.Option("--database", help="postgresql://... (extra postgresql), or an SQLite file; default: in --run-dir."),
 ]
+Rows = Annotated[
+    Path | None,
+    typer.Option(
+        "--rows", help="Go on from the rows in a NAME.csv that --output wrote; the networks must be the same."
+    ),
+]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, help="How many training seeds.")]
 FIGURES = {
     "lenet5-mnist": ("figure4", "LeNet-5 on MNIST (Figure 4)"),
@@ -69,6 +75,7 @@ def paper_run(
     data: DataFolder = None,
     run_dir: RunFolder = Path("runs/paper"),
     database: Database = None,
+    rows: Rows = None,
     workers: Workers = 1,
     cluster: Cluster = None,
     as_json: Json = False,
@@ -79,12 +86,14 @@ def paper_run(
     """
     store = _store(run_dir, database)
     experiment = importlib.import_module("slrprop.paper.experiments").find_experiment(name)
+    if rows is not None:
+        store.take_in(rows, name)
     new = importlib.import_module("slrprop.paper.run").run(
         experiment, experiment.load_data(data), run_dir, seeds, store, workers, cluster
     )
-    rows = len(store.results(name))
-    told = {"experiment": name, "new": new, "rows": rows, "database": store.name}
-    typer.echo(json.dumps(told) if as_json else f"{new} new rows; all {rows} of {name} are in {store.name}")
+    count = len(store.results(name))
+    told = {"experiment": name, "new": new, "rows": count, "database": store.name}
+    typer.echo(json.dumps(told) if as_json else f"{new} new rows; all {count} of {name} are in {store.name}")
 
 
 def _store(run_dir: Path, database: str | None) -> Any:

@@ -91,6 +91,8 @@ def _sweep(
     seed, cells = task
     require_seen(weights_of(experiment, seed, folder))
     bench = Bench(experiment, seed, data, folder)
+    if (ORIGINAL, 0) not in cells:
+        store.require_same(measured(bench, ORIGINAL, 0, Plan(()), 0.0), "accuracy", "recall", "precision")
     of_level: dict[str, dict[int, int]] = {}  # the rank of every size, the stored bytes of SLR
     for method, rank in tqdm(cells, desc=f"seed {seed}", unit="row", leave=False):
         if method.startswith(AUTO):

@@ -1,6 +1,7 @@
 """Results row by row in a database, so that a killed run goes on where it stopped. Many may write at once."""
 
 import contextlib
+import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from slrprop.files import require_seen
 
 _TYPES = {str: String, int: BigInteger, float: Float}
 TIMEOUT = 60  # seconds to wait for another writer of a file
+SAME = 1e-4  # relative, between two measurements of one network: one image in 10 000
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,45 @@ class Store(Generic[Row]):
         """Keep a row, unless one of its key is there."""
         with self._engine.begin() as connection:
             connection.execute(self._insert(self._table).on_conflict_do_nothing(), vars(row))
+
+    def take_in(self, path: Path, experiment: str) -> None:
+        """Keep the experiment's rows of a CSV file that :func:`slrprop.paper.results.write_csv` wrote, unless they are there.
+
+        Raises:
+            SlrpropError: the file can't be read, or it is not such a file.
+        """
+        types = self._kind.__annotations__
+        try:
+            with open(path, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if row.get(self._keys[0]) == experiment]
+            made = [self._kind(**{name: types[name](value) for name, value in row.items()}) for row in rows]
+        except (OSError, UnicodeDecodeError) as error:
+            raise SlrpropError(f"--rows '{path}' can't be read: {first_line(error)}") from error
+        except (csv.Error, KeyError, TypeError, ValueError) as error:
+            raise SlrpropError(
+                f"--rows '{path}' is not a file of rows ({first_line(error)}); it must have the columns {','.join(types)}"
+            ) from error
+        if not made:
+            raise SlrpropError(f"--rows '{path}' has no rows of {experiment}; name the CSV file that --output wrote")
+        for row in made:
+            self.add(row)
+
+    def require_same(self, row: Row, *names: str) -> None:
+        """Refuse to go on from rows of another network: a row of this key, where there is one, must have measured the same.
+
+        Raises:
+            SlrpropError: one of the fields ``names`` differs by more than one image in 10 000.
+        """
+        keys = self._table.primary_key.columns
+        query = select(*(self._table.c[name] for name in names)).where(*(key == getattr(row, key.name) for key in keys))
+        with self._engine.connect() as connection:
+            before = connection.execute(query).first()
+        for name, known in zip(names, before or (), strict=False):
+            if known is not None and not math.isclose(known, getattr(row, name), rel_tol=SAME):
+                raise SlrpropError(
+                    f"the rows of {' '.join(map(str, self.key(row)[:2]))} in '{self.name}' are of another network than the one trained here: "
+                    f"its {name} was {known:.6g} and is {getattr(row, name):.6g}; name another --run-dir or --database"
+                )
 
     def results(self, experiment: str | None = None) -> list[Row]:
         """All rows, or those of one experiment, in a fixed order."""

@@ -202,8 +202,8 @@ def two_layers(  # type: ignore[no-untyped-def]
                 for q in range(r):
                     for i in range(needed):
                         shift[j, i] += share[q, j] * near[q, i]
-            for first in range(count):
-                source, one = between[chosen[first]], flip[first]
+            for unit in range(count):
+                source, one = between[chosen[unit]], flip[unit]
                 if one.max() == 0:
                     continue
                 for i in range(needed):
