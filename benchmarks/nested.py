@@ -95,7 +95,7 @@ def main() -> None:
     with tqdm(total=given.seeds * sum(len(contenders(bits)) for bits in given.bits), unit="contender") as bar:
         for seed in range(given.seeds):
             bench = Bench(experiment, seed, data, given.run_dir)
-            total = bench.stored(bench.head)[0]
+            total = experiment.stored(bench.head)[0]
             sizes = sorted({parse_size(size, total, "--bytes") for size in given.bytes})
             for bits in given.bits:
                 for contender in contenders(bits):
@@ -107,7 +107,7 @@ def main() -> None:
     for bits in given.bits:
         names = [contender.name for contender in contenders(bits)]
         plain = {name: name.removesuffix(", 2 sweeps") for name in names if not name.endswith("sweeps") or name.endswith(", 2 sweeps")}  # fmt: skip
-        swept = {f"{shape}, {n} sweeps": f"{shape}, {n} sweeps" for shape in TRIED for n in SWEEPS}
+        swept = {f"{shape}, {n} sweeps": f"{shape}, {n} sweep{'s' * (n != 1)}" for shape in TRIED for n in SWEEPS}
         for title, chosen in (("levels", plain), ("sweeps", swept)):
             print(f"\n{bits} bits, {title}\n\n{table(chosen, sizes, rows[bits])}")
 

@@ -1,5 +1,6 @@
 """Truncated singular value decomposition by several solvers behind one front."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -147,15 +148,26 @@ def top_eigenvectors(
     return (basis @ vectors[:, OVERSAMPLING:]).flip(1)
 
 
-def principal(target: Tensor, covariance: Tensor, root: Tensor | None, rank: int, near: Tensor | None = None) -> Tensor:
+Product = tuple[Tensor, ...]  # a matrix as the product of these
+
+
+def multiplied(product: Product) -> Tensor:
+    """The matrix itself."""
+    return functools.reduce(torch.matmul, product)
+
+
+def principal(
+    target: Product, covariance: Tensor, root: Tensor | None, rank: int, near: Tensor | None = None
+) -> Tensor:
     """The top principal directions (n x k) of the weighed output ``C^.5 T L``, see :func:`reduced_rank`.
 
     ``near``: directions (n x k) to start from, see :func:`top_eigenvectors`.
     """
-    m, n = target.shape
-    factors = (target,) if root is None else (target, root)
-    if root is not None and (n <= DENSE_BELOW or m < 4 * SUBSPACE_ITERATIONS * rank):  # else the product costs more
-        factors = (target @ root,)
+    *before, last = target
+    inner, n = last.shape
+    factors = target if root is None else (*target, root)
+    if root is not None and (n <= DENSE_BELOW or inner < 4 * SUBSPACE_ITERATIONS * rank):  # else the product costs more
+        factors = (*before, last @ root)
 
     def apply(v: Tensor) -> Tensor:
         for factor in reversed(factors):
@@ -165,14 +177,17 @@ def principal(target: Tensor, covariance: Tensor, root: Tensor | None, rank: int
             v = factor.T @ v
         return v
 
-    return top_eigenvectors(apply, n, rank, target.dtype, near)
+    return top_eigenvectors(apply, n, rank, last.dtype, near)
 
 
-def projected(target: Tensor, root: Tensor | None, vectors: Tensor) -> tuple[Tensor, Tensor]:
+def projected(target: Product, root: Tensor | None, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """T projected onto directions (n x k) of its weighed output, as factors (m x k) and (k x n)."""
+    left = vectors if root is None else root @ vectors
+    for factor in reversed(target):
+        left = factor @ left
     if root is None:
-        return target @ vectors, vectors.T
-    return target @ (root @ vectors), torch.linalg.solve_triangular(root, vectors.T, upper=False, left=False)
+        return left, vectors.T
+    return left, torch.linalg.solve_triangular(root, vectors.T, upper=False, left=False)
 
 
 def reduced_rank(target: Tensor, covariance: Tensor, root: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
@@ -187,7 +202,7 @@ def reduced_rank(target: Tensor, covariance: Tensor, root: Tensor | None, rank: 
         root: lower Cholesky factor L (n x n) of the outputs' metric; None for the identity.
         rank: k, at most min(m, n).
     """
-    return projected(target, root, principal(target, covariance, root, rank))
+    return projected((target,), root, principal((target,), covariance, root, rank))
 
 
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -169,6 +169,15 @@ def _between(across: Tensor, target: Tensor, left: Tensor) -> Tensor:
     return left.T @ across @ target
 
 
+def _onto_columns(across: Tensor, rest: Tensor, columns: Tensor, metric: Tensor | None, left: Tensor) -> Tensor:
+    """The same with the rest's projection, in the outputs' metric, onto some columns."""
+    found = left.T @ across @ rest
+    if metric is None or len(columns) == len(metric):
+        return found[:, columns]
+    there = metric[:, columns]
+    return torch.cholesky_solve((found @ there).T, torch.linalg.cholesky(there[columns])).T
+
+
 @compensated.register
 def _(form: SparseLowRank, bits: int, task: Regression) -> Quantized:
     rest = task.weight - form.dense()
@@ -177,12 +186,10 @@ def _(form: SparseLowRank, bits: int, task: Regression) -> Quantized:
         rows, columns = members(form.row_levels, index), members(form.column_levels, index)
         rest[rows[:, None], columns] += left @ right
         across = task.covariance[rows]
-        target = rest[:, columns]
-        if task.metric is not None and len(columns) < len(task.metric):
-            target = rest @ torch.linalg.solve(task.metric[columns][:, columns], task.metric[columns]).T
         own = across[:, rows]
         spread = task.spread if len(rows) == len(task.covariance) else Spread.of(own)
-        pair, product = _pair(*balanced(left, right), bits, own, spread, partial(_between, across, target))
+        wanted = partial(_onto_columns, across, rest, columns, task.metric)
+        pair, product = _pair(*balanced(left, right), bits, own, spread, wanted)
         found |= {f"left_{index}": pair[0], f"right_{index}": pair[1]}
         rest[rows[:, None], columns] -= product
     return _form_of(form, bits, found)

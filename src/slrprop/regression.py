@@ -106,8 +106,8 @@ class Regression:
         root, known = self.root if weighted else None, self._components
         key = "vectors" if weighted else "plain"
         if key not in known or known[key].shape[1] < rank:
-            known[key] = principal(self.weight, self.covariance, root, rank)
-        return balanced(*projected(self.weight, root, known[key][:, :rank]))
+            known[key] = principal((self.weight,), self.covariance, root, rank)
+        return balanced(*projected((self.weight,), root, known[key][:, :rank]))
 
     def damped(self, share: float) -> Tensor:
         """The covariance plus ``share`` of its mean variance on the diagonal: invertible where inputs are dead or few."""

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from slrprop.checks import require_choice, require_count
 from slrprop.factors import SparseLowRank
-from slrprop.linalg import balanced, principal, projected
+from slrprop.linalg import Product, balanced, principal, projected
 from slrprop.methods.base import RankSettings, grid
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.regression import Regression
 
-WIDE, WIDEST = 512, 1536
+WIDE = 512
+COMPONENTS = 4  # times the rank: what is fitted of a wide layer
 BLOCK_DAMPING = 1e-6  # of the covariance, times its mean variance: a block's own part of it is inverted
 
 
@@ -76,13 +77,17 @@ class NestedSettings(RankSettings, CalibratedSettings):
 
     @classmethod
     def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
-        """Coarse for layers of more than ``WIDE`` neurons on a side, empty beyond ``WIDEST``: a fit there takes minutes."""
-        if max(m, n) > WIDEST:
-            return []
-        wide = max(m, n) > WIDE
-        ranks = [2**k for k in range(2, 12)] if wide else grid(4 * min(m, n))
-        most = m * n // 4 if wide else m * n - 1
+        """Coarse, and of few numbers, for layers of more than ``WIDE`` neurons on a side: a fit there takes seconds."""
+        if max(m, n) <= WIDE:
+            ranks, most = grid(4 * min(m, n)), m * n - 1
+        else:
+            ranks, most = [rank for k in range(2, 12) if thin(rank := 2**k, m, n)], m * n // 16
         return [{"rank": rank} for rank in ranks if cls(rank=rank).stored_numbers(m, n) <= most]
+
+
+def thin(rank: int, m: int, n: int) -> bool:
+    """Whether blocks of a rank in all are fitted to the principal part of a wide weight, ``COMPONENTS`` times that rank of it."""
+    return max(m, n) > WIDE and 2 * COMPONENTS * rank < min(m, n)
 
 
 class Frame:
@@ -93,55 +98,76 @@ class Frame:
 
     def __init__(self, task: Regression, covariance: Tensor, rows: Tensor, columns: Tensor) -> None:
         self.rows, self.columns = rows, columns
-        metric, self.root, self.weigh = task.metric, task.root, None
+        self.root, self.weigh = task.root, None
         self.narrow, self.low = len(columns) < len(task.target_mean), len(rows) < len(covariance)
-        if self.narrow and metric is not None:
-            own = metric[columns][:, columns]
-            self.root = torch.linalg.cholesky(own)
-            self.weigh = torch.cholesky_solve(metric[columns], self.root).T.contiguous()
+        if self.narrow and task.metric is not None:
+            self.weigh = task.metric[:, columns]
+            self.root = torch.linalg.cholesky(self.weigh[columns])
         self.across = covariance[rows] if self.low else covariance
         self.covariance = self.across[:, rows] if self.low else covariance
         self.factor = torch.linalg.cholesky(self.covariance) if self.low else None
         self.directions: Tensor | None = None  # of the weighed output, of the last fit
 
-    def fitted(self, rest: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    def fitted(self, rest: Product, rank: int) -> tuple[Tensor, Tensor]:
         """The best factors for a rest (m x n): its projection onto the block, then reduced rank."""
-        target = rest if not self.narrow else rest[:, self.columns] if self.weigh is None else rest @ self.weigh
+        *before, last = rest
+        if self.narrow:
+            last = last[:, self.columns] if self.weigh is None else self._solved(last @ self.weigh)
+        first, *after = (*before, last)
         if self.factor is not None:
-            target = torch.cholesky_solve(self.across @ target, self.factor)
+            first = torch.cholesky_solve(self.across @ first, self.factor)
+        target = (first, *after)
         self.directions = principal(target, self.covariance, self.root, rank, self.directions)
         return projected(target, self.root, self.directions)
 
+    def _solved(self, weighed: Tensor) -> Tensor:
+        """Times the inverse of the metric among the block's columns."""
+        assert self.root is not None
+        return torch.cholesky_solve(weighed.T, self.root).T
+
 
 class Refit:
-    """Blocks fitted one after the other to what the rest leaves."""
+    """Blocks fitted one after the other to what the others leave.
 
-    def __init__(self, task: Regression) -> None:
+    Of a wide weight only the principal part is fitted, if the blocks' ``rank`` is a small part of it (:func:`thin`): no step
+    multiplies two wide matrices then.
+    """
+
+    def __init__(self, task: Regression, rank: int) -> None:
         self.task = task
         self.covariance = task.damped(BLOCK_DAMPING)
-        self.rest = task.weight.clone()
+        self.target: Product = (task.weight,)
+        if thin(rank, *task.weight.shape):
+            self.target = task.low_rank(COMPONENTS * rank)
         self.blocks: list[tuple[Frame, Tensor, Tensor]] = []
+
+    def rest(self, but: int | None = None) -> Product:
+        """What the blocks leave, or all but one of them."""
+        blocks = [block for index, block in enumerate(self.blocks) if index != but]
+        if len(self.target) == 1:
+            rest = self.target[0].clone()
+            for frame, left, right in blocks:
+                rest[frame.rows[:, None], frame.columns] -= left @ right
+            return (rest,)
+        (left, right), (m, n) = self.target, self.task.weight.shape
+        lefts = [left, *(-left.new_zeros(m, a.shape[1]).index_copy(0, frame.rows, a) for frame, a, _ in blocks)]
+        rights = [right, *(right.new_zeros(len(b), n).index_copy(1, frame.columns, b) for frame, _, b in blocks)]
+        return torch.cat(lefts, 1), torch.cat(rights)
 
     def add(self, rows: Tensor, columns: Tensor, rank: int) -> None:
         """One more block."""
         frame = Frame(self.task, self.covariance, rows, columns)
         whole = not self.blocks and not frame.narrow and not frame.low
-        self._place(frame, *(self.task.low_rank(rank) if whole else frame.fitted(self.rest, rank)))
-
-    def _place(self, frame: Frame, left: Tensor, right: Tensor) -> None:
-        self.blocks.append((frame, left, right))
-        self.rest[frame.rows[:, None], frame.columns] -= left @ right
+        self.blocks.append((frame, *(self.task.low_rank(rank) if whole else frame.fitted(self.rest(), rank))))
 
     def sweep(self) -> None:
         """Fit every block anew, the others fixed."""
-        blocks, self.blocks = self.blocks, []
-        for frame, left, right in blocks:
-            self.rest[frame.rows[:, None], frame.columns] += left @ right
-            self._place(frame, *frame.fitted(self.rest, left.shape[1]))
+        for index, (frame, left, _) in enumerate(self.blocks):
+            self.blocks[index] = (frame, *frame.fitted(self.rest(index), left.shape[1]))
 
     def factors(self) -> SparseLowRank:
         """The blocks as one form."""
-        m, n = self.rest.shape
+        m, n = self.task.weight.shape
         row_levels, column_levels = torch.zeros(m, dtype=torch.uint8), torch.zeros(n, dtype=torch.uint8)
         for frame, _, _ in self.blocks:
             row_levels[frame.rows] += 1
@@ -155,19 +181,25 @@ def largest(scores: Tensor, among: Tensor, count: int) -> Tensor:
     return among[scores[among].argsort(descending=True, stable=True)[:count]].sort().values
 
 
+def energies(product: Product, metric: Tensor) -> Tensor:
+    """``t^T M t`` of every column t of a matrix."""
+    *before, last = product
+    for factor in before:
+        metric = factor.T @ metric @ factor
+    return (last * (metric @ last)).sum(0)
+
+
 def fit(task: Regression, settings: NestedSettings) -> SparseLowRank:
     """Levels from the widest to the narrowest; sets by the residual; then sweeps."""
     m, n = task.weight.shape
-    refit = Refit(task)
+    refit = Refit(task, settings.rank)
     rows, columns = torch.arange(m), torch.arange(n)
-    root, freedom = task.root, task.freedom
+    weighing = torch.eye(n, dtype=torch.float64) if task.metric is None else task.metric
     for index, (row_count, column_count, rank) in enumerate(settings.sizes(m, n)):
         if index:
-            rest = refit.rest
-            row_scores = (rest if root is None else rest @ root).square().sum(1) / freedom
-            column_scores = (rest * (task.covariance @ rest)).sum(0)
-            if task.metric is not None:
-                column_scores = column_scores * task.metric.diagonal()
+            rest = refit.rest()
+            row_scores = energies(tuple(factor.T for factor in reversed(rest)), weighing) / task.freedom
+            column_scores = energies(rest, task.covariance) * weighing.diagonal()
             rows, columns = largest(row_scores, rows, row_count), largest(column_scores, columns, column_count)
         refit.add(rows, columns, rank)
     for _ in range(settings.sweeps if len(refit.blocks) > 1 else 0):

@@ -46,7 +46,7 @@ class SLRRefitSettings(SLRSettings, CalibratedSettings):
 def refitted(task: Regression, settings: SLRRefitSettings, rows: Tensor, columns: Tensor) -> SparseLowRank:
     """Factors of SLR's pattern; masks (m,) and (n,) say who keeps the full rank."""
     m, n = task.weight.shape
-    refit, short = Refit(task), settings.reduced_rank
+    refit, short = Refit(task, settings.rank), settings.reduced_rank
     sets = [(torch.arange(m), torch.arange(n), short)] if short else []
     kept_rows, kept_columns = (mask.nonzero()[:, 0] for mask in (rows, columns))
     rest = min(settings.rank - short, len(kept_rows), len(kept_columns))
