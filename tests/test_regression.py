@@ -489,7 +489,7 @@ class TestNested:
         weight = fit_low_rank(task, LowRankSettings(rank=7)).dense()
         narrow, settings = dataclasses.replace(task, weight=weight), NestedSettings(rank=2, shape=shape, sweeps=2)
         whole = fit_nested(narrow, settings)
-        monkeypatch.setattr(nested_module, "WIDE", 8)
+        monkeypatch.setattr(nested_module, "WIDEST", 8)
         refit = Refit(narrow, settings.rank)
         assert [tuple(factor.shape) for factor in refit.target] == [(len(weight), 8), (8, weight.shape[1])]
         thin = fit_nested(narrow, settings)

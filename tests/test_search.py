@@ -22,9 +22,11 @@ from slrprop import BudgetError, SlrpropError, cli, compress
 from slrprop.data import Data
 from slrprop.plan import Plan
 from slrprop.search import Candidate, hull
+from slrprop.search import search as search_module
 from slrprop.search.compress import parse_size
 from slrprop.search.judge import Door, interval_of
 from slrprop.search.path import ranks_for
+from slrprop.search.result import most_evaluations
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +119,12 @@ def test_few_evaluations_for_eight_layers(fresh):
     one = nn.Sequential(nn.Linear(64, 10)).eval()
     assert compress(one, fresh[0], max_drop=5.0, methods={"svd": {}, "slr": {"criterion": "weight"}}).evaluations <= 6
     assert compress(one, fresh[0], max_drop=5.0).evaluations <= 4 + 2 * 8
+
+
+def test_few_evaluations_where_the_head_is_refitted_beside_what_was_asked(trained, fresh):
+    """Its bytes are in no prediction, so that many points of the path are too large."""
+    found = compress(trained, fresh, max_bytes="10%", layers=["0", "2"])
+    assert found.met and found.evaluations <= most_evaluations(2)
 
 
 def test_same_seed_same_data_same_plan(trained, fresh):
@@ -308,6 +316,24 @@ def test_a_refitted_head_is_no_form_that_could_stay_dense(trained, fresh, monkey
     found = compress(trained, fresh, max_drop=3.0, max_latency="90%", layers=["0", "2"])
     assert set(found.curves) == {"0", "2"} and "4" not in found.left_dense
     assert "4" in {layer.name for layer in found.plan.layers}
+
+
+def test_of_very_wide_layers_only_the_likely_forms_are_fitted_in_order(trained, fresh, monkeypatch):
+    """The same forms are compared; what is promised is kept all the same."""
+    fits, real = [], search_module.fitted
+
+    def counted(*given):
+        fits.append(given[1])
+        return real(*given)
+
+    monkeypatch.setattr(search_module, "fitted", counted)
+    usual = compress(trained, fresh, max_bytes="25%")
+    usually, fits[:] = len(fits), []
+    monkeypatch.setattr(search_module, "WIDEST", 50)
+    wide = compress(trained, fresh, max_bytes="25%")
+    assert len(fits) < usually - 2
+    assert wide.bytes[1] <= 0.25 * wide.bytes[0] and wide.evaluations <= most_evaluations(len(wide.curves))
+    assert wide.quality[1] > usual.quality[1] - 3
 
 
 @pytest.mark.parametrize(

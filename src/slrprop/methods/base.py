@@ -22,6 +22,8 @@ from slrprop.relevance.cost import Baseline, CostScores, cost_scores
 from slrprop.relevance.simple import Scores, weight_scores
 from slrprop.statistics import collect
 
+WIDEST = 1024  # neurons on a side, beyond which a fit to data takes seconds
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(ABC):

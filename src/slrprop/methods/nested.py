@@ -9,7 +9,7 @@ from torch import Tensor
 from slrprop.checks import require_choice, require_count
 from slrprop.factors import SparseLowRank
 from slrprop.linalg import Product, balanced, principal, projected
-from slrprop.methods.base import RankSettings, grid
+from slrprop.methods.base import WIDEST, RankSettings, grid
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.regression import Regression
 
@@ -77,17 +77,19 @@ class NestedSettings(RankSettings, CalibratedSettings):
 
     @classmethod
     def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
-        """Coarse, and of few numbers, for layers of more than ``WIDE`` neurons on a side: a fit there takes seconds."""
+        """Coarse for layers of more than ``WIDE`` neurons on a side; beyond ``WIDEST`` only of few numbers."""
         if max(m, n) <= WIDE:
             ranks, most = grid(4 * min(m, n)), m * n - 1
         else:
-            ranks, most = [rank for k in range(2, 12) if thin(rank := 2**k, m, n)], m * n // 16
+            ranks, most = [2**k for k in range(2, 12)], m * n // 4
+        if max(m, n) > WIDEST:
+            ranks, most = [rank for rank in ranks if thin(rank, m, n)], m * n // 16
         return [{"rank": rank} for rank in ranks if cls(rank=rank).stored_numbers(m, n) <= most]
 
 
 def thin(rank: int, m: int, n: int) -> bool:
-    """Whether blocks of a rank in all are fitted to the principal part of a wide weight, ``COMPONENTS`` times that rank of it."""
-    return max(m, n) > WIDE and 2 * COMPONENTS * rank < min(m, n)
+    """Whether blocks of a rank in all are fitted to the principal part of a very wide weight, ``COMPONENTS`` times that rank of it."""
+    return max(m, n) > WIDEST and 2 * COMPONENTS * rank < min(m, n)
 
 
 class Frame:

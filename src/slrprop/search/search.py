@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from slrprop.api import feeds_between, finished, plan_problem
 from slrprop.errors import SlrpropError
 from slrprop.methods import Problem, find_method
+from slrprop.methods.base import WIDEST
 from slrprop.parallel import each
 from slrprop.plan import Plan
 from slrprop.search.judge import Door, Judge, Log
@@ -38,6 +39,7 @@ from slrprop.search.result import Budget, most_evaluations, parse_size
 from slrprop.tune import TuneSettings, distilled
 
 REFINEMENTS = 3  # evaluations beyond those on the path
+LIKELY = 2  # of the methods that are tried alone on wide layers, how many are fitted in order
 
 
 class Search:
@@ -207,6 +209,11 @@ class Search:
         self.points[at] = replace(self.points[at], measured=found)
         return found
 
+    def size_at(self, at: int) -> int:
+        """Bytes of the point's network; it is not run for that."""
+        known = self.points[at].measured
+        return known.bytes if known is not None else self.door.size(self.door.realise(self.final_at(at)))
+
     def final_at(self, at: int) -> Plan:
         """The point's plan as it is carried out."""
         self.points[at] = replace(self.points[at], plan=self.final(self.points[at].plan))
@@ -219,11 +226,12 @@ class Search:
 
         Args:
             tries: evaluations at most.
-            each: start from the best of that choice and of those of each method alone, which takes one evaluation more each.
+            each: start from the best of that choice and of those of each method alone, which takes one evaluation more each
+                (and ``LIKELY`` more where layers are wide).
         """
         best: tuple[Plan, Evaluation] | None = None
         steps, place, target = {}, {}, limit
-        for group in self._groups()[: None if each else 1]:
+        for group in self._starts(limit) if each else self._groups()[:1]:
             started = self._start(group, limit)
             if started is None:
                 continue
@@ -268,6 +276,24 @@ class Search:
                 groups.append({name: undominated(curve) for name, curve in alone.items()})
         return groups
 
+    def _starts(self, limit: int) -> list[dict[str, list[Candidate]]]:
+        """The groups to start from; where layers are so wide that fitting them in order takes long, the ``LIKELY`` best without that."""
+        groups = self._groups()
+        if not self.wide or len(groups) <= LIKELY:
+            return groups
+        places = [(group, best_places(group, self.sensitivity, limit)) for group in groups]
+        rated = [
+            (self.evaluate(self._chosen(group, place)).divergence, index)
+            for index, (group, place) in enumerate(places)
+            if place is not None
+        ]
+        return [groups[index] for _, index in sorted(rated)[:LIKELY]]
+
+    @property
+    def wide(self) -> bool:
+        """Whether layers are so wide that a fit takes seconds."""
+        return any(max(self.problem.network.shape(name)) > WIDEST for name in self.curves)
+
     def _start(self, steps: dict[str, list[Candidate]], limit: int) -> tuple[dict[str, int], Plan, int] | None:
         """The choice of least predicted damage that really stores at most ``limit`` bytes, and the limit that led to it."""
         target = limit  # fitted in order, a form can be some bytes larger than its candidate: places of single weights
@@ -297,10 +323,14 @@ class Search:
     def _damage(self, steps: dict[str, list[Candidate]], place: dict[str, int]) -> float:
         return sum(self.sensitivity[name] * steps[name][at].error for name, at in place.items())
 
-    def _planned(self, steps: dict[str, list[Candidate]], place: dict[str, int]) -> Plan:
+    def _chosen(self, steps: dict[str, list[Candidate]], place: dict[str, int]) -> Plan:
+        """The candidates at these places as they are."""
         layers = {name: steps[name][at].layer for name, at in place.items()}
         known = {name: layer for name, layer in layers.items() if layer is not None}
-        return self.final(finished(self.problem.network, known, {}))
+        return finished(self.problem.network, known, {})
+
+    def _planned(self, steps: dict[str, list[Candidate]], place: dict[str, int]) -> Plan:
+        return self.final(self._chosen(steps, place))
 
     def drop(self, at: int) -> float:
         """How much worse than the original a point is on the search part; where asked, the upper end of that."""
@@ -337,7 +367,7 @@ class Search:
             # the header of the file differs from the original's, so start a little above
             near = limit + LEAST_STEP // 2
             at = next((i for i in range(last + 1) if self.points[i].predicted_bytes <= near), last)
-            while at < last and self.measured(at).bytes > limit:
+            while at < last and self.size_at(at) > limit:
                 at += 1
             at = self._within_file(at, limit) if self.calibrated else at
             last = len(self.points) - 1
@@ -373,7 +403,9 @@ class Search:
         if point.bytes > limit or self.spare < 2:
             return at
         found = self.within(
-            self.stored(self.final_at(at)) + limit - point.bytes, min(REFINEMENTS + 1, self.spare), self.spare > 8
+            self.stored(self.final_at(at)) + limit - point.bytes,
+            min(REFINEMENTS + 1, self.spare),
+            self.spare > 8 + LIKELY * self.wide,
         )
         better = found is not None and found[1].bytes <= limit and self.better(found[1], point)
         return self._insert(*found) if found is not None and better else at
