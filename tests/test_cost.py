@@ -10,6 +10,7 @@ from torch import nn
 from slrprop import SlrpropError, relevance
 from slrprop.data import Data
 from slrprop.linalg import truncated_svd
+from slrprop.losses import loss_point
 from slrprop.network import TorchNetwork
 from slrprop.relevance import alike, changes
 from slrprop.relevance.cost import cost_scores
@@ -158,6 +159,30 @@ def test_samples_are_near_their_reference():
     assert sorted(torch.cat([samples for samples, _ in groups]).tolist()) == list(range(600))
     apart = sum(int((masks[samples] ^ reference).sum()) for samples, reference in groups)
     assert apart < 0.5 * int((masks ^ (masks.float().mean(0) > 0.5)).sum())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 3e-7)])
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 0.3, 1.0])
+def test_changes_along_a_direction_are_those_of_each_alone(size, dtype, tolerance, loss):
+    """The series against one exponential for every sample, candidate and class; relative to the largest of a sample."""
+    torch.manual_seed(1)
+    logits, original = 4 * torch.randn(2, 30, 12, dtype=dtype)
+    y = torch.randint(0, 12, (30,)) if loss == "cross_entropy" else None
+    point = loss_point(loss, logits, y, original)
+    direction = torch.randn(50, 12, dtype=dtype)
+    s = size * (2 * torch.rand(30, 50, dtype=dtype) - 1) / direction.abs().amax(1)
+    s[:, ::3] = 0
+    part = slice(7, 25)
+    found, want = point.change_along(s[part], direction, part), point.change(s[part, :, None] * direction, (part, None))
+    assert torch.equal(found[:, ::3], torch.zeros_like(found[:, ::3]))
+    assert ((found - want).abs() <= 30 * tolerance * want.abs().amax(1, keepdim=True)).all()
+
+
+def test_what_is_no_number_ends():
+    """Samples that overflowed give changes that are no numbers, and no endless series."""
+    point = loss_point("cross_entropy", torch.randn(3, 4), torch.tensor([0, 1, 2]), torch.randn(3, 4))
+    assert point.change_along(torch.full((3, 2), torch.nan), torch.randn(2, 4), slice(None)).isnan().all()
 
 
 def test_sparse_inputs_and_real_data(trained, digits):

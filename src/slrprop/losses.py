@@ -5,6 +5,7 @@ for softmax cross-entropy with base probabilities P and change d of the logits,
 ``log1p(sum_c P_c expm1(d_c)) - sum_c q_c d_c`` with q the (one-hot or soft) target.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from slrprop.errors import SlrpropError
 LossName = Literal["cross_entropy", "kl", "squared"]
 LOSSES = ("cross_entropy", "kl", "squared")
 LARGE = 1.0  # beyond a change of this size the log-sum-exp form is the more accurate one
+MOST_TERMS = 20  # of a series for smaller ones: 18 are float64's last digit
 
 
 def rows_of(output: Tensor) -> Tensor:
@@ -100,6 +102,24 @@ class SoftmaxPoint:
             moved[large] = torch.logsumexp(d[large] + log_p[large], -1)
         return moved.sub_(self._at_target(d, sample))
 
+    def change_along(self, s: Tensor, direction: Tensor, sample: slice) -> Tensor:
+        """Change of the loss when the samples' logits change by ``s[p, i] * direction[i]``, none by more than ``LARGE``, for every i (p x m).
+
+        ``sum_c P_c expm1(s w_c)`` as its series in s, to the last digit: the coefficients ``P @ (w ** k)`` are products of matrices, so that
+        there is no exponential for every sample, i and class.
+        """
+        peaks = direction.abs().amax(1).clamp_min(torch.finfo(s.dtype).tiny)
+        unit, steps = direction / peaks[:, None], s * peaks
+        reach, p = float(steps.abs().max()) if steps.numel() else 0.0, self.p[sample]
+        terms = (k for k in range(1, MOST_TERMS) if reach**k / math.factorial(k + 1) < torch.finfo(s.dtype).eps)
+        last = next(terms, MOST_TERMS)
+        moved = torch.zeros_like(steps)
+        for k in range(last, 0, -1):
+            moved = torch.addcmul(p @ (unit**k).T, moved, steps, value=1 / (k + 1))
+        target = self.target[sample]
+        wanted = unit.T[target] if target.ndim == 1 else target @ unit.T
+        return moved.mul_(steps).log1p_().sub_(steps.mul_(wanted))
+
     def single_change(self, d: Tensor) -> Tensor:
         """Change of the loss when output c alone changes by ``d[:, c]``, for every sample and c (p x c)."""
         moved = torch.log1p(self.p * torch.expm1(d))
@@ -121,6 +141,10 @@ class SquaredPoint:
     def change(self, d: Tensor, sample: Any) -> Tensor:
         """See :meth:`SoftmaxPoint.change`."""
         return (d * (2 * at(self.residual, sample) + d)).sum(-1)
+
+    def change_along(self, s: Tensor, direction: Tensor, sample: slice) -> Tensor:
+        """See :meth:`SoftmaxPoint.change_along`."""
+        return s * (2 * self.residual[sample] @ direction.T + s * direction.square().sum(1))
 
     def single_change(self, d: Tensor) -> Tensor:
         """See :meth:`SoftmaxPoint.single_change`."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from slrprop.linalg import SVD
-from slrprop.losses import Point, at
+from slrprop.losses import LARGE, Point, at
 from slrprop.network.chain import ACTIVATIONS, Chain
 from slrprop.relevance import alike
 
@@ -83,6 +83,16 @@ class Walk:
         ):
             d = direction.index_select(0, candidate).mul_(scale[:, None])
             total.index_add_(0, candidate, self.push(d, level, sample).double())
+        return total
+
+    def outputs(self, s: Tensor, direction: Tensor) -> Tensor:
+        """Like :meth:`pairs` for injections into the network's outputs."""
+        far = s.abs() * direction.abs().amax(1) > LARGE
+        total = self.pairs(s * far, direction, len(self.chain.steps))
+        tile = max(1, PAIR_TILE // s.shape[1])
+        for part in (slice(start, start + tile) for start in range(0, len(s), tile)):
+            near = s[part].masked_fill(far[part], 0)
+            total += self.point.change_along(near, direction, part).double().sum(0)
         return total
 
     def _wide_steps(self, level: int) -> int:
@@ -198,6 +208,8 @@ class Walk:
     def low_rank(self, s: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """Sum over samples of the loss changes for injections ``s[p, i] * left[i] @ right`` at level 0, by the fastest kernel."""
         steps = self.chain.steps
+        if not steps:
+            return self.outputs(s, left @ right)
         if self.wide(0) and alike.usable(s):
             return self.alike(alike.behind_one(self.z[0], s, left @ right, steps[0].weight), len(left), 1)
         if self._wide_steps(0) > 1 and self.wide(1) and alike.usable(s):
@@ -209,6 +221,8 @@ class Walk:
 
     def full_rank(self, s: Tensor, direction: Tensor, level: int) -> Tensor:
         """The same for injections ``s[p, i] * direction[i]`` at a level."""
+        if level == len(self.chain.steps):
+            return self.outputs(s, direction)
         if not self.wide(level):
             return self.pairs(s, direction, level)
         if alike.usable(s):
