@@ -136,7 +136,7 @@ def test_compiled_loops_equal_one_neuron_after_the_other(widths, dtype):
     def changed(parts, outputs):
         found = torch.zeros(150, 140, outputs, dtype=dtype)
         for samples, candidates, d in parts:
-            found[samples[:, None], candidates] = d
+            found.index_put_((samples[:, None], candidates), d.flatten(1, 2), accumulate=True)
         return found
 
     moved = z[0][:, None] + x[:, :, None] * (left @ right)

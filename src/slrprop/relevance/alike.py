@@ -107,7 +107,8 @@ def behind_one(z: Tensor, s: Tensor, direction: Tensor, weight: Tensor) -> Itera
         z: pre-activations (p x n); ``s``: p x m; ``direction``: m x n; ``weight``: n x c.
 
     Yields:
-        samples (b,), candidates (k,) and their changes (b x k x c); those that don't move are left out.
+        samples (b,), candidates (tiles * TILE,) and their changes (b x tiles x TILE x c). Candidates that don't move are left out; the last
+        tile is filled with the first candidate, its changes there being zero.
     """
     c, after, groups = weight.shape[1], _even(weight), alike(z > 0)
     turned = direction.T.contiguous()
@@ -130,7 +131,7 @@ def behind_one(z: Tensor, s: Tensor, direction: Tensor, weight: Tensor) -> Itera
                 likely.sum(1).cumsum(0), likely.nonzero()[:, 1], units,
                 _scaled(moves, order, count), turned, order, _ended(after[units], 0), tiles, out,
             )  # fmt: skip
-            yield samples, order[:count], out.mT.flatten(1, 2)[:, :count, :c]
+            yield samples, order, out[:, :, :c].mT
 
 
 def behind_two(
@@ -168,4 +169,4 @@ def behind_two(
                 "two_layers", at, turned, lengths, _ended(behind, 0), between, at_next, reference, own,
                 own.square().sum(1).sqrt_(), spans, after.T, _scaled(moves, order, count), left[order].T, linear.mT, out,
             )  # fmt: skip
-            yield samples, order[:count], out.mT.flatten(1, 2)[:, :count, :c]
+            yield samples, order, out[:, :, :c].mT

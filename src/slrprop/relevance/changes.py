@@ -192,7 +192,10 @@ class Walk:
         """Sum over samples of the loss changes, from those of pre-activation ``level``: (candidates,)."""
         total = torch.zeros(count, dtype=torch.float64)
         for samples, candidates, d in parts:
-            total.index_add_(0, candidates, self.push(d, level, (samples, None)).double().sum(0))
+            tiles = max(1, WIDE_TILE // d[:, 0].numel())
+            for some, moved in zip(candidates.split(tiles * alike.TILE), d.split(tiles, 1), strict=True):
+                change = self.push(moved, level, (samples, None, None))
+                total.index_add_(0, some, change.double().sum(0).flatten())
         return total
 
     def wide(self, level: int) -> bool:
