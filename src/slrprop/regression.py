@@ -4,7 +4,7 @@ Inputs may come from a network whose earlier layers are compressed already; what
 original network's pre-activation. All sums are in float64, streamed.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -214,14 +214,25 @@ class Calibration:
         """Batches of (input by now, original pre-activation) of a layer."""
         entry = self._entry(name, compressed)
         if entry is not None:
-            for x in self._inputs[entry] or ():
-                yield self._along(entry, x, name, compressed)[0], self._along(entry, x, name, {})[1]
+            for x, z in zip(self._inputs[entry] or (), self._outputs_along(entry, name), strict=True):
+                yield self._along(entry, x, name, compressed)[0], z
             return
         if not compressed:
             for flow in self.network.stream((name,), self.data, whole=False):
                 yield from flow.calls[name]
             return
         yield from zip(self._inputs_now(name, compressed), self._outputs_then(name), strict=True)
+
+    def _outputs_along(self, entry: str, name: str) -> Iterable[Tensor]:
+        """The original pre-activations of a layer of a chain; kept where they fit."""
+        if name not in self._outputs:
+            inputs = self._inputs[entry] or []
+            made = (self._along(entry, x, name, {})[1] for x in inputs)
+            kept = sum(z.nbytes for parts in self._outputs.values() for z in parts)
+            if kept + 4 * sum(map(len, inputs)) * self.network.shape(name)[1] > KEPT_BYTES:
+                return made
+            self._outputs[name] = list(made)
+        return self._outputs[name]
 
     def _outputs_then(self, name: str) -> Iterator[Tensor]:
         """The original pre-activations of a layer."""

@@ -83,7 +83,7 @@ class NestedSettings(RankSettings, CalibratedSettings):
         else:
             ranks, most = [2**k for k in range(2, 12)], m * n // 4
         if max(m, n) > WIDEST:
-            ranks, most = [rank for rank in ranks if thin(rank, m, n)], m * n // 16
+            ranks, most = [rank for rank in ranks if thin(rank, m, n)], m * n // 32
         return [{"rank": rank} for rank in ranks if cls(rank=rank).stored_numbers(m, n) <= most]
 
 

@@ -102,9 +102,16 @@ def _sweep(
         start = time.perf_counter()
         plan = planned(bench, method, rank)
         store.add(measured(bench, method, rank, plan, time.perf_counter() - start))
+    before: tuple[object, list[tuple[int, Plan, float]]] = (
+        None,
+        [],
+    )  # of the last level: the next may differ in tuning only
     for method, ranks in of_level.items():
         level = method.removeprefix(AUTO)
-        for size, plan, seconds in bench.best(LEVELS[level], sorted(ranks)):
+        asked, plans = (LEVELS[level], ranks), list[tuple[int, Plan, float]]()
+        for size, plan, seconds in before[1] if before[0] == asked else bench.best(LEVELS[level], sorted(ranks)):
+            plans.append((size, plan, seconds))
             start = time.perf_counter()
             plan = bench.tuned(plan) if level == "tuned" else plan
             store.add(measured(bench, method, ranks[size], plan, seconds + time.perf_counter() - start))
+        before = asked, plans
