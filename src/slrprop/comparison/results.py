@@ -12,7 +12,7 @@ from slrprop.comparison.run import SLOW_SEEDS, Comparison
 from slrprop.errors import SlrpropError
 from slrprop.files import replacing
 from slrprop.paper.experiments import Experiment
-from slrprop.paper.results import markdown, spread
+from slrprop.paper.results import markdown, plus_minus
 from slrprop.tune import TuneSettings
 
 LEVELS = ("weights", "calibrated", "tuned", "trained")
@@ -125,12 +125,6 @@ def amount(count: float) -> str:
 def title(name: str) -> str:
     """A contender's name, and whether only the file gets smaller."""
     return name if KNOWN[name].faster else f"{name} (size only: no faster)"
-
-
-def plus_minus(values: list[float]) -> str:
-    """Mean ± standard deviation, if there is more than one value."""
-    mean, deviation = spread(values)
-    return f"{mean:.2f} ± {deviation:.2f}" if len(values) > 1 else f"{mean:.2f}"
 
 
 def _grouped(results: Results, names: list[str], cells: dict[str, list[str]], header: list[str]) -> list[list[str]]:

@@ -47,6 +47,12 @@ def spread(values: list[float]) -> tuple[float, float]:
     return statistics.mean(known), statistics.stdev(known) if len(known) > 1 else 0.0
 
 
+def plus_minus(values: list[float]) -> str:
+    """Mean ± standard deviation of the values that are defined, if there is more than one; "-" if there is none."""
+    mean, deviation = spread(values)
+    return "-" if math.isnan(mean) else f"{mean:.2f} ± {deviation:.2f}" if len(values) > 1 else f"{mean:.2f}"
+
+
 def table(experiment: Experiment, results: list[Result]) -> list[list[str]]:
     """Header and rows: mean and deviation of every metric, with the published value in brackets where there is one."""
     grouped, theirs = cells(results), published()
@@ -58,9 +64,9 @@ def table(experiment: Experiment, results: list[Result]) -> list[list[str]]:
                 continue
             line = [str(rank or ""), method, f"{found[0].compression_rate:.4f}", str(len(found))]
             for metric in METRICS:
-                mean, deviation = spread([getattr(result, metric) for result in found])
+                ours = plus_minus([getattr(result, metric) for result in found])
                 other = theirs.get((experiment.name, method, rank), {}).get(metric)
-                line.append(f"{mean:.2f} ± {deviation:.2f}" + ("" if other is None else f" [{other:.2f}]"))
+                line.append(ours + ("" if other is None else f" [{other:.2f}]"))
             lines.append(line)
     if len(lines) == 1:
         raise SlrpropError(
