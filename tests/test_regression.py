@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -14,7 +15,7 @@ import slrprop
 from slrprop import SlrpropError
 from slrprop.data import Data
 from slrprop.factors import members
-from slrprop.linalg import multiplied, truncated_svd
+from slrprop.linalg import truncated_svd
 from slrprop.methods import nested as nested_module
 from slrprop.methods.low_rank import LowRankSettings
 from slrprop.methods.low_rank import fit as fit_low_rank
@@ -442,6 +443,11 @@ class TestMetric:
 def task(trained, calibration):
     """The regression of layer '2' behind a compressed layer '0'."""
     return calibration_of(trained, calibration[0]).regression("2", {"0": narrowed_by(trained, "0", 12)})
+
+
+def multiplied(product):
+    """The matrix that is given by its factors."""
+    return functools.reduce(torch.matmul, product)
 
 
 def sweeps_of(refit, count):

@@ -1,6 +1,5 @@
 """Truncated singular value decomposition by several solvers behind one front."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -149,11 +148,6 @@ def top_eigenvectors(
 
 
 Product = tuple[Tensor, ...]  # a matrix as the product of these
-
-
-def multiplied(product: Product) -> Tensor:
-    """The matrix itself."""
-    return functools.reduce(torch.matmul, product)
 
 
 def principal(

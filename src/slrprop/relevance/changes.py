@@ -3,7 +3,8 @@
 Shortening input i moves the pre-activation by ``-x_i d_i`` with ``d_i = left[i, rk:] @ right[rk:]``; shortening
 output j moves only pre-activation j, and through its activation the next layer by one row of its weight. Each
 candidate is so an *injection* ``s[p, i] * D[i]`` into one layer, and only this change travels on to the loss.
-Four kernels share the work: single (the changed output is the network's own), pairs (each sample and candidate
+Five kernels share the work: single (the changed output is the network's own), outputs (all of the network's outputs move along
+given directions: products of matrices), pairs (each sample and candidate
 pushed through the rest), wide (ReLU layers: away from sign flips the map is linear, so all candidates pass
 as a product of small matrices, and the few units that could flip are corrected one by one; still exact), and alike
 (the same idea in compiled loops, for samples that are active alike: :mod:`slrprop.relevance.alike`, extra ``numba``).
