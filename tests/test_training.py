@@ -20,7 +20,7 @@ from slrprop.paper.bench import Bench
 from slrprop.paper.datasets import Dataset, cifar
 from slrprop.paper.experiments import EXPERIMENTS, train_missing, trained, weights_of
 from slrprop.paper.networks import VGG16, Headed
-from slrprop.paper.training import Recipe, Trainer, cropped, device_of
+from slrprop.paper.training import Recipe, Trainer, cropped, cut_out, device_of
 
 needs_cifar = pytest.mark.skipif(
     not any((Path(os.environ.get("SLRPROP_DATA", "-")) / f"cifar10.npz{end}").exists() for end in ("", ".xz")),
@@ -234,3 +234,17 @@ def test_the_command_trains_and_tells_the_digest(images, tmp_path, monkeypatch):
 def test_the_real_images():
     found = cifar(10)
     assert found.x_train.mean().abs() < 0.01 and found.x_train.std() == pytest.approx(1, abs=0.01)
+
+
+def test_a_cut_out_square_is_zero_and_the_rest_is_the_crop():
+    x = nn.functional.pad(torch.rand(64, 3, 14, 12) + 1, (4,) * 4, value=1.0)  # no crop has zeros inside 4 pixels
+    torch.manual_seed(0)
+    holed = cut_out(x)
+    torch.manual_seed(0)
+    for size in x.shape[2:]:
+        torch.randint(0, size, (64, 1))  # the squares' centres
+    assert torch.equal(holed[holed != 0], cropped(x)[holed != 0])
+    black = (holed == 0)[:, :, 4:-4, 4:-4]
+    assert torch.equal(black.any(1), black.all(1))  # one place for all colours
+    areas = {image.sum().item() for image in black.all(1)}
+    assert max(areas) == 64 and len(areas) > 5

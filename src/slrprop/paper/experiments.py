@@ -13,7 +13,7 @@ from slrprop.errors import SlrpropError
 from slrprop.files import replacing, require_seen
 from slrprop.paper.datasets import DATASETS, Dataset
 from slrprop.paper.networks import VGG16, DenseHead, Headed, LeNet5, LeNet300, RoomMLP
-from slrprop.paper.training import Recipe, Trainer, cropped, shifted, write_log
+from slrprop.paper.training import Recipe, Trainer, cropped, cut_out, shifted, write_log
 from slrprop.parallel import each
 from slrprop.search.path import LEVELS
 
@@ -77,7 +77,7 @@ EXPERIMENTS = {
     for experiment in (
         Experiment("lenet5-mnist", "mnist", LeNet5, ("fc3", "fc4"), (2, 4, 8, 16, 32), 10_000, LENET),
         Experiment("room-mlp", "room", RoomMLP, ("fc2", "fc3"), (2, 4, 8, 16), 1_000, ROOM),
-        Experiment("vgg16-cifar10", "cifar10", VGG16, ("fc6", "fc7"), (2, 4, 8, 16, 32, 64), 10_000, VGG, 1, tuple(LEVELS)),
+        Experiment("vgg16-cifar10", "cifar10", VGG16, ("fc6", "fc7"), (2, 4, 8, 16, 32, 64), 10_000, replace(VGG, epochs=30, smoothing=0.1, augment=cut_out), 1, tuple(LEVELS)),
         Experiment("vgg16-cifar100", "cifar100", partial(VGG16, 100), ("fc6", "fc7"), (2, 4, 8, 16, 32, 64), 10_000, replace(VGG, smoothing=0.1), 1, tuple(LEVELS)),
     )
 }  # fmt: skip

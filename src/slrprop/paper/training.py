@@ -19,6 +19,7 @@ from slrprop.files import replacing
 from slrprop.paper.datasets import Dataset
 
 PADDING = 4  # pixels that a cropped image may lose on a side
+HOLE = 8  # pixels, the side of the square that is cut out of an image
 
 
 def shifted(images: Tensor) -> Tensor:
@@ -40,6 +41,18 @@ def cropped(images: Tensor) -> Tensor:
         torch.arange(count, device=images.device)[:, None, None], rows[:, :, None], columns[:, None]
     ]
     return picked.permute(0, 3, 1, 2)
+
+
+def cut_out(images: Tensor) -> Tensor:
+    """Each image cropped as above, and a square of it set to zero (DeVries and Taylor 2017), fully or partly inside."""
+    count, _, *sizes = images.shape
+    within = []
+    for size in sizes:
+        centre = torch.randint(0, size, (count, 1)).to(images.device)
+        offset = torch.arange(size, device=images.device) - centre
+        within.append((offset >= -(HOLE // 2)) & (offset < HOLE - HOLE // 2))
+    hole = within[0][:, None, :, None] & within[1][:, None, None, :]
+    return cropped(images).masked_fill(hole, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
