@@ -18,7 +18,8 @@ from slrprop.network import open_network
 from slrprop.search import Candidate
 from slrprop.search.judge import Door, Judge, Log
 from slrprop.search.path import LEVELS, best_places, frontier, hull, neighbours, path_of, undominated
-from slrprop.search.search import Search
+from slrprop.search.shares import Shares
+from slrprop.search.trials import Trials
 from slrprop.tune import TuneSettings
 
 POINTS = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 40)), min_size=1, max_size=9)
@@ -142,12 +143,11 @@ def fresh(digits):
 METHODS = (("low_rank", {"bits": 8}), ("low_rank", {"bits": 4}), ("nested", {"shape": "half", "bits": 4, "sweeps": 1}))
 
 
-def explored(model, data, methods=METHODS, tuning=None):
+def explored(model, data, methods=METHODS):
     opened = Data(data)
     judge = Judge(model, opened, None)
-    run = Search(
-        Door(model, opened), judge, Problem(open_network(model, opened), opened), Log(None), methods, False, tuning
-    )
+    trials = Trials(Door(model, opened), judge, Log(None))
+    run = Shares(trials, Problem(open_network(model, opened), opened), methods)
     run.explore(None)
     return run
 
@@ -175,7 +175,7 @@ class TestWithin:
         assert file_bytes(made, run.curves) == pytest.approx(
             stored, abs=64
         )  # packed numbers of two blocks may share a byte
-        assert found.bytes <= limit + 6000 and found == run.evaluate(plan)
+        assert found.bytes <= limit + 6000 and found == run.trials.evaluate(plan)
 
     def test_the_original_where_that_fits(self, run):
         plan, found = run.within(10**7, 3)
@@ -189,9 +189,9 @@ class TestWithin:
         assert four <= one
 
     def test_no_more_evaluations_than_tries(self, run):
-        before = run.evaluations
+        before = run.trials.evaluations
         run.within(8000, 2)
-        assert run.evaluations - before <= 2
+        assert run.trials.evaluations - before <= 2
 
     def test_layers_without_bias(self, fresh):
         """The bias that a fitted layer gets is counted."""

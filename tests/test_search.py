@@ -22,7 +22,7 @@ from slrprop import BudgetError, SlrpropError, cli, compress
 from slrprop.data import Data
 from slrprop.plan import Plan
 from slrprop.search import Candidate, hull
-from slrprop.search import search as search_module
+from slrprop.search import shares
 from slrprop.search.compress import parse_size
 from slrprop.search.judge import Door, interval_of
 from slrprop.search.path import ranks_for
@@ -320,16 +320,16 @@ def test_a_refitted_head_is_no_form_that_could_stay_dense(trained, fresh, monkey
 
 def test_of_very_wide_layers_only_the_likely_forms_are_fitted_in_order(trained, fresh, monkeypatch):
     """The same forms are compared; what is promised is kept all the same."""
-    fits, real = [], search_module.fitted
+    fits, real = [], shares.fitted
 
     def counted(*given):
         fits.append(given[1])
         return real(*given)
 
-    monkeypatch.setattr(search_module, "fitted", counted)
+    monkeypatch.setattr(shares, "fitted", counted)
     usual = compress(trained, fresh, max_bytes="25%")
     usually, fits[:] = len(fits), []
-    monkeypatch.setattr(search_module, "WIDEST", 50)
+    monkeypatch.setattr(shares, "WIDEST", 50)
     wide = compress(trained, fresh, max_bytes="25%")
     assert len(fits) < usually - 2
     assert wide.bytes[1] <= 0.25 * wide.bytes[0] and wide.evaluations <= most_evaluations(len(wide.curves))

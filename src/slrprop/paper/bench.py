@@ -20,7 +20,8 @@ from slrprop.paper.training import digest
 from slrprop.plan import Plan
 from slrprop.search.judge import Door, Judge, Log
 from slrprop.search.path import Choice
-from slrprop.search.search import Search
+from slrprop.search.shares import Shares
+from slrprop.search.trials import Trials
 from slrprop.tune import TuneSettings, distilled
 
 PART = 500  # images that pass the front at once
@@ -65,12 +66,13 @@ class Bench:
         """The plan that the search finds at every size (stored bytes of the treated layers) it can reach, and the seconds."""
         start = time.perf_counter()
         judge = Judge(self.head, self.calibration, "agreement")
-        search = Search(Door(self.head, self.calibration), judge, self.problem, Log(None), tuple(choices))
-        search.explore(list(self.experiment.layers), max(sizes))
+        trials = Trials(Door(self.head, self.calibration), judge, Log(None))
+        shares = Shares(trials, self.problem, tuple(choices))
+        shares.explore(list(self.experiment.layers), max(sizes))
         prepared = time.perf_counter() - start
         for size in sizes:
             start = time.perf_counter()
-            chosen = search.within(size, self.experiment.tries, each=True)
+            chosen = shares.within(size, self.experiment.tries, each=True)
             if chosen is not None:
                 yield size, chosen[0], prepared + time.perf_counter() - start
 

@@ -19,6 +19,8 @@ from slrprop.search.judge import Door, Judge, Log
 from slrprop.search.path import LEVELS, Choice
 from slrprop.search.result import Budget, BudgetError, Compression, most_evaluations, parse_size
 from slrprop.search.search import Search
+from slrprop.search.shares import Shares
+from slrprop.search.trials import Trials
 from slrprop.tune import TuneSettings
 
 BACK_OFFS = 3
@@ -96,20 +98,20 @@ def compress(
         no_integers(integer_products)
     door = Door(model, search_part, integer_products)
     judge = Judge(model, search_part, metric, evaluate, lower_is_better)
-    problem = Problem(judge.network, search_part)
     empty = Plan(())
-    log = Log(None if run_dir is None else Path(run_dir))
     tuned = (tuning or TuneSettings()) if level == "tuned" else None
-    run = Search(door, judge, problem, log, choices, confident, tuned, workers, cluster)
-    original_bytes = door.size(door.realise(empty))
+    trials = Trials(door, judge, Log(None if run_dir is None else Path(run_dir)))
+    shares = Shares(trials, Problem(judge.network, search_part), choices, tuned, workers, cluster)
+    original_bytes = trials.size(empty)
     budget = Budget(
         max_drop,
         None if max_bytes is None else parse_size(max_bytes, original_bytes, "max_bytes"),
-        run.latency_limit(max_latency_ms, max_latency),
+        trials.latency_limit(max_latency_ms, max_latency),
     )
     if not str(budget):
         raise SlrpropError("no budget was given; state max_drop, max_bytes or max_latency")
-    run.explore(layers)
+    shares.explore(layers)
+    run = Search(shares, confident)
     at, feasible = run.choose(budget)
     if budget.max_latency is not None and run.leave_slower_dense(at):
         at, feasible = run.choose(budget)
@@ -126,7 +128,7 @@ def compress(
         interval = (math.nan, math.nan) if evaluate else check.interval(outputs)
         within = budget.max_drop is None or (interval[1] if confident else drop) <= budget.max_drop
         tried.add(at)
-        spent = run.evaluations + evaluations + 1 >= most_evaluations(len(run.curves))
+        spent = trials.evaluations + evaluations + 1 >= most_evaluations(len(shares.curves))
         if within or not feasible or len(tried) > BACK_OFFS or at == 0 or spent:
             break
         at = run.step_back(at, len(tried))  # the promise did not hold on fresh data
@@ -135,9 +137,9 @@ def compress(
     result = Compression(
         model=made, plan=plan_now, budget=budget, met=feasible and within, metric="evaluate" if evaluate else judge.metric,
         quality=(before, after), drop=drop, interval=interval, bytes=(original_bytes, door.size(made)), latency=latency,
-        evaluations=run.evaluations + evaluations + 1, points=tuple(run.points), chosen=at, curves=run.curves, seed=seed,
+        evaluations=trials.evaluations + evaluations + 1, points=tuple(run.points), chosen=at, curves=shares.curves, seed=seed,
         data_fingerprint=judge.fingerprint, seconds=time.perf_counter() - start,
-        samples=(len(judge.original), len(check.original)), observed=run.observed(plan_now), left_dense=run.left_dense,
+        samples=(len(judge.original), len(check.original)), observed=shares.observed(plan_now), left_dense=shares.left_dense,
         settings={
             "model": type(model).__name__ if isinstance(model, nn.Module) else Path(model).name, "level": level, "methods": [list(choice) for choice in choices],
             "layers": layers, "metric": metric, "confident": confident,

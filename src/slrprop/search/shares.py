@@ -1,0 +1,214 @@
+"""How layers share bytes: the candidates of each, what an error of it does to the network, and the best plan of a size."""
+
+import math
+
+from tqdm.auto import tqdm
+
+from slrprop.api import finished, plan_problem
+from slrprop.errors import SlrpropError
+from slrprop.methods import Problem, find_method
+from slrprop.methods.base import WIDEST
+from slrprop.parallel import each
+from slrprop.plan import Plan
+from slrprop.search.observed import Observed, observed
+from slrprop.search.path import (
+    MANY_LAYERS,
+    SPARSELY,
+    Candidate,
+    Choice,
+    Evaluation,
+    best_places,
+    candidates_of,
+    fitted,
+    group_of,
+    hull,
+    layer_inputs,
+    neighbours,
+    stored_bytes,
+    undominated,
+)
+from slrprop.search.trials import Trials
+from slrprop.tune import TuneSettings, distilled
+
+LIKELY = 2  # of the methods that are tried alone on wide layers, how many are fitted in order
+
+
+class Shares:
+    """The layers' candidates, and the plans that they make.
+
+    Args:
+        methods: methods and settings that candidates are made by.
+        tuning: tune every plan that is measured; None does not.
+        workers: processes, and ``cluster`` a Ray cluster, that share the layers' candidates (:func:`slrprop.parallel.each`).
+    """
+
+    def __init__(
+        self,
+        trials: Trials,
+        problem: Problem,
+        methods: tuple[Choice, ...],
+        tuning: TuneSettings | None = None,
+        workers: int = 1,
+        cluster: str | None = None,
+    ) -> None:
+        self.trials, self.problem, self.methods, self.tuning = trials, problem, methods, tuning
+        self.workers, self.cluster = workers, cluster
+        self.calibrated = any("inputs" in find_method(name).settings(**given).needs() for name, given in methods)
+        self.sequential = all(settings.get("sequential", True) for _, settings in methods)
+        self._finals: dict[str, Plan] = {}
+        self.curves: dict[str, list[Candidate]] = {}
+        self.sensitivity: dict[str, float] = {}
+        self.left_dense: dict[str, str] = {}
+
+    def explore(self, layers: str | list[str] | None, most: float = math.inf) -> None:
+        """Make the candidates of every layer (up to ``most`` bytes each) and measure what their errors do."""
+        probe = plan_problem(self.problem, "svd", layers, rank=1)
+        names = tuple(layer.name for layer in probe.layers)
+        if not names:
+            raise SlrpropError(
+                f"no layer can be made smaller ({'; '.join(f'{k}: {v}' for k, v in probe.left_dense.items())})"
+            )
+        if self.calibrated:
+            self.problem.calibration.prepare(names)
+        inputs = layer_inputs(self.problem, names)
+        every = SPARSELY if len(names) > MANY_LAYERS else 1
+        shared = self.problem, inputs, self.methods, most, every
+        made = each(candidates_of, names, shared, self.workers, self.cluster)
+        found = dict(tqdm(made, total=len(names), desc="candidates", unit="layer", disable=None))
+        self.curves = {name: found[name] for name in names}
+        hulls = {name: hull(found) for name, found in self.curves.items()}
+        self.left_dense = probe.left_dense
+        self.sensitivity = sensitivity = dict.fromkeys(names, 1.0)
+        for name in tqdm(names if len(names) > 1 else (), desc="sensitivities", unit="layer", disable=None):
+            middle = hulls[name][len(hulls[name]) // 2]
+            if middle.layer is not None and middle.error > 0:
+                alone = Plan((middle.layer,))
+                sensitivity[name] = max(self.trials.evaluate(alone).divergence, 1e-12) / middle.error
+
+    def leave_dense(self, name: str, why: str) -> None:
+        """Take a layer's candidates away."""
+        self.curves[name] = self.curves[name][:1]
+        self.left_dense = self.left_dense | {name: why}
+
+    def final(self, plan: Plan) -> Plan:
+        """A plan of candidates as it is carried out: its calibrated layers fitted one after the other, then tuned if asked."""
+        key = plan.to_json()
+        if key not in self._finals:
+            found = fitted(self.problem, plan, self.sequential)
+            if self.tuning is not None and found.layers:
+                found = distilled(self.problem.network, self.problem.data, found, self.tuning)
+            self._finals[key] = self._finals[found.to_json()] = found
+        return self._finals[key]
+
+    def within(self, limit: int, tries: int, each: bool = False) -> tuple[Plan, Evaluation] | None:
+        """The best plan found whose layers' stored bytes are at most ``limit``; None where none is that small.
+
+        From the choice of least predicted damage, one layer gives bytes to another as long as the measured divergence falls.
+
+        Args:
+            tries: evaluations at most.
+            each: start from the best of that choice and of those of each method alone, which takes one evaluation more each
+                (and ``LIKELY`` more where layers are wide).
+        """
+        best: tuple[Plan, Evaluation] | None = None
+        steps, place, target = {}, {}, limit
+        for group in self._starts(limit) if each else self._groups()[:1]:
+            started = self._start(group, limit)
+            if started is None:
+                continue
+            found, plan, most = started
+            measured = self.trials.evaluate(plan)
+            if best is None or self.trials.better(measured, best[1]):
+                best, steps, place, target = (plan, measured), group, found, most
+        seen = {tuple(place.values())}
+        for _ in range(tries - 1 if best is not None else 0):
+            near = [other for other in neighbours(steps, place, target) if tuple(other.values()) not in seen]
+            if not near or best is None:
+                break
+            other = min(near, key=lambda at: self._damage(steps, at))
+            seen.add(tuple(other.values()))
+            plan = self._planned(steps, other)
+            if self.stored(plan) <= limit:
+                measured = self.trials.evaluate(plan)
+                if self.trials.better(measured, best[1]):
+                    place, best = other, (plan, measured)
+        return best
+
+    def _groups(self) -> list[dict[str, list[Candidate]]]:
+        """All candidates that none beats, and those of each method and width of numbers alone: predictions compare them badly."""
+        kinds = sorted({group_of(candidate) for curve in self.curves.values() for candidate in curve[1:]})
+        groups = [{name: undominated(curve) for name, curve in self.curves.items()}]
+        if len(kinds) > 1:
+            for kind in kinds:
+                alone = {
+                    name: [c for c in curve if c.layer is None or group_of(c) == kind]
+                    for name, curve in self.curves.items()
+                }
+                groups.append({name: undominated(curve) for name, curve in alone.items()})
+        return groups
+
+    def _starts(self, limit: int) -> list[dict[str, list[Candidate]]]:
+        """The groups to start from; where layers are so wide that fitting them in order takes long, the ``LIKELY`` best without that."""
+        groups = self._groups()
+        if not self.wide or len(groups) <= LIKELY:
+            return groups
+        places = [(group, best_places(group, self.sensitivity, limit)) for group in groups]
+        rated = [
+            (self.trials.evaluate(self._chosen(group, place)).divergence, index)
+            for index, (group, place) in enumerate(places)
+            if place is not None
+        ]
+        return [groups[index] for _, index in sorted(rated)[:LIKELY]]
+
+    @property
+    def wide(self) -> bool:
+        """Whether layers are so wide that a fit takes seconds."""
+        return any(max(self.problem.network.shape(name)) > WIDEST for name in self.curves)
+
+    def _start(self, steps: dict[str, list[Candidate]], limit: int) -> tuple[dict[str, int], Plan, int] | None:
+        """The choice of least predicted damage that really stores at most ``limit`` bytes, and the limit that led to it."""
+        target = limit  # fitted in order, a form can be some bytes larger than its candidate: places of single weights
+        while True:
+            place = best_places(steps, self.sensitivity, target)
+            if place is None:
+                return None
+            plan = self._planned(steps, place)
+            over = self.stored(plan) - limit
+            if over <= 0:
+                return place, plan, target
+            target -= over
+
+    def stored(self, plan: Plan) -> int:
+        """Bytes that the explored layers store under a plan."""
+        planned = {layer.name: layer for layer in plan.layers}
+        total = 0
+        for name, curve in self.curves.items():
+            layer = planned.get(name)
+            if layer is None or layer.factors is None:
+                total += curve[0].bytes
+            else:
+                bias = self.problem.network.bias(name) if layer.bias is None else layer.bias
+                total += stored_bytes(layer.factors, bias)
+        return total
+
+    def _damage(self, steps: dict[str, list[Candidate]], place: dict[str, int]) -> float:
+        return sum(self.sensitivity[name] * steps[name][at].error for name, at in place.items())
+
+    def _chosen(self, steps: dict[str, list[Candidate]], place: dict[str, int]) -> Plan:
+        """The candidates at these places as they are."""
+        layers = {name: steps[name][at].layer for name, at in place.items()}
+        known = {name: layer for name, layer in layers.items() if layer is not None}
+        return finished(self.problem.network, known, {})
+
+    def _planned(self, steps: dict[str, list[Candidate]], place: dict[str, int]) -> Plan:
+        return self.final(self._chosen(steps, place))
+
+    def observed(self, plan: Plan) -> dict[str, Observed]:
+        """What is known of every layer that has candidates, now that this plan was chosen."""
+        chosen = {layer.name: layer for layer in plan.layers}
+        found = {}
+        for name, curve in self.curves.items():
+            layers = [candidate.layer for candidate in curve if candidate.layer is not None]
+            rank = max((layer.settings["rank"] for layer in layers if "solver" in layer.settings), default=0)
+            found[name] = observed(self.problem, name, rank, self.sensitivity[name], chosen.get(name))
+        return found
