@@ -21,8 +21,7 @@ import slrprop
 from slrprop import BudgetError, SlrpropError, cli, compress
 from slrprop.data import Data
 from slrprop.plan import Plan
-from slrprop.search import Candidate, hull
-from slrprop.search import shares
+from slrprop.search import Candidate, hull, shares
 from slrprop.search.compress import parse_size
 from slrprop.search.judge import Door, interval_of
 from slrprop.search.path import ranks_for
