@@ -112,13 +112,11 @@ def write(results: Any, folder: Path) -> list[Path]:
     name = results.experiment.name
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{kind}" for kind in ("csv", "md", "png", "svg")]
-    importlib.import_module("slrprop.paper.results").write_csv(results.rows, paths[0])
+    files = importlib.import_module("slrprop.paper.results")
+    files.write_csv(results.rows, paths[0])
     verdicts = importlib.import_module("slrprop.comparison.verdict").verdict(results)
     tables.write(paths[1], tables.page(results, verdicts))
     drawn = importlib.import_module("slrprop.comparison.figure").figure(results)
     for path in paths[2:]:
-        with importlib.import_module("slrprop.files").replacing(path) as part:
-            drawn.savefig(
-                part, dpi=130, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None
-            )
+        files.save_figure(drawn, path)
     return paths

@@ -223,7 +223,7 @@ def page(results: Results, verdicts: list[tuple[str, list[str]]]) -> str:
     original = next((row for row in results.originals.values() if not math.isnan(row.latency)), None)
     file = f"; the original's file: {amount(original.file_bytes)}, {1e6 * original.latency:.0f} µs" if original else ""
     layers = " and ".join(experiment.layers)
-    few = f", {SLOW_SEEDS} for slow contenders" if len(results.originals) > SLOW_SEEDS else ""
+    few = ", fewer where the table says so" if len(results.originals) > SLOW_SEEDS else ""
     parts = [
         f"# {name}: every contender at equal stored bytes",
         f"Written by `slrprop compare {name} --output`. How it is measured: [the comparison](README.md). Every row: [{name}.csv]({name}.csv).",

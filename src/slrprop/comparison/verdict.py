@@ -12,9 +12,12 @@ def verdict(results: Results) -> list[tuple[str, list[str]]]:
     """Headings and sentences."""
     told = [("Best at each size", [winner(results, size, LEVELS) for size in results.sizes])]
     untrained = LEVELS[:2]
-    if any(KNOWN[name].level not in untrained for name in results.names):
-        lines = [winner(results, size, untrained) for size in results.sizes if results.reaching(size, untrained)]
-        told.append(("Best at each size without training", lines))
+    lines = [
+        winner(results, size, untrained)
+        for size in results.sizes
+        if (best := results.best(size, results.reaching(size, untrained))) != results.best(size, results.names) and best
+    ]
+    told.append(("Best at each size without training, where that is another", lines))
     told.append(
         ("The product's own choice", [auto(results, level) for level in LEVELS if f"auto, {level}" in results.names])
     )
@@ -40,7 +43,8 @@ def winner(results: Results, size: int, levels: tuple[str, ...]) -> str:
         lead = None if ours is None else results.lead(best, ours, size)
         parts.append("nothing of ours reaches it" if lead is None else f"the best of ours, {ours}, is {_behind(lead)}")
     else:
-        parts.append(_over(results, best, results.best(size, others), size, "the baselines"))
+        other = results.best(size, others)
+        parts += [_over(results, best, other, size, "the baselines"), _unjudged(results, best, other, size, levels)]
     return "; ".join(part for part in parts if part) + "."
 
 
@@ -57,6 +61,22 @@ def _over(results: Results, best: str, other: str | None, size: int, group: str)
     lead = results.lead(best, other, size)
     named = group if group == "plain SVD" else f"the best of {group} ({other})"
     return f"no seed in common with {named}" if lead is None else f"{_ahead(lead)} {named}"
+
+
+def _unjudged(results: Results, best: str, other: str | None, size: int, levels: tuple[str, ...]) -> str:
+    """The baseline of too few seeds that is nearest to the best, if it is nearer than the best of those that are judged."""
+    judged = results.reaching(size)
+    few = [
+        (lead.points, name, lead)
+        for name in results.names
+        if KNOWN[name].level in levels and name not in judged and not name.startswith(OURS)
+        if (lead := results.lead(best, name, size)) is not None
+    ]
+    known = None if other is None else results.lead(best, other, size)
+    if not few or (known is not None and min(few)[0] >= known.points):
+        return ""
+    _, name, lead = min(few)
+    return f"of too few seeds to be judged, {name} is {_behind(lead)}"
 
 
 def _ahead(lead: Lead) -> str:

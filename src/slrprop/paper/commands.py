@@ -153,7 +153,7 @@ def paper_figures(
         drawn = results.figure(experiment, found, title)
         for kind in ("png", "svg"):
             path = output / f"{file}.{kind}"
-            drawn.savefig(path, dpi=130, metadata={"Date": None} if kind == "svg" else None)
+            results.save_figure(drawn, path)
             written.append(str(path))
     if not written:
         raise SlrpropError(f"there are no results yet; compute them with: slrprop paper run {next(iter(FIGURES))}")

@@ -93,6 +93,15 @@ def write_csv(results: list[Any], path: Path) -> None:
             )
 
 
+def save_figure(drawn: Any, path: Path) -> None:
+    """Write a figure as PNG or SVG, by the name's end; of the same rows the same file."""
+    import matplotlib
+
+    kind = path.suffix[1:]
+    with replacing(path) as part, matplotlib.rc_context({"svg.hashsalt": path.stem}):
+        drawn.savefig(part, dpi=130, format=kind, metadata={"Date": None} if kind == "svg" else None)
+
+
 def figure(experiment: Experiment, results: list[Result], title: str) -> Any:
     """Accuracy against compression rate of the layer before the FRL, mean and deviation over seeds."""
     from matplotlib.figure import Figure
