@@ -98,7 +98,7 @@ def test_data_that_is_not_finite(value: float) -> None:
 WRONG_LABELS = {
     "too large": (torch.full((COUNT,), OUT), {}, "labels go from 4 to 4, but the network has 4 classes; use 0 to 3"),
     "negative": (torch.full((COUNT,), -1), {}, "labels go from -1 to -1, but the network has 4 classes"),
-    "float": (samples()[1].double(), {}, r"targets of shape \(12, 1\) .* outputs of shape \(12, 4\)"),
+    "float": (samples()[1].double(), {}, r"targets of shape \(12,\) .* outputs of shape \(12, 4\)"),
     "float, named loss": (samples()[1].double(), {"loss": "cross_entropy"}, "labels must be whole numbers.*float64"),
     "one per number": (torch.zeros(COUNT, 2).long(), {}, "got 24 labels for 12 rows of outputs; give one label"),
     "uneven float": (torch.zeros(COUNT, 2, 3), {}, r"targets of shape .* outputs of shape \(12, 4\)"),

@@ -14,6 +14,7 @@ from slrprop import SlrpropError, compress
 from slrprop.api import realised
 from slrprop.data import Data
 from slrprop.methods import Problem
+from slrprop.methods.slr import SLRSettings, kept
 from slrprop.network import open_network
 from slrprop.search import Candidate
 from slrprop.search.judge import Door, Judge, Log
@@ -143,12 +144,12 @@ def fresh(digits):
 METHODS = (("low_rank", {"bits": 8}), ("low_rank", {"bits": 4}), ("nested", {"shape": "half", "bits": 4, "sweeps": 1}))
 
 
-def explored(model, data, methods=METHODS):
+def explored(model, data, methods=METHODS, layers=None):
     opened = Data(data)
     judge = Judge(model, opened, None)
     trials = Trials(Door(model, opened), judge, Log(None))
     run = Shares(trials, Problem(open_network(model, opened), opened), methods)
-    run.explore(None)
+    run.explore(layers)
     return run
 
 
@@ -201,6 +202,21 @@ class TestWithin:
         for limit in (3000, 9000):
             plan, _ = search.within(limit, 2)
             assert file_bytes(realised(model, plan), search.curves) <= limit
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_slr_s_pattern_is_refitted_in_order_with_its_head(bits, trained, fresh):
+    shares = explored(trained, fresh, (("slr_refit", {"criterion": "weight", "bits": bits}),), ["0", "2"])
+    plan, _ = shares.within(7000, 1)
+    layers = {layer.name: layer for layer in plan.layers}
+    assert [layer.method for layer in plan.layers] == ["slr_refit", "slr_refit", "dense"]
+    for name in ("0", "2"):  # the neurons that its weights chose
+        settings = SLRSettings(rank=layers[name].settings["rank"], criterion="weight")
+        form = layers[name].factors
+        form = form if bits == 32 else form.codes
+        scores = shares.problem.weight_scores(name)
+        for levels, side in ((form.row_levels, scores.rows), (form.column_levels, scores.columns)):
+            assert torch.equal(levels == len(form.left), kept(side, settings.sparsity_rate))
 
 
 @pytest.mark.parametrize("level", LEVELS)

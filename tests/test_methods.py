@@ -1,6 +1,7 @@
 """The battery that every registered method passes, and what is special to each."""
 
 import copy
+import itertools
 import json
 from dataclasses import fields
 
@@ -191,6 +192,20 @@ def test_statistics_do_not_depend_on_the_batch_size(trained, digits):
     one, many = (slrprop.relevance.activation(model, "2", Data((x, None), size)) for size in (1797, 31))
     for a, b in zip(one, many, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-9)
+
+
+def test_slrprop_passes_a_layer_that_is_narrower_than_the_rank():
+    torch.manual_seed(0)
+    sides = (64, 64, 8, 64, 64, 10)
+    model = nn.Sequential(*(part for m, n in itertools.pairwise(sides) for part in (nn.Linear(m, n), nn.ReLU())))[:-1]
+    for way in ("original", "truncated"):
+        found = slrprop.plan(model, (torch.randn(40, 64), torch.randint(0, 10, (40,))), rank=16, propagate=way)
+        assert [layer.name for layer in found.layers] == ["0", "6"] and set(found.left_dense) == {"2", "4"}
+
+
+def test_a_refitted_head_is_not_said_to_stay_as_it_is(trained, calibration):
+    found = slrprop.plan(trained, calibration, method="low_rank", rank=16)
+    assert [layer.name for layer in found.layers] == ["0", "2", "4"] and not found.left_dense
 
 
 def test_slrprop_propagates_equation_6(trained, calibration):

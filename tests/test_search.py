@@ -144,6 +144,26 @@ def test_workers_find_the_same_plan(door, trained, fresh, files):
         assert [c.error for c in curve] == pytest.approx([c.error for c in two.curves[name]], rel=1e-3, abs=1e-6)
 
 
+def test_what_workers_measured_is_known_to_the_report(trained, fresh):
+    choices = {"slr": {"criterion": "activation"}}
+    one, two = (compress(trained, fresh, max_bytes="50%", methods=choices, workers=workers) for workers in (1, 2))
+    for name, known in one.observed.items():
+        assert two.observed[name].rows == pytest.approx(known.rows) and known.criterion == two.observed[name].criterion
+
+
+def test_ones_own_measure_of_a_single_output(digits):
+    """Labels 0 and 1 for one output: only the user's measure knows what to do with them."""
+    x, y = digits
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 1)).eval()
+
+    def right(model):
+        return 100 * float(((model(x)[:, 0] > 0) == (y > 4)).double().mean())
+
+    found = compress(model, (x, (y > 4).long()), max_drop=1.0, evaluate=right)
+    assert found.met and found.quality[1] == pytest.approx(right(found.model))
+
+
 def test_ones_own_measure(trained, fresh, files):
     def loss(model):
         assert isinstance(model, (nn.Module, Path))
@@ -285,6 +305,7 @@ def test_a_log_cut_off_by_a_kill_is_read(trained, fresh, tmp_path):
     log.write_text(log.read_text()[:-30])
     again = compress(trained, fresh, max_drop=1.0, run_dir=tmp_path)
     assert again.plan == first.plan and isinstance(again.plan, Plan)
+    assert all(isinstance(point.measured.bytes, int) for point in again.points if point.measured)
 
 
 def test_a_layer_that_runs_slower_stays_dense(trained, fresh, monkeypatch):
@@ -345,6 +366,7 @@ def test_of_very_wide_layers_only_the_likely_forms_are_fitted_in_order(trained, 
         ({"max_bytes": "0.0001%"}, "max_bytes must be a positive number"),
         ({"max_latency_ms": -1}, "max_latency_ms must be a positive number of milliseconds, got -1"),
         ({"max_drop": 1, "methods": ["svd"]}, "methods must be 'auto' or map names to settings"),
+        ({"max_drop": 1, "methods": {"svd": {"rnk": 3}}}, "method 'svd' has no setting 'rnk'; did you mean rank?"),
         ({"max_drop": 1, "evaluate": lambda _: math.nan}, "evaluate must give a finite number, got nan"),
         ({"max_drop": 1, "evaluate": len, "confident": True}, "confident needs an interval"),
     ],

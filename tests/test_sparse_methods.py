@@ -161,7 +161,7 @@ def test_group_lasso_is_scikit_learns():
     price = 0.5
     model = MultiTaskLasso(price * 9**0.5, fit_intercept=False, tol=1e-10, max_iter=100_000)
     want = model.fit(root.numpy(), (root @ weight).numpy()).coef_.T
-    got = group_lasso.group_lasso(weight, hessian, price, steps=20_000)
+    got = group_lasso.group_lasso(weight, hessian, price, group_lasso.step_size(hessian), steps=20_000)
     np.testing.assert_allclose(got.numpy(), want, atol=1e-4)
     assert 0 < int((got != 0).any(1).sum()) < 14
     for count in (1, 5, 14):

@@ -13,7 +13,7 @@ from slrprop.arrange import arranged
 from slrprop.checks import require_choice, suggestion
 from slrprop.data import open_data
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Factors, Quantized
+from slrprop.factors import Dense, Factors, Quantized, stored_bytes
 from slrprop.layers import linear_from, note_shape, original_shape
 from slrprop.methods import METHODS, Decision, Method, Problem, Settings, find_method
 from slrprop.network import open_network
@@ -96,14 +96,9 @@ def plan_problem(
 ) -> Plan:
     """Like :func:`plan`, for a problem that may already know its decompositions, statistics and costs."""
     chosen = find_method(method)
-    choices, network = _settings(chosen, **settings), problem.network
-    names, exact = _select(network, layers, choices, method)
-    left_dense: dict[str, str] = {}
-    for name in names:
-        reason = _why_dense(network, name, choices, must=name in exact)
-        if reason:
-            left_dense[name] = reason
-    wanted = tuple(name for name in network.order if name in names and name not in left_dense)
+    choices, network = settings_of(chosen, **settings), problem.network
+    wanted, left_dense = treated(network, method, choices, layers)
+    names = (*wanted, *left_dense)
     if not wanted and all(choices.refusal(*network.shape(name)) for name in names):
         reasons = ", ".join(f"{name}: {left_dense[name]}" for name in names)
         raise SlrpropError(f"{chosen.name} can treat none of the layers asked for ({reasons}); choose other settings")
@@ -112,14 +107,27 @@ def plan_problem(
         problem.collect(wanted, tuple(need for need in choices.needs() if need in QUANTITIES))
         for decision in chosen.decide(problem, wanted, choices):
             layer = planned_layer(problem, decision, chosen, choices)
-            small = layer.bytes < network.weight(layer.name).nbytes or layer.name not in wanted
-            if small:
+            bias = network.bias(layer.name)
+            assert layer.factors is not None
+            size = stored_bytes(layer.factors, bias if layer.bias is None else layer.bias)
+            before = stored_bytes(network.weight(layer.name), bias)
+            if size < before or layer.name not in wanted:
                 planned[layer.name] = layer
+                left_dense.pop(layer.name, None)  # a head that is refitted
             else:
-                left_dense[layer.name] = (
-                    f"{method} would store {layer.bytes:,} bytes instead of {network.weight(layer.name).nbytes:,}"
-                )
+                left_dense[layer.name] = f"{method} would store {size:,} bytes instead of {before:,}"
+        left_dense |= {name: f"{method} leaves it as it is" for name in wanted if name not in {*planned, *left_dense}}
     return finished(network, planned, left_dense)
+
+
+def treated(
+    network: Network, method: str, settings: Settings, layers: str | list[str] | tuple[str, ...] | None
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The layers asked for that a method may treat, in order of execution; why the others stay as they are."""
+    names, exact = _select(network, layers, settings, method)
+    reasons = {name: _why_dense(network, name, settings, must=name in exact) for name in names}
+    left_dense = {name: reason for name, reason in reasons.items() if reason}
+    return tuple(name for name in network.order if name in names and name not in left_dense), left_dense
 
 
 def finished(network: Network, planned: Mapping[str, LayerPlan], left_dense: dict[str, str]) -> Plan:
@@ -135,6 +143,9 @@ def planned_layer(problem: Problem, decision: Decision, method: Method, settings
     if settings.bits < 32 and not isinstance(factors, Quantized):
         factors = quantised(factors, settings.bits)
         factors = factors if bias is None else with_bias(factors, bias)
+    if not isinstance(factors, Quantized):
+        dtype = network.weight(decision.name).dtype
+        factors = factors.with_matrices({key: matrix.to(dtype) for key, matrix in factors.matrices().items()})
     layer = LayerPlan(
         name=decision.name,
         shape=factors.shape,
@@ -152,7 +163,12 @@ def planned_layer(problem: Problem, decision: Decision, method: Method, settings
     return layer.sealed() if method.build is None or isinstance(factors, Quantized) else layer
 
 
-def _settings(method: Method, /, **given: Any) -> Settings:
+def settings_of(method: Method, /, **given: Any) -> Settings:
+    """A method's settings; those of other methods' are ignored where all share their names.
+
+    Raises:
+        SlrpropError: an unknown name, or a bad value.
+    """
     known = {field.name for field in fields(method.settings)}
     shared = {"rank", "sparsity_rate", "reduction_rate"}
     for name in given:

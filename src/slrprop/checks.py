@@ -32,12 +32,6 @@ def require_flag(what: str, value: Any) -> None:
         raise SlrpropError(f"{what} must be True or False, got {value!r}")
 
 
-def require_keep(keep: Any) -> None:
-    """A share that stays is a number in (0, 1]."""
-    if isinstance(keep, bool) or not isinstance(keep, Real) or keep <= 0 or not keep <= 1:
-        raise SlrpropError(f"keep must be above 0 and at most 1, got {keep!r}")
-
-
 def require_choice(what: str, value: Any, choices: Collection[str]) -> None:
     """A word out of a list."""
     if not isinstance(value, str) or value not in choices:
@@ -58,7 +52,7 @@ def share(count: int, rate: float) -> int:
 
 
 def require_density(what: str, density: Any) -> None:
-    """A density is a number above 0, at most 1."""
+    """A density, or a share that stays, is a number above 0, at most 1."""
     if isinstance(density, bool) or not isinstance(density, Real) or density <= 0 or not density <= 1:
         raise SlrpropError(f"{what} must be above 0 and at most 1, got {density!r}")
 

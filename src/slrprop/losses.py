@@ -154,16 +154,24 @@ class SquaredPoint:
 Point = SoftmaxPoint | SquaredPoint
 
 
+def goal_of(targets: Tensor, outputs: Tensor) -> Tensor:
+    """Real targets as outputs (p x c) are.
+
+    Raises:
+        SlrpropError: they are not one number per output.
+    """
+    if targets.numel() != outputs.numel():
+        raise SlrpropError(
+            f"targets of shape {tuple(targets.shape)} can't be compared with outputs of shape {tuple(outputs.shape)}; "
+            "give class labels as integers, or one real target per output"
+        )
+    return targets.to(outputs).reshape(outputs.shape)
+
+
 def loss_point(loss: LossName, outputs: Tensor, targets: Tensor | None, original: Tensor) -> Point:
     """The loss at ``outputs`` (p x c), per sample, against labels, real targets, or the ``original`` outputs (p x c)."""
     if loss == "squared":
-        goal = original if targets is None else targets.to(outputs)
-        goal = goal.reshape(len(outputs), -1) if goal.numel() % len(outputs) == 0 else goal
-        if goal.shape != outputs.shape:
-            raise SlrpropError(
-                f"targets of shape {tuple(goal.shape)} can't be compared with outputs of shape {tuple(outputs.shape)}"
-            )
-        residual = outputs - goal
+        residual = outputs - (original if targets is None else goal_of(targets, outputs))
         return SquaredPoint(residual, residual.square().sum(-1))
     log_p = outputs.log_softmax(-1)
     if loss == "cross_entropy":

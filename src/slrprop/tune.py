@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from slrprop.checks import require_count
 from slrprop.data import Data, open_data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Factors, Quantized
@@ -51,12 +52,8 @@ class TuneSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "patience"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise SlrpropError(f"{name} must be a whole number from 1, got {value!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise SlrpropError(f"seed must be a whole number from 0, got {self.seed!r}")
+        for name, least in (("epochs", 1), ("batch", 1), ("patience", 1), ("seed", 0)):
+            require_count(name, getattr(self, name), least)
         for name in ("learning_rate", "temperature"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
@@ -64,23 +61,28 @@ class TuneSettings:
 
 
 class Tunable(nn.Module):
-    """A planned layer whose numbers learn; what is stored in few bits is rounded on the way."""
+    """A planned layer whose numbers learn; what is stored in few bits is rounded on the way.
 
-    def __init__(self, layer: LayerPlan, bias: Tensor | None) -> None:
+    Args:
+        bias: the original's.
+        dtype: to learn in; inputs of another one are cast, and outputs cast back.
+    """
+
+    def __init__(self, layer: LayerPlan, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         form = layer.factors
         assert form is not None
-        self.layer = layer
+        self.layer, self.dtype = layer, dtype
         self.bits = form.bits if isinstance(form, Quantized) else 32
         self.own_bias = isinstance(form, Quantized) and form.bias is not None
         plain = form.plain() if isinstance(form, Quantized) else form
         self.form = plain
         self.axes = plain.scale_axes()
         self.numbers = nn.ParameterDict(
-            {name: nn.Parameter(matrix.detach().clone()) for name, matrix in plain.matrices().items()}
+            {name: nn.Parameter(matrix.detach().to(dtype, copy=True)) for name, matrix in plain.matrices().items()}
         )
         scales = form.scales if isinstance(form, Quantized) else {}
-        self.scales = nn.ParameterDict({name: nn.Parameter(scale.float().log()) for name, scale in scales.items()})
+        self.scales = nn.ParameterDict({name: nn.Parameter(scale.to(dtype).log()) for name, scale in scales.items()})
         start = (
             form.bias
             if isinstance(form, Quantized) and self.own_bias
@@ -89,12 +91,12 @@ class Tunable(nn.Module):
             else bias
         )
         self.bias = (
-            None if start is None else nn.Parameter(start.detach().clone().to(next(iter(self.numbers.values()))))
+            None if start is None else nn.Parameter(start.detach().to(next(iter(self.numbers.values())), copy=True))
         )
 
     def _scale(self, name: str) -> Tensor:
         scale = self.scales[name].exp()
-        scale = scale + (_stored(scale).float() - scale).detach()
+        scale = scale + (_stored(scale).to(scale) - scale).detach()
         return scale if self.numbers[name].ndim == 1 else scale.unsqueeze(self.axes[name])
 
     def now(self) -> Factors:
@@ -117,17 +119,18 @@ class Tunable(nn.Module):
         return self.bias + ((codes * scale).to(self.bias) - self.bias).detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        y, bias = self.now().product(x), self._bias()
-        return y if bias is None else y + bias
+        y, bias = self.now().product(x.to(self.dtype)), self._bias()
+        return (y if bias is None else y + bias).to(x.dtype)
 
     def finished(self) -> LayerPlan:
         """The layer's plan with the tuned factors."""
         self.cpu()
         with torch.no_grad():
-            bias = None if self.bias is None else self.bias.detach().clone()
+            like = self.form.matrices()
+            bias = None if self.bias is None else self.bias.detach().to(next(iter(like.values())).dtype, copy=True)
             if self.bits == 32:
                 form: Factors = self.form.with_matrices(
-                    {name: matrix.detach().clone() for name, matrix in self.numbers.items()}
+                    {name: matrix.detach().to(like[name].dtype, copy=True) for name, matrix in self.numbers.items()}
                 )
                 return replace(self.layer, factors=form, bias=bias).sealed()
             low, high = CODES[self.bits]
@@ -136,7 +139,7 @@ class Tunable(nn.Module):
             for name, matrix in self.numbers.items():
                 scale = scales[name].float()
                 wide = scale if matrix.ndim == 1 else scale.unsqueeze(self.axes[name])
-                codes[name] = (matrix / wide).round().clamp(low, high)
+                codes[name] = (matrix / wide).round().clamp(low, high).float()
             form = Quantized(self.form.with_matrices(codes), scales, self.bits)
             form = with_bias(form, bias) if self.own_bias and bias is not None else form
             return replace(self.layer, factors=form, bias=None if self.own_bias else bias).sealed()
@@ -174,10 +177,11 @@ def distilled(
     if not plan.layers or any(layer.factors is None for layer in plan.layers):
         raise SlrpropError("there is nothing to tune: the plan treats no layer, or was read without its factors")
     names = [layer.name for layer in plan.layers]
-    layers = {
-        layer.name: Tunable(layer, network.bias(layer.name)).to(network.weight(layer.name).device)
-        for layer in plan.layers
-    }
+    layers = {}
+    for layer in plan.layers:
+        weight = network.weight(layer.name)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        layers[layer.name] = Tunable(layer, network.bias(layer.name), dtype).to(weight.device)
     entry = _entry(network, names)
     student: Forward
     teacher: Forward
@@ -185,7 +189,7 @@ def distilled(
         inputs = torch.cat([x for flow in network.stream((entry,), data) for x, _ in flow.calls[entry]])
         student, teacher = _along(network, entry, layers), _along(network, entry, {})
     elif isinstance(network, TorchNetwork):
-        inputs = _whole_inputs(data)
+        inputs = _whole_inputs(data).to(network.device)
         with evaluating(network.model):  # the copy stays in that mode
             student = _whole(network, swapped(network.model, dict(layers)))
         teacher = evaluating(network.model)(_whole(network, network.model))
@@ -194,7 +198,11 @@ def distilled(
             f"tuning needs a chain of dense layers from '{names[0]}' to the output, which this ONNX graph has not; "
             "tune the torch module, or use the calibrated level"
         )
-    notes = _distil(student, teacher, inputs, nn.ModuleList(layers.values()), chosen, quiet)
+    targets = next(iter(data)).targets
+    notes = _distil(
+        student, teacher, inputs, nn.ModuleList(layers.values()), chosen, quiet,
+        lambda outputs: network.real_valued(targets, outputs),
+    )  # fmt: skip
     done = [layers[layer.name].finished() for layer in plan.layers]
     return replace(plan, layers=tuple(replace(layer, notes=layer.notes | notes) for layer in done), sha256="")
 
@@ -213,9 +221,11 @@ def _along(network: Network, first: str, layers: Mapping[str, Tunable]) -> Forwa
     assert chain is not None
     bias = network.bias(first)
     weight = network.weight(first)
-    start = Step("identity", weight, weight.new_zeros(weight.shape[1]) if bias is None else bias, first)
+    like = chain.scale
+    start = Step("identity", weight.to(like), like.new_zeros(len(like)) if bias is None else bias.to(like), first)
 
     def run(x: Tensor) -> Tensor:
+        x = x.to(like)
         for step in (start, *chain.steps):
             layer = layers.get(step.name or "")
             x = step(x) if layer is None else layer(ACTIVATIONS[step.activation](x))
@@ -225,7 +235,7 @@ def _along(network: Network, first: str, layers: Mapping[str, Tunable]) -> Forwa
 
 
 def _whole(network: TorchNetwork, model: nn.Module) -> Forward:
-    return lambda x: rows_of(network.scores(main_output(model(x))))
+    return lambda x: network.scores(main_output(model(x)))
 
 
 def _whole_inputs(data: Data) -> Tensor:
@@ -238,8 +248,9 @@ def _whole_inputs(data: Data) -> Tensor:
 
 
 def _distil(
-    student: Forward, teacher: Forward, inputs: Tensor, layers: nn.ModuleList, chosen: TuneSettings, quiet: bool
-) -> dict[str, float]:
+    student: Forward, teacher: Forward, inputs: Tensor, layers: nn.ModuleList, chosen: TuneSettings, quiet: bool,
+    real_valued: Callable[[Tensor], bool],
+) -> dict[str, float]:  # fmt: skip
     """Train the layers in place; what was reached."""
     count = len(inputs)
     held = int(count * HELD_OUT)
@@ -253,8 +264,10 @@ def _distil(
     with torch.no_grad():
         wanted = torch.cat([teacher(inputs[part]) for part in torch.arange(count).split(1024)])
 
+    numbers = real_valued(rows_of(wanted[:1]))
+
     def divergence(rows: Tensor, temperature: float) -> Tensor:
-        return distance(student(inputs[rows]), wanted[rows], temperature)
+        return distance(rows_of(student(inputs[rows])), rows_of(wanted[rows]), temperature, numbers)
 
     def held_out() -> float:
         with torch.no_grad():
@@ -284,9 +297,9 @@ def _distil(
     return {"tuned_epochs": float(reached), "divergence_before": before, "divergence_after": best}
 
 
-def distance(outputs: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """Mean divergence of outputs (p x c) from the wanted ones; the mean squared distance for a single output."""
-    if outputs.shape[1] < 2:
+def distance(outputs: Tensor, wanted: Tensor, temperature: float, real_valued: bool = False) -> Tensor:
+    """Mean divergence of outputs (p x c) from the wanted ones; the mean squared distance of real-valued or single ones."""
+    if real_valued or outputs.shape[1] < 2:
         return (outputs - wanted).square().mean()
     log_q, log_p = (wanted / temperature).log_softmax(-1), (outputs / temperature).log_softmax(-1)
     return temperature**2 * (log_q.exp() * (log_q - log_p)).sum(-1).mean()

@@ -127,7 +127,7 @@ def title(name: str) -> str:
     return name if KNOWN[name].faster else f"{name} (size only: no faster)"
 
 
-def _grouped(results: Results, names: list[str], cells: dict[str, list[str]], header: list[str]) -> list[list[str]]:
+def _grouped(names: list[str], cells: dict[str, list[str]], header: list[str]) -> list[list[str]]:
     """Header and one line per contender, the level's name on the first of its lines."""
     lines, before = [["level", "contender", *header]], ""
     for name in names:
@@ -164,7 +164,7 @@ def accuracy_table(results: Results, plain: bool = False) -> list[list[str]]:
                 text += f" {NEAR}" if results.near(name, size, best) else ""
             few = f" ({count_of(len(rows))})" if len(rows) < results.most else ""
             cells[name].append(text + few)
-    lines = _grouped(results, results.names, cells, _columns(results))
+    lines = _grouped(results.names, cells, _columns(results))
     accuracy = plus_minus([row.accuracy for row in results.originals.values()])
     return [lines[0], ["", f"original, {amount(results.total)}", *[accuracy] * len(results.sizes)], *lines[1:]]
 
@@ -172,7 +172,7 @@ def accuracy_table(results: Results, plain: bool = False) -> list[list[str]]:
 def answers_table(results: Results) -> list[list[str]]:
     """Agreement with the original and mean loss, of those on or near the frontier."""
     cells = {name: [_answers(results.cell(name, size)) for size in results.sizes] for name in results.frontier}
-    return _grouped(results, results.frontier, cells, _columns(results))
+    return _grouped(results.frontier, cells, _columns(results))
 
 
 def _answers(rows: dict[int, Comparison]) -> str:
@@ -188,7 +188,7 @@ def files_table(results: Results) -> list[list[str]]:
         rows = [row for size in results.sizes for row in results.cell(name, size).values()]
         seconds = f"{statistics.median(row.seconds for row in rows):.1f}"
         cells[name] = [seconds, *(_files(results.cell(name, size)) for size in results.sizes)]
-    return _grouped(results, results.frontier, cells, ["seconds", *_columns(results)])
+    return _grouped(results.frontier, cells, ["seconds", *_columns(results)])
 
 
 def _files(rows: dict[int, Comparison]) -> str:

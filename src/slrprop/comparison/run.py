@@ -118,10 +118,10 @@ class Compared(Bench):
 
 def plans_of(bench: Compared, contender: Contender, sizes: list[int]) -> Iterator[tuple[int, Plan, float]]:
     """The contender's plan at every size that it can reach, and the seconds that took."""
-    start = time.perf_counter()
     if contender.shares is not None:
         known: dict[int, int] = {}
         for size in sizes:
+            start = time.perf_counter()
             low, high = 0, SHARES  # the largest share whose plan fits
             while low < high:
                 middle = (low + high + 1) // 2

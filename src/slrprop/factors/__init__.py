@@ -3,7 +3,7 @@
 from slrprop.factors.base import Dense, Factors, LowRank, restored
 from slrprop.factors.blocks import Segment, SparseLowRank, members, span
 from slrprop.factors.narrowed import Narrowed
-from slrprop.factors.quantized import Quantized
+from slrprop.factors.quantized import Quantized, stored_bytes
 from slrprop.factors.shared import Shared
 from slrprop.factors.sparse import LowRankPlusSparse, Sparse
 
@@ -21,4 +21,5 @@ __all__ = [
     "members",
     "restored",
     "span",
+    "stored_bytes",
 ]

@@ -153,3 +153,9 @@ class Quantized(Factors):
             if wide.ndim == 2 and wide.shape[axes[name]]:  # the scales of outputs follow their outputs
                 scales[name] = wide.select(axes[name], 0).half().clone(memory_format=torch.contiguous_format)
         return replace(self, codes=self.codes.permuted(rows, columns), scales=scales, bias_codes=bias)
+
+
+def stored_bytes(weight: Tensor | Factors, bias: Tensor | None) -> int:
+    """Bytes of a weight or its factors, and of the bias where the factors do not hold it."""
+    size = weight.bytes if isinstance(weight, Factors) else weight.nbytes
+    return size + (0 if bias is None or (isinstance(weight, Quantized) and weight.bias is not None) else bias.nbytes)

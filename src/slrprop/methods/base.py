@@ -172,7 +172,8 @@ class Problem:
         return weight_scores(self.weight(name))
 
     def activation_scores(self, name: str) -> Scores:
-        """Scores by mean activation; the quantities were collected."""
+        """Scores by mean activation."""
+        self.collect((name,), ("input_abs", "output_abs"))
         return Scores(self._statistics[name, "input_abs"], self._statistics[name, "output_abs"])
 
     def cost(

@@ -33,8 +33,8 @@ class CalibratedSettings(Settings, ABC):
     Args:
         sequential: calibrate each layer on the outputs of the layers already compressed, not on the original ones.
         bias_correction: a new bias makes each layer's mean output right.
-        refit_head: where the network's last layer stays dense and only planned layers and activations lead to it, its weight
-            is refitted to the original outputs by least squares.
+        refit_head: where the network's last layer stays dense and comes after a planned one, its weight is refitted to the
+            original outputs by least squares, on its inputs of the compressed network.
     """
 
     sequential: bool = True
@@ -57,9 +57,17 @@ class CalibratedSettings(Settings, ABC):
 
 @dataclass(frozen=True)
 class CalibratedMethod(Method):
-    """A method whose ``fit(task, settings)`` gives one layer's factors (float)."""
+    """A method whose ``fit(task, settings)`` gives one layer's factors (float).
+
+    Where more than the settings says how a layer is fitted, ``fit_of`` has it from a planned layer.
+    """
 
     fit: Fit | None = None
+    fit_of: Callable[[LayerPlan], Fit] | None = None
+
+    def anew(self, layer: LayerPlan) -> "CalibratedMethod":
+        """The method to fit a planned layer once more."""
+        return self if self.fit_of is None else replace(self, fit=self.fit_of(layer))
 
 
 def calibrated(name: str, settings: type[CalibratedSettings], fit: Fit) -> CalibratedMethod:

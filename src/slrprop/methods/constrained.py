@@ -65,7 +65,7 @@ def constrained(task: Regression, settings: ConstrainedSettings, proximal: Proxi
 
 
 def reported(programme: Programme, solution: Solution, form: Factors) -> Fitted:
-    """The factors with their bias, and notes: how far they are outside the constraints (shares of ``||Y||_F``)."""
+    """The factors with their bias, and notes: how far they are outside the constraints (shares of ``||Y||_F``), before any rounding to few bits."""
     error, ceiling = programme.violation(form.dense(), solution.bias)
     notes = {
         "error_violation": error,

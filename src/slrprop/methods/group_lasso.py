@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from slrprop.checks import require_flag
-from slrprop.factors import Sparse
+from slrprop.factors import Narrowed
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.methods.density import DensitySettings
 from slrprop.regression import Regression
@@ -45,12 +45,14 @@ def shrunk(rows: Tensor, price: float) -> Tensor:
     return torch.where(norms > cut, 1 - cut / norms.clamp_min(torch.finfo(rows.dtype).tiny), 0) * rows
 
 
-def group_lasso(weight: Tensor, hessian: Tensor, price: float, start: Tensor | None = None, steps: int = STEPS) -> Tensor:  # fmt: skip
+def group_lasso(
+    weight: Tensor, hessian: Tensor, price: float, size: float, start: Tensor | None = None, steps: int = STEPS
+) -> Tensor:
     """``min_S 1/2 tr((W - S)^T H (W - S)) + price * sqrt(n) * sum_i |S_i|_2`` over rows (inputs), by proximal gradient.
 
-    Accelerated, with restarts where a step goes uphill (Beck and Teboulle 2009; O'Donoghue and Candes 2015).
+    Accelerated, with restarts where a step goes uphill (Beck and Teboulle 2009; O'Donoghue and Candes 2015). ``size`` is
+    that of a step: at most one over the largest eigenvalue of H.
     """
-    size = 1 / float(torch.linalg.eigvalsh(hessian)[-1])
     found = point = weight if start is None else start
     momentum = 1.0
     for _ in range(steps):
@@ -65,15 +67,20 @@ def group_lasso(weight: Tensor, hessian: Tensor, price: float, start: Tensor | N
     return found
 
 
+def step_size(hessian: Tensor) -> float:
+    """One over the largest eigenvalue of a symmetric matrix."""
+    return 1 / float(torch.linalg.eigvalsh(hessian)[-1])
+
+
 def kept_inputs(weight: Tensor, hessian: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The weight (m, n) at the highest price, found by bisection, that leaves ``count`` inputs; and their mask (m,)."""
     low, high = 0.0, float((hessian @ weight).norm(dim=1).max()) / weight.shape[1] ** 0.5
-    found, denser = torch.zeros_like(weight), weight
+    found, denser, size = torch.zeros_like(weight), weight, step_size(hessian)
     for _ in range(BISECTIONS):
         if int(denser.any(1).sum()) == count:
             break
         price = (low + high) / 2
-        found = group_lasso(weight, hessian, price, found)
+        found = group_lasso(weight, hessian, price, size, found)
         if int(found.any(1).sum()) >= count:
             low, denser = price, found
         else:
@@ -82,15 +89,15 @@ def kept_inputs(weight: Tensor, hessian: Tensor, count: int) -> tuple[Tensor, Te
     return denser * kept[:, None], kept
 
 
-def fit(task: Regression, settings: GroupLassoSettings) -> Sparse:
+def fit(task: Regression, settings: GroupLassoSettings) -> Narrowed:
     """The inputs that are worth their price."""
-    hessian, (m, n) = damped(task.covariance), task.weight.shape
-    weight, kept = kept_inputs(task.weight, hessian, whole_share(m, settings.density))
+    hessian = damped(task.covariance)
+    weight, kept = kept_inputs(task.weight, hessian, whole_share(len(hessian), settings.density))
     if settings.refit:
         weight = torch.zeros_like(weight)
         inner = hessian[kept]
         weight[kept] = torch.linalg.solve(inner[:, kept], inner @ task.weight)
-    return Sparse.of(weight, kept[:, None].expand(m, n))
+    return Narrowed.cut(weight, rows=kept)
 
 
 METHOD = calibrated("group_lasso", GroupLassoSettings, fit)

@@ -50,7 +50,7 @@ def infinite_selection(x: Tensor) -> Tensor:
     apart = 1 - (ranks.T @ ranks).abs()
     apart[constant] = 0
     apart[:, constant] = 0
-    deviation = x.cpu().double().std(0)
+    deviation = x.cpu().double().std(0, correction=0)
     spread = torch.maximum(deviation[:, None], deviation) / deviation.max().clamp_min(1e-300)
     affinity = (spread + apart) / 2
     ones = torch.ones(len(affinity), dtype=torch.float64)

@@ -58,7 +58,7 @@ def _weighted(costs: Tensor, metric: Tensor | None) -> Tensor:
     return costs if metric is None else costs * metric.diagonal()
 
 
-def one_shot(weight: Tensor, hessian: Tensor, count: int, metric: Tensor | None = None, sweeps: int = 10) -> tuple[Tensor, Tensor]:  # fmt: skip
+def one_shot(weight: Tensor, hessian: Tensor, count: int, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Remove all but ``count`` weights at once, and solve for those; (weight, support)."""
     support = largest(saliency(weight, hessian, metric), count)
     return least_squares(hessian, weight, support, metric), support

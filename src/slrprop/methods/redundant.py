@@ -42,7 +42,7 @@ def clusters(vectors: Tensor, count: int) -> Tensor:
 
 
 def representatives(problem: Problem, pairs: Mapping[str, str], settings: RedundantSettings) -> dict[str, Tensor]:
-    """Scores (n,) in float64: the norm of a neuron's weights for the one that stands for its cluster, else -1 / norm."""
+    """Scores (n,) in float64: the norm of a neuron's weights for the one that stands for its cluster; all others below 0, the longer the higher."""
     found = {}
     for first in pairs:
         vectors = problem.weight(first).T.cpu().double()

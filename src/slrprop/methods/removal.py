@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from slrprop.checks import require_keep
+from slrprop.checks import require_density, require_flag
 from slrprop.errors import SlrpropError
 from slrprop.factors import Narrowed
 from slrprop.losses import rows_of
@@ -40,10 +40,9 @@ class RemovalSettings(CalibratedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_keep(self.keep)
+        require_density("keep", self.keep)
         object.__setattr__(self, "keep", float(self.keep))
-        if not isinstance(self.refit, bool):
-            raise SlrpropError(f"refit must be True or False, got {self.refit!r}")
+        require_flag("refit", self.refit)
 
     def stored_numbers(self, m: int, n: int) -> int:
         return m * kept_count(n, self.keep)

@@ -7,12 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from slrprop.checks import require_count
-from slrprop.factors import SparseLowRank
+from slrprop.checks import require_choice, require_count
+from slrprop.factors import Quantized, SparseLowRank
 from slrprop.methods.base import Decision, Problem
-from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
+from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, Fit, in_order
 from slrprop.methods.nested import Refit
 from slrprop.methods.slr import SLRSettings, kept, scores_of
+from slrprop.plan import LayerPlan
 from slrprop.regression import Regression
 
 
@@ -33,6 +34,7 @@ class SLRRefitSettings(SLRSettings, CalibratedSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_count("sweeps", self.sweeps, 0)
+        require_choice("order", self.order, ("independent",))  # costs are of the original network
         object.__setattr__(self, "sweeps", int(self.sweeps))  # numpy's numbers are no JSON
 
     @property
@@ -57,19 +59,25 @@ def refitted(task: Regression, settings: SLRRefitSettings, rows: Tensor, columns
     return refit.factors()
 
 
+def fit_of(rows: Tensor, columns: Tensor) -> Fit:
+    """The fit of a layer whose pattern is known."""
+    return lambda task, settings: refitted(task, settings, rows, columns)
+
+
+def fit_anew(layer: LayerPlan) -> Fit:
+    """The fit with the pattern of a planned layer."""
+    form = layer.factors.codes if isinstance(layer.factors, Quantized) else layer.factors
+    assert isinstance(form, SparseLowRank)
+    return fit_of(*(levels == len(form.left) for levels in (form.row_levels, form.column_levels)))
+
+
 def decide(problem: Problem, layers: tuple[str, ...], settings: SLRRefitSettings) -> Iterator[Decision]:
     """Patterns by the criterion on the original network, then factors in order of execution."""
     chosen = {}
     for name in layers:
         rows, columns = (kept(side, settings.sparsity_rate) for side in scores_of(problem, name, settings))
-
-        def fit(
-            task: Regression, settings: SLRRefitSettings, rows: Tensor = rows, columns: Tensor = columns
-        ) -> SparseLowRank:
-            return refitted(task, settings, rows, columns)
-
-        chosen[name] = (replace(METHOD, fit=fit), settings)
+        chosen[name] = (replace(METHOD, fit=fit_of(rows, columns)), settings)
     yield from in_order(problem, chosen)
 
 
-METHOD = CalibratedMethod("slr_refit", SLRRefitSettings, decide)
+METHOD = CalibratedMethod("slr_refit", SLRRefitSettings, decide, fit_of=fit_anew)

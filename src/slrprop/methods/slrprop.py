@@ -70,10 +70,11 @@ def decide(problem: Problem, layers: tuple[str, ...], settings: SLRPropSettings)
         if relevance is None or name in layers:
             rows, columns, _ = cost_of(problem, name, settings, compressed, inputs=relevance is None)
         if relevance is not None:
-            svd = problem.svd(name, settings.rank, settings.solver)
-            rows = propagated(
-                problem.weight(name) if settings.propagate == "original" else svd.left @ svd.vt, relevance
-            )
+            weight = problem.weight(name)
+            if settings.propagate == "truncated":
+                svd = problem.svd(name, min(settings.rank, *weight.shape), settings.solver)
+                weight = svd.left @ svd.vt
+            rows = propagated(weight, relevance)
         relevance = rows
         if name in layers:
             decision = shortened(problem, name, settings, Scores(rows, columns))

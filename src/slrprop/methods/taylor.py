@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slrprop.checks import require_choice
-from slrprop.losses import check_labels, pick_loss
+from slrprop.losses import check_labels, goal_of, pick_loss
 from slrprop.methods.base import Problem
 from slrprop.methods.removal import ChainedSettings, chained, removal
 
@@ -40,7 +40,7 @@ def loss_of(outputs: Tensor, targets: Tensor | None) -> Tensor:
     """The loss C summed over samples, for outputs (p x c)."""
     loss = pick_loss(targets, outputs)
     if loss == "squared":
-        return (outputs if targets is None else outputs - targets.to(outputs).reshape(outputs.shape)).square().sum()
+        return (outputs if targets is None else outputs - goal_of(targets, outputs)).square().sum()
     labels = outputs.argmax(1) if targets is None else check_labels(targets, outputs)
     return functional.cross_entropy(outputs, labels, reduction="sum")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from slrprop.checks import suggestion
 from slrprop.data import Batch, Data
 from slrprop.errors import SlrpropError
-from slrprop.losses import rows_of
+from slrprop.losses import pick_loss, rows_of
 from slrprop.network.chain import ACTIVATIONS, Affine, Chain, Element, Linear, Path
 
 Layer = Callable[[Tensor, Tensor], Tensor]  # (input (..., m), candidate) -> output (..., n)
@@ -156,8 +156,8 @@ class Network(ABC):
     def gradients(self, names: tuple[str, ...], data: Data, probes: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Batch by batch, along one direction after the other (numbered in the batch): the outputs' gradients by layer.
 
-        Those of a layer's p outputs of n numbers are (p, n). The directions' outer products sum to centring over classes; for more
-        than ``probes`` classes they are random and do so on average over samples. Of a final softmax the scores are followed, see
+        Those of a layer's p outputs of n numbers are (p, n). The directions' outer products sum to centring over classes, of real-valued
+        outputs (:meth:`real_valued`) to the identity; for more than ``probes`` outputs they are random and do so on average over samples. Of a final softmax the scores are followed, see
         :meth:`scores`. Layers that no chain follows are left out where the network has no gradient of its own.
         """
         randoms = {name: torch.Generator().manual_seed(0) for name in names if self.chain(name) is not None}
@@ -171,7 +171,8 @@ class Network(ABC):
                 assert chain is not None
                 with torch.enable_grad():
                     output = chain.values(y)[-1]
-                outputs[name] = (y, output, list(directions(output, probes, random)))
+                numbers = self.real_valued(flow.batch.targets, output)
+                outputs[name] = (y, output, list(directions(output, probes, random, numbers)))
             for turn in range(max(len(along) for *_, along in outputs.values())):
                 yield (
                     turn,
@@ -180,6 +181,10 @@ class Network(ABC):
                         for name, (y, output, along) in outputs.items()
                     },
                 )
+
+    def real_valued(self, targets: Tensor | None, outputs: Tensor) -> bool:
+        """Whether outputs (p x c) are numbers for themselves, by their targets, and not scores of classes to be compared."""
+        return self.ending is None and pick_loss(targets, outputs) == "squared"
 
     def activated(self, name: str, y: Tensor) -> Tensor:
         """A layer's output (p x n) after the batch norm and activation that follow it."""
@@ -196,21 +201,20 @@ class Network(ABC):
         return self._paths[name].elements if name in self._paths else []
 
 
-def directions(output: Tensor, probes: int, random: torch.Generator) -> Iterator[Tensor]:
+def directions(output: Tensor, probes: int, random: torch.Generator, real_valued: bool = False) -> Iterator[Tensor]:
     """Directions (p, c), one after the other, in the space of outputs (p, c): see :meth:`Network.gradients`.
 
     Random ones differ from sample to sample, so that the noise of an average over samples falls with their number.
     """
     classes = output.shape[-1]
-    if classes == 1:
-        yield torch.ones_like(output)
-    elif classes <= probes:
-        for one in torch.eye(classes) - 1 / classes:
+    centred = not real_valued and classes > 1
+    if classes <= probes:
+        for one in torch.eye(classes) - centred / classes:
             yield one.to(output).expand_as(output)
     else:
         for _ in range(probes):
             signs = torch.empty(output.shape).bernoulli_(generator=random) * 2 - 1
-            yield ((signs - signs.mean(-1, keepdim=True)) / probes**0.5).to(output)
+            yield ((signs - centred * signs.mean(-1, keepdim=True)) / probes**0.5).to(output)
 
 
 def require_finite(output: Tensor) -> None:

@@ -72,7 +72,7 @@ class Bench:
         prepared = time.perf_counter() - start
         for size in sizes:
             start = time.perf_counter()
-            chosen = shares.within(size, self.experiment.tries, each=True)
+            chosen = shares.within(size, self.experiment.tries, every=True)
             if chosen is not None:
                 yield size, chosen[0], prepared + time.perf_counter() - start
 

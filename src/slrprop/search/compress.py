@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from slrprop.api import no_integers
+from slrprop.api import no_integers, settings_of
 from slrprop.checks import require_choice
 from slrprop.data import open_data
 from slrprop.errors import SlrpropError
-from slrprop.methods import Problem
+from slrprop.methods import Problem, find_method
 from slrprop.plan import Plan
 from slrprop.search.judge import Door, Judge, Log
 from slrprop.search.path import LEVELS, Choice
@@ -68,13 +68,13 @@ def compress(
             outputs).
         methods: what is tried for each layer: ``"auto"``, those of the level that ``docs/comparison`` shows to be ahead, or
             methods and their settings, ``{"svd": {}, "slr": {"criterion": "weight"}}`` or pairs.
-        tuning: settings of the level ``tuned``.
+        tuning: settings of the level ``tuned``; the other levels tune nothing.
         layers: names or patterns; None for all.
         confident: the upper end of the drop's interval must be within ``max_drop`` too.
+        seed: which half of the data searches.
         run_dir: measurements are kept here; the same call goes on where a killed one stopped.
         workers: processes that share the layers' candidates, one thread each.
         cluster: a Ray cluster instead (``ray://HOST:10001`` or ``auto``; extra ``ray``); it must see a model's file under its path.
-
         integer_products: of an ONNX file, measured with them: see :func:`slrprop.apply`.
 
     Raises:
@@ -161,4 +161,6 @@ def choices_of(methods: Any, level: str) -> tuple[Choice, ...]:
     pairs = list(methods.items()) if isinstance(methods, Mapping) else methods
     if isinstance(pairs, str) or not isinstance(pairs, Sequence) or not pairs or not all(isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[1], Mapping) for pair in pairs):  # fmt: skip
         raise SlrpropError(f"methods must be 'auto' or map names to settings, like {{'svd': {{}}}}, got {methods!r}")
+    for name, settings in pairs:
+        settings_of(find_method(name), **settings)
     return tuple((name, dict(settings)) for name, settings in pairs)

@@ -22,7 +22,7 @@ from slrprop.data import Batch, Data
 from slrprop.errors import SlrpropError
 from slrprop.export import export_onnx
 from slrprop.latency import latencies
-from slrprop.losses import check_labels, loss_point, rows_of
+from slrprop.losses import check_labels, goal_of, loss_point, rows_of
 from slrprop.network import OnnxNetwork, open_network
 from slrprop.plan import Plan
 from slrprop.storage import to_bytes
@@ -82,6 +82,8 @@ class Judge:
             raise SlrpropError("metric 'accuracy' needs labels, and the data has none; use metric='agreement'")
 
     def _usual(self) -> str:
+        if self.own is not None and self.original.shape[1] < 2:
+            return "squared_error"  # what the search itself compares outputs by
         if self.targets is not None:
             return "squared_error" if self.targets.is_floating_point() else "accuracy"
         return "agreement" if self.original.shape[1] > 1 else "squared_error"
@@ -89,13 +91,7 @@ class Judge:
     def qualities(self, outputs: Tensor) -> Tensor:
         """The metric of every sample (p,): 100 or 0 for right or wrong answers, else the squared error."""
         if self.metric == "squared_error":
-            goal = self.original if self.targets is None else self.targets.to(outputs)
-            if goal.numel() != outputs.numel():
-                raise SlrpropError(
-                    f"targets of shape {tuple(goal.shape)} can't be compared with outputs of shape {tuple(outputs.shape)}; "
-                    "give class labels as integers, or one real target per output"
-                )
-            goal = goal.reshape(outputs.shape)
+            goal = self.original if self.targets is None else goal_of(self.targets, outputs)
             return (outputs - goal).square().sum(1).double()
         right = (
             check_labels(self.targets, outputs)
@@ -160,7 +156,7 @@ class Log:
                 ) from error
             for line in lines:
                 with contextlib.suppress(msgspec.MsgspecError):  # a line cut off by a kill
-                    self.known |= msgspec.json.decode(line, type=dict[str, dict[str, float]])
+                    self.known |= msgspec.json.decode(line, type=dict[str, dict[str, int | float]])
 
     def get(self, key: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """The measurement of that key, made now if it is not known."""

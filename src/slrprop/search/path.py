@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slrprop.api import finished, plan_problem, planned_layer
 from slrprop.errors import SlrpropError
-from slrprop.factors import Factors, Quantized
+from slrprop.factors import Quantized, stored_bytes
 from slrprop.methods import METHODS, Method, Problem, Settings, find_method
 from slrprop.methods.base import ranks_for
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
@@ -102,15 +102,15 @@ def candidates_of(
     weight = problem.weight(name).detach()
     m, n = weight.shape
     x = inputs[name].to(torch.promote_types(weight.dtype, torch.float32))
-    fitted = any("inputs" in find_method(method).settings(**settings).needs() for method, settings in methods)
-    root = problem.calibration.regression(name, {}).root if fitted else None
+    to_data = any("inputs" in find_method(method).settings(**settings).needs() for method, settings in methods)
+    root = problem.calibration.regression(name, {}).root if to_data else None
     bias = problem.network.bias(name)
 
     def weighed(y: Tensor) -> float:
         return float((y if root is None else y.double().cpu() @ root).square().sum())
 
     y = x @ weight.to(x)
-    energy = max(weighed(y - y.mean(0) if fitted else y), 1e-30)
+    energy = max(weighed(y - y.mean(0) if to_data else y), 1e-30)
     found = [Candidate(stored_bytes(weight, bias), 0.0)]
     ranks = ranks_for(m, n)
     if ranks and any(method in ("svd", "slr", "slrprop") for method, _ in methods):
@@ -133,7 +133,8 @@ def candidates_of(
                 assert factors is not None
                 own = factors.bias if isinstance(factors, Quantized) else layer.bias
                 moved = (0 if own is None else own.to(x)) - (0 if bias is None or own is None else bias.to(x))
-                error = weighed(y - factors.product(x) - moved) / energy
+                made_of = next(iter(factors.matrices().values()))  # factors have their own dtype and device
+                error = weighed(y - factors.product(x.to(made_of)).to(y) - moved) / energy
                 found.append(Candidate(stored_bytes(factors, own if own is not None else bias), error, layer))
     return found
 
@@ -149,9 +150,9 @@ def fitted(problem: Problem, plan: Plan, sequential: bool) -> Plan:
     fixed: dict[str, LayerPlan] = {}
     for layer in plan.layers:
         method = METHODS[layer.method]
-        if isinstance(method, CalibratedMethod) and method.fit is not None:
+        if isinstance(method, CalibratedMethod):
             settings = method.settings(**layer.settings | {"sequential": sequential})
-            chosen[layer.name] = (method, settings)
+            chosen[layer.name] = (method.anew(layer), settings)
         else:
             fixed[layer.name] = layer
     if not chosen:
@@ -167,12 +168,6 @@ def fitted(problem: Problem, plan: Plan, sequential: bool) -> Plan:
         assert now is not None
         layers[decision.name] = planned_layer(problem, decision, used, now)
     return finished(problem.network, layers, plan.left_dense)
-
-
-def stored_bytes(weight: Tensor | Factors, bias: Tensor | None) -> int:
-    """Bytes of a weight or its factors, and of the bias where the factors do not hold it."""
-    size = weight.bytes if isinstance(weight, Factors) else weight.nbytes
-    return size + (0 if bias is None or (isinstance(weight, Quantized) and weight.bias is not None) else bias.nbytes)
 
 
 def hull(candidates: list[Candidate]) -> list[Candidate]:

@@ -106,7 +106,12 @@ class Search:
             at = self._within_file(at, limit) if self.shares.calibrated else at
             last = len(self.points) - 1
         if budget.max_latency is not None:
-            slow = self._bisect(-1, last, lambda i: i < 0 or self.timed(i) > float(budget.max_latency or 0), 8)
+            slow = self._bisect(
+                -1,
+                last,
+                lambda i: i < 0 or self.timed(i) > float(budget.max_latency or 0),
+                len(self.points).bit_length(),
+            )
             at = max(at, min(slow + 1, last))
         return at, self.fits(at, budget)
 
@@ -128,7 +133,7 @@ class Search:
             if self.drop(place) <= allowed:
                 at, high = place, self.shares.stored(found[0])
             else:
-                low = middle
+                low, at = middle, at + (place <= at)  # the point that holds may have moved
         return at
 
     def _within_file(self, at: int, limit: int) -> int:

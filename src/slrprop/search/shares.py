@@ -4,7 +4,7 @@ import math
 
 from tqdm.auto import tqdm
 
-from slrprop.api import finished, plan_problem
+from slrprop.api import finished, treated
 from slrprop.errors import SlrpropError
 from slrprop.methods import Problem, find_method
 from slrprop.methods.base import WIDEST
@@ -62,12 +62,7 @@ class Shares:
 
     def explore(self, layers: str | list[str] | None, most: float = math.inf) -> None:
         """Make the candidates of every layer (up to ``most`` bytes each) and measure what their errors do."""
-        probe = plan_problem(self.problem, "svd", layers, rank=1)
-        names = tuple(layer.name for layer in probe.layers)
-        if not names:
-            raise SlrpropError(
-                f"no layer can be made smaller ({'; '.join(f'{k}: {v}' for k, v in probe.left_dense.items())})"
-            )
+        names, left_dense = treated(self.problem.network, "dense", find_method("dense").settings(bits=8), layers)
         if self.calibrated:
             self.problem.calibration.prepare(names)
         inputs = layer_inputs(self.problem, names)
@@ -75,11 +70,14 @@ class Shares:
         shared = self.problem, inputs, self.methods, most, every
         made = each(candidates_of, names, shared, self.workers, self.cluster)
         found = dict(tqdm(made, total=len(names), desc="candidates", unit="layer", disable=None))
-        self.curves = {name: found[name] for name in names}
+        self.left_dense = left_dense | {name: "no form of it is smaller" for name in names if len(found[name]) < 2}
+        self.curves = {name: found[name] for name in names if len(found[name]) > 1}
+        if not self.curves:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.left_dense.items())
+            raise SlrpropError(f"no layer can be made smaller ({reasons})")
         hulls = {name: hull(found) for name, found in self.curves.items()}
-        self.left_dense = probe.left_dense
-        self.sensitivity = sensitivity = dict.fromkeys(names, 1.0)
-        for name in tqdm(names if len(names) > 1 else (), desc="sensitivities", unit="layer", disable=None):
+        self.sensitivity = sensitivity = dict.fromkeys(self.curves, 1.0)
+        for name in tqdm(self.curves if len(self.curves) > 1 else (), desc="sensitivities", unit="layer", disable=None):
             middle = hulls[name][len(hulls[name]) // 2]
             if middle.layer is not None and middle.error > 0:
                 alone = Plan((middle.layer,))
@@ -100,19 +98,19 @@ class Shares:
             self._finals[key] = self._finals[found.to_json()] = found
         return self._finals[key]
 
-    def within(self, limit: int, tries: int, each: bool = False) -> tuple[Plan, Evaluation] | None:
+    def within(self, limit: int, tries: int, every: bool = False) -> tuple[Plan, Evaluation] | None:
         """The best plan found whose layers' stored bytes are at most ``limit``; None where none is that small.
 
         From the choice of least predicted damage, one layer gives bytes to another as long as the measured divergence falls.
 
         Args:
             tries: evaluations at most.
-            each: start from the best of that choice and of those of each method alone, which takes one evaluation more each
+            every: start from the best of that choice and of those of each method alone, which takes one evaluation more each
                 (and ``LIKELY`` more where layers are wide).
         """
         best: tuple[Plan, Evaluation] | None = None
         steps, place, target = {}, {}, limit
-        for group in self._starts(limit) if each else self._groups()[:1]:
+        for group in self._starts(limit) if every else self._groups()[:1]:
             started = self._start(group, limit)
             if started is None:
                 continue
