@@ -4,7 +4,7 @@ import math
 
 from tqdm.auto import tqdm
 
-from slrprop.api import finished, treated
+from slrprop.api import finished
 from slrprop.errors import SlrpropError
 from slrprop.methods import Problem, find_method
 from slrprop.methods.base import WIDEST
@@ -28,6 +28,7 @@ from slrprop.search.path import (
     undominated,
 )
 from slrprop.search.trials import Trials
+from slrprop.selection import treated
 from slrprop.tune import TuneSettings, distilled
 
 LIKELY = 2  # of the methods that are tried alone on wide layers, how many are fitted in order

@@ -1,0 +1,72 @@
+"""Which layers a method treats, and why others stay as they are."""
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+from slrprop.errors import SlrpropError
+from slrprop.methods import Settings
+from slrprop.network.base import Network
+
+
+def treated(
+    network: Network, method: str, settings: Settings, layers: str | list[str] | tuple[str, ...] | None
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The layers asked for that a method may treat, in order of execution; why the others stay as they are."""
+    names, exact = _select(network, layers, settings, method)
+    reasons = {name: _why_dense(network, name, settings, must=name in exact) for name in names}
+    left_dense = {name: reason for name, reason in reasons.items() if reason}
+    return tuple(name for name in network.order if name in names and name not in left_dense), left_dense
+
+
+def _select(network: Network, layers: Any, settings: Settings, method: str) -> tuple[tuple[str, ...], set[str]]:
+    """The layers asked for in order of execution, and those of them that were named, not matched."""
+    eligible = settings.eligible(network)
+    if layers is None:
+        if not eligible:
+            raise SlrpropError(
+                "the model has no dense layer (nn.Linear; in ONNX a Gemm or MatMul with a constant matrix) that is called on this data"
+            )
+        return eligible, set()
+    patterns = [layers] if isinstance(layers, str) else layers
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise SlrpropError(f"layers must be a name, a pattern or a list of them, got {layers!r}")
+    names: list[str] = []
+    for pattern in patterns:
+        matches = (
+            [pattern] if pattern in network.names else [name for name in network.names if fnmatchcase(name, pattern)]
+        )
+        if not matches:
+            network.require(pattern)
+        names += matches
+    exact = {pattern for pattern in patterns if pattern in network.names}
+    for name in exact:
+        network.require(name)
+        if name not in eligible:
+            raise SlrpropError(
+                f"method '{method}' can't treat layer '{name}'; on this model it treats {', '.join(eligible)}"
+            )
+    selected = tuple(name for name in eligible if name in names)
+    if not selected:
+        raise SlrpropError(
+            f"none of the layers asked for ({', '.join(patterns) or 'none'}) can be treated by method '{method}'; it treats {', '.join(eligible)}"
+        )
+    return selected, exact
+
+
+def _why_dense(network: Network, name: str, settings: Settings, must: bool) -> str:
+    """Why a layer must stay as it is; empty if it need not. ``must``: the user named it, so some reasons are errors."""
+    m, n = network.shape(name)
+    if network.tied[name]:
+        reason = f"its weight is also {', '.join(network.tied[name])}"
+        if must:
+            raise SlrpropError(f"layer '{name}' can't be factored: {reason}; untie them first, or leave it out")
+        return reason
+    if reason := settings.refusal(m, n):
+        if must:
+            raise SlrpropError(f"layer '{name}' ({m} x {n}) can't be treated: {reason}; choose other settings")
+        return reason
+    numbers, own = settings.stored_numbers(m, n), 8 * network.weight(name).itemsize
+    if numbers is None or numbers * min(settings.bits, own) < m * n * own:
+        return ""
+    size = ", ".join(f"{key} {getattr(settings, key)}" for key in ("rank", "density") if hasattr(settings, key))
+    return f"{size or 'it'} would store {numbers:,} numbers instead of {m * n:,}"
