@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import slrprop
-from slrprop import compress
+from slrprop import SlrpropError, compress
 from slrprop.data import Data
 from slrprop.network import open_network
 from slrprop.regression import Calibration
@@ -66,6 +66,19 @@ def test_a_layer_of_one_output_is_rounded():
     model = nn.Sequential(nn.Linear(600, 1))
     found = compress(model, torch.randn(64, 600), max_bytes="50%")
     assert found.met and [layer.method for layer in found.plan.layers] == ["dense"]
+
+
+def test_a_layer_that_no_method_has_a_form_of_is_named():
+    torch.manual_seed(0)
+    tied = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 40))
+    tied[2].weight = tied[0].weight
+    for model, told in (
+        (nn.Sequential(nn.Linear(600, 1)), "0: no form of it is smaller"),
+        (tied, "0: its weight is also 2"),
+    ):
+        width = model[0].in_features
+        with pytest.raises(SlrpropError, match=f"no layer can be made smaller .{told}"):
+            compress(model, torch.randn(64, width), max_bytes="50%", methods={"svd": {}})
 
 
 def test_outputs_over_time_are_tuned_without_a_chain():

@@ -391,6 +391,7 @@ def test_methods_skip_what_they_can_not_treat(trained, fresh):
     found = compress(trained, fresh, max_bytes="60%", methods={"slrprop": {}})
     assert {layer.method for layer in found.plan.layers} == {"slrprop"}
     assert len(found.curves["4"]) == 1  # the classifier's own layer
+    assert found.left_dense == {"4": "no form of it is smaller"}
 
 
 def test_a_damaged_run_folder_is_read_as_far_as_it_goes(trained, fresh, tmp_path):

@@ -72,8 +72,8 @@ class Shares:
         made = each(candidates_of, names, shared, self.workers, self.cluster)
         found = dict(tqdm(made, total=len(names), desc="candidates", unit="layer", disable=None))
         self.left_dense = left_dense | {name: "no form of it is smaller" for name in names if len(found[name]) < 2}
-        self.curves = {name: found[name] for name in names if len(found[name]) > 1}
-        if not self.curves:
+        self.curves = {name: found[name] for name in names}
+        if math.isinf(most) and all(len(curve) < 2 for curve in self.curves.values()):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.left_dense.items())
             raise SlrpropError(f"no layer can be made smaller ({reasons})")
         hulls = {name: hull(found) for name, found in self.curves.items()}
