@@ -260,13 +260,8 @@ class SparseLinear(FactoredLinear):
     def factors(self) -> Sparse | LowRankPlusSparse:
         return self._sparse()
 
-    def _multiplied_out(self) -> Tensor:
-        """The sparse weight (m x n)."""
-        flat = self.entries.new_zeros(self.in_features * self.out_features)
-        return flat.index_put((self.places,), self.entries).reshape(self.in_features, self.out_features)
-
     def forward(self, x: Tensor) -> Tensor:
-        return self._with_bias(x @ self._multiplied_out())
+        return self._with_bias(x @ self._sparse().dense())
 
 
 class LowRankPlusSparseLinear(SparseLinear):
@@ -280,7 +275,7 @@ class LowRankPlusSparseLinear(SparseLinear):
         return LowRankPlusSparse(LowRank(self.left, self.right), self._sparse())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._with_bias(x @ self.left @ self.right + x @ self._multiplied_out())
+        return self._with_bias(x @ self.left @ self.right + x @ self._sparse().dense())
 
 
 @singledispatch

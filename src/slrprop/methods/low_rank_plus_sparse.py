@@ -86,6 +86,8 @@ def _alternated(
         error = squared_error(rest, sparse, hessian, metric)
         if best is None or error < best[0]:
             best = error, (left, right, sparse, support)
+        if not support.any():  # nothing that the next round could start from
+            break
     assert best is not None
     return best[1]
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from slrprop.data import Data
-from slrprop.errors import SlrpropError
 from slrprop.linalg import SVD
 from slrprop.losses import LossName, Point, loss_point, pick_loss, rows_of
 from slrprop.network.base import Flow, Layer, Network
@@ -48,8 +47,6 @@ def cost_scores(
     Args:
         inputs: False leaves the inputs' scores out; SLRProp has others for the layers before the last.
     """
-    if baseline not in ("truncated", "original"):
-        raise SlrpropError(f"no baseline is called '{baseline}'; choose 'truncated' or 'original'")
     sums, held, chain = _Sums(), list[_Seen](), network.chain(name)
     original, samples, most = 0.0, 0, HELD // max(svd.vt.shape[1], svd.left.shape[0])
     for flow in tqdm(network.stream((name,), data), desc=f"cost of {name}", unit="batch", disable=None, leave=False):

@@ -67,7 +67,6 @@ class Evaluation:
 class Point:
     """A plan on the path, and what was measured of it; ``latency`` in seconds, NaN where it was not timed."""
 
-    step: int
     plan: Plan
     predicted_bytes: int
     predicted_damage: float
@@ -219,15 +218,15 @@ def path_of(
     steps = {name: frontier(found) for name, found in candidates.items()}
     place = dict.fromkeys(steps, 0)
 
-    def point(step: int) -> Point:
+    def point() -> Point:
         chosen = {name: steps[name][at][0] for name, at in place.items()}
         layers = tuple(candidate.layer for candidate in chosen.values() if candidate.layer is not None)
         planned = {layer.name for layer in layers}
         near = {first: second for first, second in feeds.items() if first in planned or second in planned}
         damage = sum(sensitivity[name] * candidate.error for name, candidate in chosen.items())
-        return Point(step, Plan(layers, {}, near), rest + sum(c.bytes for c in chosen.values()), damage)
+        return Point(Plan(layers, {}, near), rest + sum(c.bytes for c in chosen.values()), damage)
 
-    points = [point(0)]
+    points = [point()]
     while True:
         moves = [
             (sensitivity[name] * steps[name][at + 1][1], name)
@@ -237,7 +236,7 @@ def path_of(
         if not moves:
             return points
         place[min(moves)[1]] += 1
-        points.append(point(len(points)))
+        points.append(point())
 
 
 def group_of(candidate: Candidate) -> tuple[str, int, str]:

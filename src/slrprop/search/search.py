@@ -156,7 +156,7 @@ class Search:
         size = rest + self.shares.stored(plan)
         place = next((i for i, point in enumerate(self.points) if point.predicted_bytes < size), len(self.points))
         near = self.points[min(place, len(self.points) - 1)]
-        self.points.insert(place, Point(place, plan, size, near.predicted_damage, measured))
+        self.points.insert(place, Point(plan, size, near.predicted_damage, measured))
         return place
 
     def step_back(self, at: int, times: int) -> int:
