@@ -95,12 +95,18 @@ def test_the_verdict_is_computed(results):
     )
     assert "9.13 ± 0.12 ahead of plain SVD" in second and "of the baselines (SVD, 4 bits, tuned)" in second
     assert "Best at each size without training, where that is another" not in told
-    assert told["The product's own choice"] == [
-        "auto, weights: best or within one standard error of the best of its level and below in 0 of 2 cells (best in 0); "
-        "not at 2.0 kB, where it has no plan and SVD, 4 bits has; 4.0 kB: SVD, 4 bits is 0.07 ± 0.03 ahead.",
-        "auto, calibrated: best or within one standard error of the best of its level and below in 1 of 2 cells (best in 0); "
-        "not at 2.0 kB: nested, 4 bits is 1.00 ± 0.00 ahead.",
-    ]
+    theirs = (
+        "0 of 2 cells (best in 0); not at 2.0 kB, where it has no plan and SVD, 4 bits has; 4.0 kB: SVD, 4 bits is 0.07 ± 0.03 ahead",
+        "1 of 2 cells (best in 0); not at 2.0 kB: nested, 4 bits is 1.00 ± 0.00 ahead",
+    )
+    assert (
+        told["The product's own choice"]
+        == [
+            f"auto, {level}: best or within one standard error of the best of its level and below in {cells}. "
+            f"By agreement with the original, which is what it can see, in {cells}."  # these rows agree as often as they are right
+            for level, cells in zip(("weights", "calibrated"), theirs, strict=True)
+        ]
+    )
     assert told["The articles' SLR and SLRProp against plain SVD"] == [
         "At equal bytes, they do not beat it: ahead by more than one standard error in 0 of 1 cells, behind in 0.",
         "SLRProp less SVD: 4.0 kB -0.17 ± 0.93.",
@@ -112,14 +118,17 @@ def test_the_verdict_says_where_a_baseline_wins():
         *made("original", 9000, 99.0, 99.0),
         *made("nested", 500, 97.0, 97.2),
         *made("Wanda", 500, 98.0, 98.0),
-        *made("auto, calibrated", 500, 97.9, 97.9),
+        *(dataclasses.replace(row, agreement=99.0) for row in made("auto, calibrated", 500, 97.9, 97.9)),
         *made("OBS gradual", 500, 98.5, seeds=[0]),
     ]
     told = dict(verdict.verdict(Results(LENET5, rows)))
     assert told["Best at each size"][0].startswith("0.5 kB: **Wanda**")  # one seed is too few to be judged
     assert told["Best at each size"][0].endswith("the best of ours, auto, calibrated, is 0.10 ± 0.00 behind.")
     assert "Best at each size without training, where that is another" not in told
-    assert told["The product's own choice"][0].endswith("not at 0.5 kB: Wanda is 0.10 ± 0.00 ahead.")
+    assert told["The product's own choice"][0].endswith(
+        "in 0 of 1 cells (best in 0); not at 0.5 kB: Wanda is 0.10 ± 0.00 ahead. "
+        "By agreement with the original, which is what it can see, in 1 of 1 cells (best in 1)."
+    )
     assert "The articles' SLR and SLRProp against plain SVD" not in told
 
 

@@ -85,12 +85,12 @@ class TestReducedRank:
         m, n, rank = 150, 120, 4
         target = random_matrix(m, n) * 0.9 ** torch.arange(n)
         c, root = positive(m, 1), torch.linalg.cholesky(positive(n, 2) + torch.eye(n)) if weighted else None
-        dense = principal((target,), c, root, rank)
+        dense = principal(target, c, root, rank)
         monkeypatch.setattr(linalg, "DENSE_BELOW", 10)
         applied = []
         apply = linalg.top_eigenvectors
         monkeypatch.setattr(linalg, "top_eigenvectors", lambda *given: applied.append(given) or apply(*given))
-        iterative = principal((target,), c, root, rank)
+        iterative = principal(target, c, root, rank)
         assert applied and iterative.shape == (n, rank)
         torch.testing.assert_close(iterative @ iterative.T, dense @ dense.T, rtol=1e-6, atol=1e-6)
 

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 import itertools
 
 import numpy as np
@@ -16,11 +15,12 @@ from slrprop import SlrpropError
 from slrprop.data import Data
 from slrprop.factors import members
 from slrprop.linalg import truncated_svd
-from slrprop.methods import nested as nested_module
+from slrprop.methods import refit as refit_module
 from slrprop.methods.low_rank import LowRankSettings
 from slrprop.methods.low_rank import fit as fit_low_rank
-from slrprop.methods.nested import SHAPES, Level, NestedSettings, Refit
+from slrprop.methods.nested import SHAPES, Level, NestedSettings
 from slrprop.methods.nested import fit as fit_nested
+from slrprop.methods.refit import Refit, WideRefit, refit_of
 from slrprop.methods.slr_refit import SLRRefitSettings, refitted
 from slrprop.network import OnnxNetwork, TorchNetwork
 from slrprop.plan import Plan
@@ -445,18 +445,18 @@ def task(trained, calibration):
     return calibration_of(trained, calibration[0]).regression("2", {"0": narrowed_by(trained, "0", 12)})
 
 
-def multiplied(product):
-    """The matrix that is given by its factors."""
-    return functools.reduce(torch.matmul, product)
+def rest_of(refit):
+    """What the blocks leave."""
+    return refit.task.weight - refit.factors().dense()
 
 
 def sweeps_of(refit, count):
     """The weighted error before and after each of some sweeps."""
     errors = []
     for _ in range(count):
-        errors.append(weighted_error(multiplied(refit.rest()), refit.covariance, refit.task.metric))
+        errors.append(weighted_error(rest_of(refit), refit.covariance, refit.task.metric))
         refit.sweep()
-    return [*errors, weighted_error(multiplied(refit.rest()), refit.covariance, refit.task.metric)]
+    return [*errors, weighted_error(rest_of(refit), refit.covariance, refit.task.metric)]
 
 
 class TestNested:
@@ -480,14 +480,13 @@ class TestNested:
     def test_sweeps_never_raise_the_error(self, shape, task):
         settings = NestedSettings(rank=11, shape=shape, sweeps=0)
         start = fit_nested(task, settings)
-        refit = Refit(task, settings.rank)
+        refit = Refit(task)
         for level, left in enumerate(start.left):
             rows, columns = members(start.row_levels, level), members(start.column_levels, level)
             refit.add(rows, columns, left.shape[1])
         errors = sweeps_of(refit, 4)
         assert all(after <= before * (1 + 1e-9) for before, after in itertools.pairwise(errors))
         assert errors[-1] < errors[0]
-        torch.testing.assert_close(task.weight - multiplied(refit.rest()), refit.factors().dense())
 
     @pytest.mark.parametrize("shape", ["half", "four"])
     def test_the_principal_part_of_a_wide_layer_is_fitted_like_a_matrix(self, shape, task, monkeypatch):
@@ -495,9 +494,8 @@ class TestNested:
         weight = fit_low_rank(task, LowRankSettings(rank=7)).dense()
         narrow, settings = dataclasses.replace(task, weight=weight), NestedSettings(rank=2, shape=shape, sweeps=2)
         whole = fit_nested(narrow, settings)
-        monkeypatch.setattr(nested_module, "WIDEST", 8)
-        refit = Refit(narrow, settings.rank)
-        assert [tuple(factor.shape) for factor in refit.target] == [(len(weight), 8), (8, weight.shape[1])]
+        monkeypatch.setattr(refit_module, "WIDEST", 8)
+        assert isinstance(refit_of(narrow, settings.rank), WideRefit)
         thin = fit_nested(narrow, settings)
         assert torch.equal(thin.row_levels, whole.row_levels) and torch.equal(thin.column_levels, whole.column_levels)
         torch.testing.assert_close(thin.dense(), whole.dense())
@@ -515,11 +513,11 @@ class TestNested:
 
     def test_a_block_is_the_best_of_its_rank(self, task):
         """By random search around it: no other factors on these neurons come nearer."""
-        refit = Refit(task, 3)
+        refit = Refit(task)
         rows, columns = torch.arange(0, 96, 2), torch.arange(0, 80, 3)
         refit.add(rows, columns, 3)
-        best = weighted_error(multiplied(refit.rest()), refit.covariance, task.metric)
-        _, best_left, best_right = refit.blocks[0]
+        best = weighted_error(rest_of(refit), refit.covariance, task.metric)
+        best_left, best_right = refit.blocks[0].left, refit.blocks[0].right
         for seed in range(20):
             left = best_left + 1e-3 * random_matrix(*best_left.shape, seed)
             right = best_right + 1e-3 * random_matrix(*best_right.shape, seed + 50)

@@ -147,21 +147,15 @@ def top_eigenvectors(
     return (basis @ vectors[:, OVERSAMPLING:]).flip(1)
 
 
-Product = tuple[Tensor, ...]  # a matrix as the product of these
-
-
-def principal(
-    target: Product, covariance: Tensor, root: Tensor | None, rank: int, near: Tensor | None = None
-) -> Tensor:
+def principal(target: Tensor, covariance: Tensor, root: Tensor | None, rank: int, near: Tensor | None = None) -> Tensor:
     """The top principal directions (n x k) of the weighed output ``C^.5 T L``, see :func:`reduced_rank`.
 
     ``near``: directions (n x k) to start from, see :func:`top_eigenvectors`.
     """
-    *before, last = target
-    inner, n = last.shape
-    factors = target if root is None else (*target, root)
-    if root is not None and (n <= DENSE_BELOW or inner < 4 * SUBSPACE_ITERATIONS * rank):  # else the product costs more
-        factors = (*before, last @ root)
+    m, n = target.shape
+    factors = (target,) if root is None else (target, root)
+    if root is not None and (n <= DENSE_BELOW or m < 4 * SUBSPACE_ITERATIONS * rank):  # else the product costs more
+        factors = (target @ root,)
 
     def apply(v: Tensor) -> Tensor:
         for factor in reversed(factors):
@@ -171,17 +165,15 @@ def principal(
             v = factor.T @ v
         return v
 
-    return top_eigenvectors(apply, n, rank, last.dtype, near)
+    return top_eigenvectors(apply, n, rank, target.dtype, near)
 
 
-def projected(target: Product, root: Tensor | None, vectors: Tensor) -> tuple[Tensor, Tensor]:
+def projected(target: Tensor, root: Tensor | None, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """T projected onto directions (n x k) of its weighed output, as factors (m x k) and (k x n)."""
-    left = vectors if root is None else root @ vectors
-    for factor in reversed(target):
-        left = factor @ left
     if root is None:
-        return left, vectors.T
-    return left, torch.linalg.solve_triangular(root, vectors.T, upper=False, left=False)
+        return target @ vectors, vectors.T
+    right = torch.linalg.solve_triangular(root, vectors.T, upper=False, left=False)
+    return target @ (root @ vectors), right
 
 
 def reduced_rank(target: Tensor, covariance: Tensor, root: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
@@ -196,7 +188,7 @@ def reduced_rank(target: Tensor, covariance: Tensor, root: Tensor | None, rank: 
         root: lower Cholesky factor L (n x n) of the outputs' metric; None for the identity.
         rank: k, at most min(m, n).
     """
-    return projected((target,), root, principal((target,), covariance, root, rank))
+    return projected(target, root, principal(target, covariance, root, rank))
 
 
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,14 @@ class Compressed(NamedTuple):
     bias: Tensor
 
 
+class Components(NamedTuple):
+    """The product of rank k nearest to a weight in both metrics, its components by falling share of the weighed output."""
+
+    left: Tensor  # (m, k)
+    right: Tensor  # (k, n)
+    vectors: Tensor  # (n, k), orthonormal: principal directions of the weighed output
+
+
 @dataclass(frozen=True, eq=False)
 class Regression:
     """Find factors F of a layer so that ``x @ F + bias`` is near the original pre-activation z; all float64.
@@ -98,20 +106,40 @@ class Regression:
         return torch.cholesky_inverse(torch.linalg.cholesky(self.damped(SELECTION_DAMPING))).diagonal().clone()
 
     @cached_property
-    def _components(self) -> dict[str, Tensor]:
+    def _components(self) -> dict[bool, Components]:
         return {}
 
-    def low_rank(self, rank: int, weighted: bool = True) -> tuple[Tensor, Tensor]:
-        """The rank-k factors (m x k), (k x n) of least error in both metrics, balanced; parts of larger ones where known."""
+    @cached_property
+    def _covered(self) -> dict[bool, Tensor]:
+        return {}
+
+    def components(self, rank: int, weighted: bool = True) -> Components:
+        """The best product of rank k; parts of a larger one where that is known."""
         root, known = self.root if weighted else None, self._components
-        key = "vectors" if weighted else "plain"
-        if key not in known or known[key].shape[1] < rank:
-            known[key] = principal((self.weight,), self.covariance, root, rank)
-        return balanced(*projected((self.weight,), root, known[key][:, :rank]))
+        if weighted not in known or known[weighted].left.shape[1] < rank:
+            vectors = principal(self.weight, self.covariance, root, rank)
+            known[weighted] = Components(*projected(self.weight, root, vectors), vectors)
+            self._covered.pop(weighted, None)
+        left, right, vectors = known[weighted]
+        return Components(left[:, :rank], right[:rank], vectors[:, :rank])
+
+    def covered(self, rank: int, weighted: bool = True) -> Tensor:
+        """The covariance times the left factor (m x k) of the components."""
+        left, known = self.components(rank, weighted).left, self._covered
+        if weighted not in known or known[weighted].shape[1] < rank:
+            known[weighted] = self.covariance @ left
+        return known[weighted][:, :rank]
+
+    def low_rank(self, rank: int, weighted: bool = True) -> tuple[Tensor, Tensor]:
+        """The rank-k factors (m x k), (k x n) of least error in both metrics, balanced."""
+        left, right, _ = self.components(rank, weighted)
+        return balanced(left, right)
 
     def damped(self, share: float) -> Tensor:
         """The covariance plus ``share`` of its mean variance on the diagonal: invertible where inputs are dead or few."""
-        return self.covariance + share * level(self.covariance) * torch.eye(len(self.covariance), dtype=torch.float64)
+        covariance = self.covariance.clone()
+        covariance.diagonal().add_(share * level(self.covariance))
+        return covariance
 
 
 class Calibration:

@@ -23,7 +23,7 @@ NONE = "-"
 
 @dataclass(frozen=True)
 class Lead:
-    """Points of accuracy by which one contender is ahead of another: mean of the per-seed differences, its error."""
+    """Points of accuracy or agreement by which one contender is ahead of another: mean of the per-seed differences, its error."""
 
     points: float
     error: float
@@ -91,10 +91,14 @@ class Results:
         known = [name for name in names if name in judged]
         return min(known, key=lambda name: self.lost(name, size)) if known else None
 
-    def lead(self, first: str, second: str, size: int) -> Lead | None:
-        """By how much the first is ahead, over the seeds that both have; None where there are none."""
+    def lead(self, first: str, second: str, size: int, what: str = "accuracy") -> Lead | None:
+        """By how much the first is ahead, over the seeds that both have; None where there are none.
+
+        Args:
+            what: ``accuracy``, or ``agreement`` with the original.
+        """
         one, other = self.cell(first, size), self.cell(second, size)
-        apart = [one[seed].accuracy - other[seed].accuracy for seed in one if seed in other]
+        apart = [getattr(one[seed], what) - getattr(other[seed], what) for seed in one if seed in other]
         if not apart:
             return None
         error = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else 0.0

@@ -87,9 +87,9 @@ def _behind(lead: Lead) -> str:
     return f"{lead} {'behind' if lead.points >= 0 else 'ahead'}"
 
 
-def leader(results: Results, name: str, rivals: list[str], size: int) -> tuple[str, Lead] | None:
+def leader(results: Results, name: str, rivals: list[str], size: int, what: str) -> tuple[str, Lead] | None:
     """The rival furthest ahead of a contender; a clearly leading one with fewer seeds, if none with all of them is."""
-    leads = [(rival, lead) for rival in rivals if (lead := results.lead(rival, name, size)) is not None]
+    leads = [(rival, lead) for rival in rivals if (lead := results.lead(rival, name, size, what)) is not None]
     seeds = len(results.cell(name, size))
     full = [found for found in leads if found[1].seeds == seeds]
     few = [found for found in leads if found[1].seeds < seeds]
@@ -99,6 +99,15 @@ def leader(results: Results, name: str, rivals: list[str], size: int) -> tuple[s
 
 def auto(results: Results, level: str) -> str:
     """In how many cells the product's choice is best, or near the best, of its level and below; where it is not."""
+    by_accuracy, by_agreement = (standing(results, level, what) for what in ("accuracy", "agreement"))
+    return (
+        f"auto, {level}: best or within one standard error of the best of its level and below in {by_accuracy}. "
+        f"By agreement with the original, which is what it can see, in {by_agreement}."
+    )
+
+
+def standing(results: Results, level: str, what: str) -> str:
+    """How the product's choice stands by accuracy or agreement."""
     name = f"auto, {level}"
     below = LEVELS[: LEVELS.index(level) + 1]
     best, near, lost = 0, 0, []
@@ -109,7 +118,7 @@ def auto(results: Results, level: str) -> str:
             first = results.best(size, rivals)
             lost.append(f"{amount(size)}, where it has no plan and {first} has")
             continue
-        found = leader(results, name, rivals, size)
+        found = leader(results, name, rivals, size, what)
         if found is None or found[1].points <= 0:
             best += 1
         elif not found[1].clear:
@@ -117,8 +126,8 @@ def auto(results: Results, level: str) -> str:
         else:
             few = f", over {found[1].seeds} seeds" if 1 < found[1].seeds < len(results.cell(name, size)) else ""
             lost.append(f"{amount(size)}: {found[0]} is {found[1]} ahead{few}")
-    text = f"{name}: best or within one standard error of the best of its level and below in {best + near} of {len(cells)} cells (best in {best})"
-    return text + (f"; not at {'; '.join(lost)}." if lost else ".")
+    text = f"{best + near} of {len(cells)} cells (best in {best})"
+    return f"{text}; not at {'; '.join(lost)}" if lost else text
 
 
 def articles(results: Results) -> list[str]:

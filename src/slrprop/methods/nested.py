@@ -8,14 +8,12 @@ from torch import Tensor
 
 from slrprop.checks import require_choice, require_count
 from slrprop.factors import SparseLowRank
-from slrprop.linalg import Product, balanced, principal, projected
 from slrprop.methods.base import WIDEST, RankSettings, grid
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
+from slrprop.methods.refit import refit_of, thin
 from slrprop.regression import Regression
 
 WIDE = 512
-COMPONENTS = 4  # times the rank: what is fitted of a wide layer
-BLOCK_DAMPING = 1e-6  # of the covariance, times its mean variance: a block's own part of it is inverted
 
 
 class Level(NamedTuple):
@@ -87,121 +85,19 @@ class NestedSettings(RankSettings, CalibratedSettings):
         return [{"rank": rank} for rank in ranks if cls(rank=rank).stored_numbers(m, n) <= most]
 
 
-def thin(rank: int, m: int, n: int) -> bool:
-    """Whether blocks of a rank in all are fitted to the principal part of a very wide weight, ``COMPONENTS`` times that rank of it."""
-    return max(m, n) > WIDEST and 2 * COMPONENTS * rank < min(m, n)
-
-
-class Frame:
-    """Where a block stands, and how what is to be fitted is projected onto it in the metric of inputs and outputs.
-
-    ``rows`` and ``columns`` are ascending.
-    """
-
-    def __init__(self, task: Regression, covariance: Tensor, rows: Tensor, columns: Tensor) -> None:
-        self.rows, self.columns = rows, columns
-        self.root, self.weigh = task.root, None
-        self.narrow, self.low = len(columns) < len(task.target_mean), len(rows) < len(covariance)
-        if self.narrow and task.metric is not None:
-            self.weigh = task.metric[:, columns]
-            self.root = torch.linalg.cholesky(self.weigh[columns])
-        self.across = covariance[rows] if self.low else covariance
-        self.covariance = self.across[:, rows] if self.low else covariance
-        self.factor = torch.linalg.cholesky(self.covariance) if self.low else None
-        self.directions: Tensor | None = None  # of the weighed output, of the last fit
-
-    def fitted(self, rest: Product, rank: int) -> tuple[Tensor, Tensor]:
-        """The best factors for a rest (m x n): its projection onto the block, then reduced rank."""
-        *before, last = rest
-        if self.narrow:
-            last = last[:, self.columns] if self.weigh is None else self._solved(last @ self.weigh)
-        first, *after = (*before, last)
-        if self.factor is not None:
-            first = torch.cholesky_solve(self.across @ first, self.factor)
-        target = (first, *after)
-        self.directions = principal(target, self.covariance, self.root, rank, self.directions)
-        return projected(target, self.root, self.directions)
-
-    def _solved(self, weighed: Tensor) -> Tensor:
-        """Times the inverse of the metric among the block's columns."""
-        assert self.root is not None
-        return torch.cholesky_solve(weighed.T, self.root).T
-
-
-class Refit:
-    """Blocks fitted one after the other to what the others leave.
-
-    Of a wide weight only the principal part is fitted, if the blocks' ``rank`` is a small part of it (:func:`thin`): no step
-    multiplies two wide matrices then.
-    """
-
-    def __init__(self, task: Regression, rank: int) -> None:
-        self.task = task
-        self.covariance = task.damped(BLOCK_DAMPING)
-        self.target: Product = (task.weight,)
-        if thin(rank, *task.weight.shape):
-            self.target = task.low_rank(COMPONENTS * rank)
-        self.blocks: list[tuple[Frame, Tensor, Tensor]] = []
-
-    def rest(self, but: int | None = None) -> Product:
-        """What the blocks leave, or all but one of them."""
-        blocks = [block for index, block in enumerate(self.blocks) if index != but]
-        if len(self.target) == 1:
-            rest = self.target[0].clone()
-            for frame, left, right in blocks:
-                rest[frame.rows[:, None], frame.columns] -= left @ right
-            return (rest,)
-        (left, right), (m, n) = self.target, self.task.weight.shape
-        lefts = [left, *(-left.new_zeros(m, a.shape[1]).index_copy(0, frame.rows, a) for frame, a, _ in blocks)]
-        rights = [right, *(right.new_zeros(len(b), n).index_copy(1, frame.columns, b) for frame, _, b in blocks)]
-        return torch.cat(lefts, 1), torch.cat(rights)
-
-    def add(self, rows: Tensor, columns: Tensor, rank: int) -> None:
-        """One more block."""
-        frame = Frame(self.task, self.covariance, rows, columns)
-        whole = not self.blocks and not frame.narrow and not frame.low
-        self.blocks.append((frame, *(self.task.low_rank(rank) if whole else frame.fitted(self.rest(), rank))))
-
-    def sweep(self) -> None:
-        """Fit every block anew, the others fixed."""
-        for index, (frame, left, _) in enumerate(self.blocks):
-            self.blocks[index] = (frame, *frame.fitted(self.rest(index), left.shape[1]))
-
-    def factors(self) -> SparseLowRank:
-        """The blocks as one form."""
-        m, n = self.task.weight.shape
-        row_levels, column_levels = torch.zeros(m, dtype=torch.uint8), torch.zeros(n, dtype=torch.uint8)
-        for frame, _, _ in self.blocks:
-            row_levels[frame.rows] += 1
-            column_levels[frame.columns] += 1
-        pairs = [balanced(left, right) for _, left, right in self.blocks]
-        return SparseLowRank(tuple(a for a, _ in pairs), tuple(b for _, b in pairs), row_levels, column_levels)
-
-
 def largest(scores: Tensor, among: Tensor, count: int) -> Tensor:
     """The ``count`` neurons of highest score among some, ascending; ties fall to the lower index."""
     return among[scores[among].argsort(descending=True, stable=True)[:count]].sort().values
 
 
-def energies(product: Product, metric: Tensor) -> Tensor:
-    """``t^T M t`` of every column t of a matrix."""
-    *before, last = product
-    for factor in before:
-        metric = factor.T @ metric @ factor
-    return (last * (metric @ last)).sum(0)
-
-
 def fit(task: Regression, settings: NestedSettings) -> SparseLowRank:
     """Levels from the widest to the narrowest; sets by the residual; then sweeps."""
     m, n = task.weight.shape
-    refit = Refit(task, settings.rank)
+    refit = refit_of(task, settings.rank)
     rows, columns = torch.arange(m), torch.arange(n)
-    weighing = torch.eye(n, dtype=torch.float64) if task.metric is None else task.metric
     for index, (row_count, column_count, rank) in enumerate(settings.sizes(m, n)):
         if index:
-            rest = refit.rest()
-            row_scores = energies(tuple(factor.T for factor in reversed(rest)), weighing) / task.freedom
-            column_scores = energies(rest, task.covariance) * weighing.diagonal()
+            row_scores, column_scores = refit.scores()
             rows, columns = largest(row_scores, rows, row_count), largest(column_scores, columns, column_count)
         refit.add(rows, columns, rank)
     for _ in range(settings.sweeps if len(refit.blocks) > 1 else 0):

@@ -11,7 +11,7 @@ from slrprop.checks import require_choice, require_count
 from slrprop.factors import Quantized, SparseLowRank
 from slrprop.methods.base import Decision, Problem
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, Fit, in_order
-from slrprop.methods.nested import Refit
+from slrprop.methods.refit import refit_of
 from slrprop.methods.slr import SLRSettings, kept, scores_of
 from slrprop.plan import LayerPlan
 from slrprop.regression import Regression
@@ -48,7 +48,7 @@ class SLRRefitSettings(SLRSettings, CalibratedSettings):
 def refitted(task: Regression, settings: SLRRefitSettings, rows: Tensor, columns: Tensor) -> SparseLowRank:
     """Factors of SLR's pattern; masks (m,) and (n,) say who keeps the full rank."""
     m, n = task.weight.shape
-    refit, short = Refit(task, settings.rank), settings.reduced_rank
+    refit, short = refit_of(task, settings.rank), settings.reduced_rank
     sets = [(torch.arange(m), torch.arange(n), short)] if short else []
     kept_rows, kept_columns = (mask.nonzero()[:, 0] for mask in (rows, columns))
     rest = min(settings.rank - short, len(kept_rows), len(kept_columns))
