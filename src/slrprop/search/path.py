@@ -103,10 +103,11 @@ def candidates_of(
     x = inputs[name].to(torch.promote_types(weight.dtype, torch.float32))
     to_data = any("inputs" in find_method(method).settings(**settings).needs() for method, settings in methods)
     root = problem.calibration.regression(name, {}).root if to_data else None
+    root = None if root is None else root.to(x)
     bias = problem.network.bias(name)
 
     def weighed(y: Tensor) -> float:
-        return float((y if root is None else y.double().cpu() @ root).square().sum())
+        return float((y if root is None else y @ root).square().sum(dtype=torch.float64))
 
     y = x @ weight.to(x)
     energy = max(weighed(y - y.mean(0) if to_data else y), 1e-30)
