@@ -243,7 +243,7 @@ class Calibration:
         entry = self._entry(name, compressed)
         if entry is not None:
             for x, z in zip(self._inputs[entry] or (), self._outputs_along(entry, name), strict=True):
-                yield self._along(entry, x, name, compressed)[0], z
+                yield self._along(entry, x, name, compressed), z
             return
         if not compressed:
             for flow in self.network.stream((name,), self.data, whole=False):
@@ -255,7 +255,7 @@ class Calibration:
         """The original pre-activations of a layer of a chain; kept where they fit."""
         if name not in self._outputs:
             inputs = self._inputs[entry] or []
-            made = (self._along(entry, x, name, {})[1] for x in inputs)
+            made = (self._passed(self._along(entry, x, name, {}), name) for x in inputs)
             kept = sum(z.nbytes for parts in self._outputs.values() for z in parts)
             if kept + 4 * sum(map(len, inputs)) * self.network.shape(name)[1] > KEPT_BYTES:
                 return made
@@ -327,23 +327,22 @@ class Calibration:
                 kept.append(x.cpu().clone())
         return kept
 
-    def _along(self, first: str, x: Tensor, name: str, compressed: Mapping[str, Compressed]) -> tuple[Tensor, Tensor]:
-        """A layer's input and pre-activation, from the inputs of the first layer of its chain."""
+    def _along(self, first: str, x: Tensor, name: str, compressed: Mapping[str, Compressed]) -> Tensor:
+        """A layer's input, from the inputs of the first layer of its chain."""
         chain = self.network.chain(first)
         assert chain is not None
-        for layer, activation in zip(
-            (first, *(step.name for step in chain.steps)),
-            ("identity", *(step.activation for step in chain.steps)),
-            strict=True,
-        ):
-            assert layer is not None
-            x = ACTIVATIONS[activation](x)
-            weight, bias = compressed.get(layer) or self._original(layer)
-            z = torch.addmm(bias.to(x), x, weight.to(x))
+        layer = first
+        for step in chain.steps:
             if layer == name:
-                return x, z
-            x = z
-        raise AssertionError
+                break
+            x = ACTIVATIONS[step.activation](self._passed(x, layer, compressed.get(layer)))
+            layer = step.name or ""
+        return x
+
+    def _passed(self, x: Tensor, name: str, compressed: Compressed | None = None) -> Tensor:
+        """A layer's pre-activation."""
+        weight, bias = compressed or self._original(name)
+        return torch.addmm(bias.to(x), x, weight.to(x))
 
     def _metric(self, name: str) -> tuple[Tensor, Tensor] | None:
         """The damped Gauss-Newton metric (n x n) of a layer's outputs and its lower Cholesky factor.
