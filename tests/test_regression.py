@@ -44,7 +44,7 @@ def narrowed_by(model, name, rank):
 def put(model, compressed):
     """A copy of the model with the compressed layers in it."""
     twin = copy.deepcopy(model)
-    for name, (weight, bias) in compressed.items():
+    for name, (weight, bias, _) in compressed.items():
         linear = twin.get_submodule(name)
         linear.weight.data, linear.bias.data = weight.T.to(linear.weight).contiguous(), bias.to(linear.weight)
     return twin
@@ -177,10 +177,10 @@ class TestMoments:
         network = OnnxNetwork(tmp_path / "model.onnx", data)
         torch_side, onnx_side = calibration_of(trained, x), Calibration(network, data)
         first, second = network.order[:2]
-        weight, bias = narrowed_by(trained, "0", 7)
+        narrow = narrowed_by(trained, "0", 7)
         for mine, theirs in ((torch_side.regression("0", {}), onnx_side.regression(first, {})), (
-            torch_side.regression("2", {"0": Compressed(weight, bias)}),
-            onnx_side.regression(second, {first: Compressed(weight, bias)}),
+            torch_side.regression("2", {"0": narrow}),
+            onnx_side.regression(second, {first: narrow}),
         )):  # fmt: skip
             assert mine.relu == theirs.relu
             for field in ("weight", "bias", "mean", "covariance", "target_mean", "metric"):
@@ -341,7 +341,7 @@ class TestInOrder:
         """The second layer of a plan is the one fitted alone behind the first."""
         made = slrprop.plan(trained, calibration, method="low_rank", layers=["0", "2"], rank=5)
         first = made.layers[0]
-        before = {"0": Compressed(first.factors.dense().double(), first.bias.double())}
+        before = {"0": Compressed(first.factors.dense().double(), first.bias.double(), first.factors)}
         task = calibration_of(trained, calibration[0]).regression("2", before)
         want = fit_low_rank(task, LowRankSettings(rank=5)).dense()
         torch.testing.assert_close(made.layers[1].factors.dense().double(), want, rtol=1e-3, atol=1e-5)
@@ -349,6 +349,19 @@ class TestInOrder:
         single = slrprop.plan(trained, calibration, method="low_rank", layers=["2"], rank=5)
         assert torch.equal(alone.layers[1].factors.dense(), single.layers[0].factors.dense())
         assert not torch.equal(alone.layers[1].factors.dense(), made.layers[1].factors.dense())
+
+    @pytest.mark.parametrize("settings", [{"method": "low_rank", "bits": 4}, {"method": "nested"}, {"method": "wanda"}])
+    def test_factors_lead_where_their_dense_weight_does(self, settings, trained, calibration):
+        """A layer behind factors sees what it sees behind the matrix that they make."""
+        made = slrprop.plan(trained, calibration, layers=["0"], refit_head=False, **settings).layers[0].factors
+        weight, bias = made.dense().double(), torch.ones(96, dtype=torch.float64)
+        behind = [
+            calibration_of(trained, calibration[0]).regression("4", {"0": Compressed(weight, bias, form)})
+            for form in (None, made)
+        ]
+        for what in ("mean", "covariance"):
+            torch.testing.assert_close(*(getattr(task, what) for task in behind), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(*(task.covariance @ task.weight for task in behind), rtol=1e-4, atol=1e-5)
 
 
 class Residual(nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
+from slrprop.factors import Factors
 from slrprop.linalg import balanced, principal, projected
 from slrprop.network.base import Network
 from slrprop.network.chain import ACTIVATIONS
@@ -53,10 +54,11 @@ class Spread(NamedTuple):
 
 
 class Compressed(NamedTuple):
-    """What a layer computes by now: its dense weight (m x n) and bias (n,), float64."""
+    """What a layer computes by now: its dense weight (m x n) and bias (n,), float64, and the factors that the weight is made of."""
 
     weight: Tensor
     bias: Tensor
+    form: Factors | None = None
 
 
 class Components(NamedTuple):
@@ -198,7 +200,7 @@ class Calibration:
 
     def _made(self, name: str, before: dict[str, Compressed], weighted: bool, summed: Moments) -> Regression:
         """The regression out of moments; kept where nothing is compressed before."""
-        weight, bias = self._original(name)
+        weight, bias, _ = self._original(name)
         mean, target_mean = summed.mean, summed.target_mean
         covariance = summed.square / summed.count
         # what rounding left of constant inputs is not below zero
@@ -223,10 +225,10 @@ class Calibration:
             self._first[name, weighted] = found
         return found
 
-    def _original(self, name: str) -> tuple[Tensor, Tensor]:
+    def _original(self, name: str) -> Compressed:
         weight = self.network.weight(name).detach().double().cpu()
         bias = self.network.bias(name)
-        return weight, weight.new_zeros(weight.shape[1]) if bias is None else bias.detach().double().cpu()
+        return Compressed(weight, weight.new_zeros(weight.shape[1]) if bias is None else bias.detach().double().cpu())
 
     def _samples(self, name: str, compressed: Mapping[str, Compressed]) -> tuple[Tensor, Tensor]:
         xs, zs, count = [], [], 0
@@ -341,8 +343,11 @@ class Calibration:
 
     def _passed(self, x: Tensor, name: str, compressed: Compressed | None = None) -> Tensor:
         """A layer's pre-activation."""
-        weight, bias = compressed or self._original(name)
-        return torch.addmm(bias.to(x), x, weight.to(x))
+        weight, bias, form = compressed or self._original(name)
+        if form is None or form.multiplications >= weight.numel():
+            return torch.addmm(bias.to(x), x, weight.to(x))
+        made_of = next(iter(form.matrices().values()))  # factors have a dtype of their own
+        return form.product(x.to(made_of)).to(x) + bias.to(x)
 
     def _metric(self, name: str) -> tuple[Tensor, Tensor] | None:
         """The damped Gauss-Newton metric (n x n) of a layer's outputs and its lower Cholesky factor.

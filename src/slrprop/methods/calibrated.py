@@ -128,7 +128,8 @@ def computed_by(problem: Problem, layer: LayerPlan) -> Compressed:
     own = form.bias if isinstance(form, Quantized) else layer.bias
     bias = problem.network.bias(layer.name) if own is None else own
     weight = form.dense().double().cpu()
-    return Compressed(weight, weight.new_zeros(weight.shape[1]) if bias is None else bias.detach().double().cpu())
+    known = weight.new_zeros(weight.shape[1]) if bias is None else bias.detach().double().cpu()
+    return Compressed(weight, known, form)
 
 
 def head_after(problem: Problem, names: list[str]) -> str | None:
@@ -168,4 +169,4 @@ def fit_layer(
         bias = None if mean is None else (mean - task.mean @ form.dense().double()).to(dtype)
     made = form.bias if isinstance(form, Quantized) else bias
     now = task.bias if made is None else made.double()
-    return Decision(name, form, bias=bias, notes=notes), Compressed(form.dense().double(), now)
+    return Decision(name, form, bias=bias, notes=notes), Compressed(form.dense().double(), now, form)
