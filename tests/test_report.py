@@ -40,7 +40,7 @@ def made(model, data):
     found = compress(model, data, max_drop=4.0, methods={"slr": {"criterion": "weight", "sparsity_rate": 0.3}})
     assert any(layer.kept_rows for layer in found.plan.layers) and found.chosen > 0
     timed = tuple(
-        replace(point, latency=1e-3 / (1 + point.step)) if point.step % 2 else point for point in found.points
+        replace(point, latency=1e-3 / (1 + step)) if step % 2 else point for step, point in enumerate(found.points)
     )
     return replace(found, points=timed, latency=(1e-3, 2.5e-4), left_dense={"tied": "its weight is also 'x'"})
 
