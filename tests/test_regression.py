@@ -502,10 +502,14 @@ class TestNested:
         assert errors[-1] < errors[0]
 
     @pytest.mark.parametrize("shape", ["half", "four"])
-    def test_the_principal_part_of_a_wide_layer_is_fitted_like_a_matrix(self, shape, task, monkeypatch):
+    @pytest.mark.parametrize("unweighted", [{}, {"metric": None, "root": None}])
+    def test_the_principal_part_of_a_wide_layer_is_fitted_like_a_matrix(self, shape, unweighted, task, monkeypatch):
         """A weight of rank 7, of which 8 components are all."""
         weight = fit_low_rank(task, LowRankSettings(rank=7)).dense()
-        narrow, settings = dataclasses.replace(task, weight=weight), NestedSettings(rank=2, shape=shape, sweeps=2)
+        narrow, settings = (
+            dataclasses.replace(task, weight=weight, **unweighted),
+            NestedSettings(rank=2, shape=shape, sweeps=2),
+        )
         whole = fit_nested(narrow, settings)
         monkeypatch.setattr(refit_module, "WIDEST", 8)
         assert isinstance(refit_of(narrow, settings.rank), WideRefit)

@@ -112,8 +112,8 @@ class Regression:
         return {}
 
     @cached_property
-    def _covered(self) -> dict[bool, Tensor]:
-        return {}
+    def _covered(self) -> list[Tensor]:
+        return []
 
     def components(self, rank: int, weighted: bool = True) -> Components:
         """The best product of rank k; parts of a larger one where that is known."""
@@ -121,16 +121,17 @@ class Regression:
         if weighted not in known or known[weighted].left.shape[1] < rank:
             vectors = principal(self.weight, self.covariance, root, rank)
             known[weighted] = Components(*projected(self.weight, root, vectors), vectors)
-            self._covered.pop(weighted, None)
+            if weighted:
+                self._covered.clear()
         left, right, vectors = known[weighted]
         return Components(left[:, :rank], right[:rank], vectors[:, :rank])
 
-    def covered(self, rank: int, weighted: bool = True) -> Tensor:
+    def covered(self, rank: int) -> Tensor:
         """The covariance times the left factor (m x k) of the components."""
-        left, known = self.components(rank, weighted).left, self._covered
-        if weighted not in known or known[weighted].shape[1] < rank:
-            known[weighted] = self.covariance @ left
-        return known[weighted][:, :rank]
+        left, known = self.components(rank).left, self._covered
+        if not known or known[0].shape[1] < rank:
+            known[:] = [self.covariance @ left]
+        return known[0][:, :rank]
 
     def low_rank(self, rank: int, weighted: bool = True) -> tuple[Tensor, Tensor]:
         """The rank-k factors (m x k), (k x n) of least error in both metrics, balanced."""
