@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,13 +35,19 @@ def rounded_values(form: Sparse, weight: Tensor, covariance: Tensor, metric: Ten
         inner = torch.linalg.cholesky(hessian[index[:, None], index])
         values = torch.cholesky_solve((hessian[index] @ wanted)[:, None], inner)[:, 0]
         upper = torch.linalg.cholesky(torch.cholesky_inverse(inner), upper=True)
-        for i in range(len(index)):
-            code = (values[i] / step).round().clamp(low, high)
-            values[i + 1 :] -= upper[i, i + 1 :] * ((values[i] - code * step) / upper[i, i])
-            codes[index[i], j] = code
+        codes[index, j] = torch.from_numpy(_passed_on(values.numpy(), upper.numpy(), step, low, high))
         found[:, j] = codes[:, j] * step
         rest[:, j] = weight[:, j] - found[:, j]
     return codes.reshape(-1)[form.places], scale
+
+
+def _passed_on(values: np.ndarray, upper: np.ndarray, step: float, low: int, high: int) -> np.ndarray:
+    """Codes (s,) of values (s,), rounded one after the other, the errors taken up by those to come; values are overwritten."""
+    codes = np.empty_like(values)
+    for i in range(len(values)):
+        codes[i] = min(max(round(values[i] / step), low), high)
+        values[i + 1 :] -= upper[i, i + 1 :] * ((values[i] - codes[i] * step) / upper[i, i])
+    return codes
 
 
 @compensated.register

@@ -7,10 +7,10 @@ same error the one nearest to W is taken. A covariance of zero (inputs that neve
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.linalg import blas, lapack
 from scipy.sparse import csr_array
 from torch import Tensor
 
@@ -20,7 +20,6 @@ DAMPING = 1e-3
 ITERATIONS = 30  # of conjugate gradients
 KEPT_NUMBERS = 1 << 27  # of Hessians kept factorised
 THIN, SMALL, CHUNK = 0.02, 1 << 20, 4096
-GROUP_NUMBERS = 1 << 22  # of Hessians that are factorised together
 
 
 def damped(matrix: Tensor, damping: float = DAMPING) -> Tensor:
@@ -49,34 +48,6 @@ def largest_per_output(scores: Tensor, count: int) -> Tensor:
     return mask.scatter(0, scores.argsort(dim=0, descending=True, stable=True)[:count], True)
 
 
-def alike(sizes: Tensor) -> list[Tensor]:
-    """Columns with sizes (n,) above 0 in groups of about one size, none of more than ``GROUP_NUMBERS`` squares."""
-    groups: list[list[int]] = []
-    largest_size = 0
-    for column in sizes.argsort(descending=True, stable=True).tolist():
-        size = int(sizes[column])
-        if (
-            size
-            and groups
-            and 5 * size >= 4 * largest_size - 40
-            and (len(groups[-1]) + 1) * largest_size**2 <= GROUP_NUMBERS
-        ):
-            groups[-1].append(column)
-        elif size:
-            groups.append([column])
-            largest_size = size
-    return [torch.tensor(group, device=sizes.device) for group in groups]
-
-
-class _Group(NamedTuple):
-    """Outputs whose supports are of about one size, filled up to the same: g outputs, s inputs each."""
-
-    real: Tensor  # bool (g, s): what is no filling
-    rows: Tensor  # inputs of all that is real, output after output
-    columns: Tensor  # their outputs
-    factor: Tensor  # (g, s, s) lower Cholesky factors of the Hessian on each support; of the identity where filled up
-
-
 class SupportedSquares:
     """Least squares of every output on its own support: the factorised Hessians, to solve and to judge by.
 
@@ -89,35 +60,34 @@ class SupportedSquares:
 
     def __init__(self, hessian: Tensor, support: Tensor) -> None:
         self.hessian, self.support = hessian, support
-        sizes = support.sum(0)
-        self._columns = alike(sizes)
-        self._kept: list[_Group] = []
-        if int(sizes.square().sum()) <= KEPT_NUMBERS:
-            self._kept = [self._factorised(columns) for columns in self._columns]
+        self._matrix = hessian.numpy()
+        indices = [column.nonzero()[:, 0].numpy() for column in support.T]
+        self._places = [(output, index) for output, index in enumerate(indices) if len(index)]
+        self._kept: list[np.ndarray] = []
+        if sum(len(index) ** 2 for _, index in self._places) <= KEPT_NUMBERS:
+            self._kept = [self._factorised(index) for _, index in self._places]
 
-    def _groups(self) -> Iterator[_Group]:
-        """The factorised groups: made anew each time where they would take too much memory."""
-        yield from self._kept or (self._factorised(columns) for columns in self._columns)
-
-    def _factorised(self, columns: Tensor) -> _Group:
-        chosen = self.support[:, columns].T  # (g, m)
-        size = int(chosen.sum(1).max())
-        index = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :size]
-        real = chosen.gather(1, index)
-        inner = self.hessian[index[:, :, None], index[:, None, :]] * (real[:, :, None] & real[:, None, :])
-        factor, failed = torch.linalg.cholesky_ex(inner + (~real).double().diag_embed())
-        if failed.any():
+    def _factorised(self, index: np.ndarray) -> np.ndarray:
+        """The inverse V of the upper Cholesky factor of the Hessian on a support (s, s): its inverse is ``V V^T``."""
+        inner = self._matrix.take(index, 0).take(index, 1)
+        upper, failed = lapack.dpotrf(inner.T, overwrite_a=True)
+        if failed:
             raise SlrpropError("the Hessian of the layer's inputs is not positive definite; use more damping")
-        return _Group(real, index[real], columns[:, None].expand_as(index)[real], factor)
+        return lapack.dtrtri(upper, overwrite_c=True)[0]
+
+    def _outputs(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Every output with weights, its support and factor, which is made anew each time where all would take too much memory."""
+        factors = iter(self._kept)
+        for output, index in self._places:
+            yield output, index, next(factors) if self._kept else self._factorised(index)
 
     def _each(self, right: Tensor) -> Tensor:
         """``H^-1`` times a right side (m, n), of every output on its own support; 0 elsewhere."""
-        found = torch.zeros_like(right)
-        for real, rows, columns, factor in self._groups():
-            filled = right.new_zeros(real.shape)
-            filled[real] = right[rows, columns]
-            found[rows, columns] = torch.cholesky_solve(filled[:, :, None], factor)[:, :, 0][real]
-        return found
+        found, rows = torch.zeros_like(right.T), right.T.contiguous().numpy()
+        for output, index, factor in self._outputs():
+            inner = blas.dtrmv(factor, rows[output, index], trans=1, overwrite_x=True)
+            found.numpy()[output, index] = blas.dtrmv(factor, inner, overwrite_x=True)
+        return found.T.contiguous()
 
     def solve(
         self, weight: Tensor, metric: Tensor | None = None, iterations: int = ITERATIONS, start: Tensor | None = None
@@ -162,9 +132,8 @@ class SupportedSquares:
         H is the Hessian on that output's support (OBS, Hassibi and Stork 1993, Eq 5); 0 off the support.
         """
         costs = torch.zeros_like(weight)
-        for real, rows, columns, factor in self._groups():
-            spread = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)[real]
-            costs[rows, columns] = weight[rows, columns] ** 2 / (2 * spread)
+        for output, index, factor in self._outputs():
+            costs[index, output] = weight[index, output] ** 2 / torch.from_numpy(2 * np.square(factor).sum(1))
         return costs
 
 

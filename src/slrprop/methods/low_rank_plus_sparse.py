@@ -14,7 +14,7 @@ from slrprop.methods import obs
 from slrprop.methods.base import RankSettings, ranks_for
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.regression import Regression
-from slrprop.sparsity import DAMPING, damped, largest, largest_per_output, least_squares, squared_error, whole_share
+from slrprop.sparsity import DAMPING, SupportedSquares, damped, largest, largest_per_output, squared_error, whole_share
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # left (m, k), right (k, n), sparse weight (m, n), its support
 
@@ -132,16 +132,18 @@ def hassle(weight: Tensor, hessian: Tensor, metric: Tensor, rank: int, count: in
     In the manner of HASSLE-free (Makni, Behdin, Xu, Ponomareva, Mazumder 2025), with gradual OBS as the sparse step, and the
     outputs weighed too. After ``rounds`` the places stay, and both parts are refitted in turn ``refits`` times.
     """
-    support = torch.zeros_like(weight, dtype=torch.bool)
+    found, support = torch.zeros_like(weight), torch.zeros_like(weight, dtype=torch.bool)
+    squares: SupportedSquares | None = None
     rounds, refits = (rounds, refits) if rank else (1, 0)
 
     def sparse(rest: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        nonlocal support
+        nonlocal found, support, squares
         if step < rounds:
-            steps = obs.STEPS if step == rounds - 1 else 4
-            found, support = obs.gradual(rest, hessian, count, metric, steps)
-            return found, support
-        return least_squares(hessian, rest, support, metric), support
+            found, support = obs.gradual(rest, hessian, count, metric, obs.STEPS if step == rounds - 1 else 4)
+        else:
+            squares = squares or SupportedSquares(hessian, support)
+            found = squares.solve(rest, metric, obs.ROUGHLY, found)
+        return found, support
 
     return _alternated(weight, hessian, metric, rank, rounds + refits, sparse)
 
