@@ -6,6 +6,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 from onnx import TensorProto
 from sklearn.linear_model import Lasso, MultiTaskLasso
 
@@ -36,6 +39,19 @@ def problem(m=14, n=9, seed=0, samples=60):
     weight = torch.randn(m, n, generator=generator, dtype=torch.float64)
     root = torch.randn(n, n, generator=generator, dtype=torch.float64)
     return weight, x, damped(x.T @ x / samples), damped(root @ root.T)
+
+
+@given(
+    arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=12), elements=st.integers(-3, 3)),
+    st.integers(0, 150),
+    st.sampled_from((torch.float64, torch.float32, torch.bfloat16)),
+)
+def test_the_largest_are_the_first_of_the_sorted(scores, count, dtype):
+    scores = torch.from_numpy(scores).to(dtype)
+    first = scores.reshape(-1).argsort(descending=True, stable=True)[:count]
+    assert largest(scores, count).reshape(-1).nonzero()[:, 0].tolist() == sorted(first.tolist())
+    order = scores.argsort(dim=0, descending=True, stable=True)
+    assert torch.equal(largest_per_output(scores, count), order.argsort(dim=0) < count)
 
 
 def test_damping_makes_singular_covariances_invertible():

@@ -37,15 +37,18 @@ def whole_share(count: int, density: float) -> int:
 
 def largest(scores: Tensor, count: int) -> Tensor:
     """Mask of the ``count`` largest scores; ties fall to the lower index."""
-    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    mask[scores.reshape(-1).argsort(descending=True, stable=True)[:count]] = True
-    return mask.reshape(scores.shape)
+    return largest_per_output(scores.reshape(-1, 1), count).reshape(scores.shape)
 
 
 def largest_per_output(scores: Tensor, count: int) -> Tensor:
-    """Mask of the ``count`` largest scores in each column (output)."""
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    return mask.scatter(0, scores.argsort(dim=0, descending=True, stable=True)[:count], True)
+    """Mask of the ``count`` largest scores in each column (output); ties fall to the lower index. By selection, not by sorting."""
+    m = len(scores)
+    if not 0 < count < m:
+        return torch.full_like(scores, count > 0, dtype=torch.bool)
+    bound = torch.from_numpy(np.partition(scores.detach().double().numpy(), m - count, axis=0)[m - count]).to(scores)
+    above, level = scores > bound, scores == bound
+    missing = count - above.sum(0)
+    return above | (level & (level.cumsum(0) <= missing)) if (level.sum(0) > missing).any() else above | level
 
 
 class SupportedSquares:
