@@ -88,6 +88,17 @@ def test_coupled_least_squares_is_the_optimum_of_the_whole():
     assert errors[0] > errors[1] > errors[2]
 
 
+def test_outputs_are_solved_on_one_thread_and_the_others_come_back():
+    def threads():
+        return [pool["num_threads"] for pool in sparsity.POOLS.info() if pool["user_api"] == "blas"]
+
+    weight, _, hessian, _ = problem()
+    with sparsity.POOLS.limit(limits=2, user_api="blas"):
+        before = threads()
+        inside = [threads() for _ in SupportedSquares(hessian, weight > 0)._outputs()]
+        assert set(before) == {2} and all(set(found) == {1} for found in inside) and threads() == before
+
+
 def test_thin_and_large_supports_are_treated_alike(monkeypatch):
     weight, _, hessian, metric = problem()
     support = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.4

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from scipy.linalg import blas, lapack
 from scipy.sparse import csr_array
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
@@ -20,6 +21,7 @@ DAMPING = 1e-3
 ITERATIONS = 30  # of conjugate gradients
 KEPT_NUMBERS = 1 << 27  # of Hessians kept factorised
 THIN, SMALL, CHUNK = 0.02, 1 << 20, 4096
+POOLS = ThreadpoolController()
 
 
 def damped(matrix: Tensor, damping: float = DAMPING) -> Tensor:
@@ -68,7 +70,7 @@ class SupportedSquares:
         self._places = [(output, index) for output, index in enumerate(indices) if len(index)]
         self._kept: list[np.ndarray] = []
         if sum(len(index) ** 2 for _, index in self._places) <= KEPT_NUMBERS:
-            self._kept = [self._factorised(index) for _, index in self._places]
+            self._kept = [factor for _, _, factor in self._outputs()]
 
     def _factorised(self, index: np.ndarray) -> np.ndarray:
         """The inverse V of the upper Cholesky factor of the Hessian on a support (s, s): its inverse is ``V V^T``."""
@@ -79,10 +81,14 @@ class SupportedSquares:
         return lapack.dtrtri(upper, overwrite_c=True)[0]
 
     def _outputs(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Every output with weights, its support and factor, which is made anew each time where all would take too much memory."""
+        """Every output with weights, its support and factor, which is made anew each time where all would take too much memory.
+
+        On one thread: the matrices are too small to share, and SciPy's threads would wait for each other beside torch's.
+        """
         factors = iter(self._kept)
-        for output, index in self._places:
-            yield output, index, next(factors) if self._kept else self._factorised(index)
+        with POOLS.limit(limits=1, user_api="blas"):
+            for output, index in self._places:
+                yield output, index, next(factors) if self._kept else self._factorised(index)
 
     def _each(self, right: Tensor) -> Tensor:
         """``H^-1`` times a right side (m, n), of every output on its own support; 0 elsewhere."""

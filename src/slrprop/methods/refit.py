@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -158,7 +159,7 @@ class WideRefit(Refit):
         weighed = part.vectors if task.root is None else task.root @ part.vectors
         self.principal = Term(part.left, covered, part.right, weighed)
         self._seen: dict[Frame, Seen] = {}  # the principal part by the blocks' frames
-        self._terms: dict[Block, Term] = {}  # what the blocks take off it
+        self._terms: WeakKeyDictionary[Block, Term] = WeakKeyDictionary()  # what the blocks take off it
 
     def scores(self) -> tuple[Tensor, Tensor]:
         left, covered, right, weighed = zip(*self._sum(), strict=True)
