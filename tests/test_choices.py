@@ -226,6 +226,17 @@ def test_every_level_meets_a_budget_of_bytes(level, trained, fresh):
     assert ("tuned_epochs" in found.plan.layers[0].notes) == (level == "tuned")
 
 
+def test_single_weights_are_tried_where_only_the_size_counts(trained, fresh, monkeypatch):
+    def tried(**budget):
+        curves = compress(trained, fresh, max_bytes="5%", size_only=True, **budget).curves.values()
+        return [{candidate.layer.method for candidate in curve if candidate.layer} for curve in curves]
+
+    assert all({"obs", "nested", "low_rank"} <= methods for methods in tried())
+    assert all({"magnitude", "svd"} <= methods for methods in tried(level="weights"))
+    monkeypatch.setattr("slrprop.search.shares.WIDEST", 0)  # from here on every layer is wide
+    assert not any("obs" in methods for methods in tried())
+
+
 def test_fitting_and_tuning_pay_at_equal_bytes(trained, fresh):
     """On the check part, in divergence; what the search chose for the same budget."""
     _, check = Data(fresh).split(0)

@@ -103,7 +103,8 @@ def test_the_verdict_is_computed(results):
         told["The product's own choice"]
         == [
             f"auto, {level}: best or within one standard error of the best of its level and below in {cells}. "
-            f"By agreement with the original, which is what it can see, in {cells}."  # these rows agree as often as they are right
+            f"Among what is computed faster too, in {cells}. "
+            f"By agreement with the original, which is what it can see, among those in {cells}."  # these rows agree as often as they are right
             for level, cells in zip(("weights", "calibrated"), theirs, strict=True)
         ]
     )
@@ -120,15 +121,20 @@ def test_the_verdict_says_where_a_baseline_wins():
         *made("Wanda", 500, 98.0, 98.0),
         *(dataclasses.replace(row, agreement=99.0) for row in made("auto, calibrated", 500, 97.9, 97.9)),
         *made("OBS gradual", 500, 98.5, seeds=[0]),
+        *made("auto and single weights", 500, 98.1, 98.1),
     ]
-    told = dict(verdict.verdict(Results(LENET5, rows)))
+    told = dict(verdict.verdict(Results(LENET5, rows[:-2])))
     assert told["Best at each size"][0].startswith("0.5 kB: **Wanda**")  # one seed is too few to be judged
     assert told["Best at each size"][0].endswith("the best of ours, auto, calibrated, is 0.10 ± 0.00 behind.")
     assert "Best at each size without training, where that is another" not in told
+    behind, best = "0 of 1 cells (best in 0); not at 0.5 kB: {} is {} ± 0.00 ahead.", "1 of 1 cells (best in 1)."
+    seen = "By agreement with the original, which is what it can see,"
     assert told["The product's own choice"][0].endswith(
-        "in 0 of 1 cells (best in 0); not at 0.5 kB: Wanda is 0.10 ± 0.00 ahead. "
-        "By agreement with the original, which is what it can see, in 1 of 1 cells (best in 1)."
+        f"in {behind.format('Wanda', '0.10')} Among what is computed faster too, in {best} {seen} among those in {best}"
     )
+    own, both = dict(verdict.verdict(Results(LENET5, rows)))["The product's own choice"]
+    assert f"in {behind.format('auto and single weights', '0.20')} Among" in own
+    assert both == f"auto and single weights: best or within one standard error of the best of its level and below in {best} {seen} in {behind.format('auto, calibrated', '0.90')}"  # fmt: skip
     assert "The articles' SLR and SLRProp against plain SVD" not in told
 
 

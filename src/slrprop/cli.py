@@ -216,6 +216,9 @@ def compress(
     metric: Annotated[str | None, typer.Option(help="accuracy, agreement or squared_error; found by default.")] = None,
     level: Annotated[str, typer.Option(help="What it may use: weights, calibrated or tuned.")] = "calibrated",
     method: Annotated[list[str], typer.Option(help="May be repeated; auto: those of the level.")] = ["auto"],  # noqa: B006
+    size_only: Annotated[
+        bool, typer.Option(help="Also forms that make only the file smaller, nothing faster.")
+    ] = False,
     layers: Annotated[list[str] | None, typer.Option(help="Name or pattern; may be repeated.")] = None,
     confident: Annotated[bool, typer.Option(help="The upper end of the drop's interval must hold too.")] = False,
     seed: Annotated[int, typer.Option(help="Which half of the data searches.")] = 0,
@@ -248,7 +251,7 @@ def compress(
         found = search.compress(
             model, calibration, max_drop=max_drop, max_bytes=max_bytes, max_latency_ms=max_latency_ms, max_latency=max_latency,
             metric=metric, level=level, methods="auto" if method == ["auto"] else [(name, search.QUICK.get(name, {})) for name in method],
-            layers=layers or None, confident=confident, seed=seed, run_dir=run_dir,
+            size_only=size_only, layers=layers or None, confident=confident, seed=seed, run_dir=run_dir,
             workers=workers, cluster=cluster, integer_products=integer_products,
         )  # fmt: skip
     except search.BudgetError as error:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from slrprop.methods import METHODS
-from slrprop.search.path import LEVELS, Choice
+from slrprop.search.path import LEVELS, SIZE_ONLY, Choice
 
 ORIGINAL = "original"
 NARROWER = "narrower network, trained"
@@ -33,8 +33,8 @@ class Contender:
 
     @property
     def faster(self) -> bool:
-        """Whether what it makes is also computed faster; else the file is smaller only, as its method's summary says."""
-        return not self.choices or not all("size only" in METHODS[method].summary for method, _ in self.choices)
+        """Whether all that it makes is also computed faster; else the file is smaller only, as a method's summary says."""
+        return not any("size only" in METHODS[method].summary for method, _ in self.choices)
 
 
 def _bits(
@@ -82,6 +82,7 @@ CONTENDERS: tuple[Contender, ...] = (
     *_bits("permuted features", "calibrated", "permuted", 32, wide=False),
     Contender("auto, weights", "weights", LEVELS["weights"]),
     Contender("auto, calibrated", "calibrated", LEVELS["calibrated"]),
+    Contender("auto and single weights", "calibrated", LEVELS["calibrated"] + SIZE_ONLY["calibrated"], slow=True, wide=False),
     Contender("SVD, 4 bits, tuned", "tuned", (("svd", {"bits": 4}),), tuned=True, slow=True),
     Contender("low rank, two-sided, 4 bits, tuned", "tuned", (("low_rank", {"bits": 4}),), tuned=True, slow=True),
     Contender("nested, 4 bits, tuned", "tuned", NESTED[4], tuned=True, slow=True),

@@ -19,7 +19,7 @@ def verdict(results: Results) -> list[tuple[str, list[str]]]:
     ]
     told.append(("Best at each size without training, where that is another", lines))
     told.append(
-        ("The product's own choice", [auto(results, level) for level in LEVELS if f"auto, {level}" in results.names])
+        ("The product's own choice", [auto(results, name) for name in results.names if name.startswith("auto")])
     )
     told.append(("The articles' SLR and SLRProp against plain SVD", articles(results)))
     return [(heading, lines) for heading, lines in told if lines]
@@ -97,36 +97,39 @@ def leader(results: Results, name: str, rivals: list[str], size: int, what: str)
     return next((found for found in tops if found[1].clear), tops[0] if tops else None)
 
 
-def auto(results: Results, level: str) -> str:
-    """In how many cells the product's choice is best, or near the best, of its level and below; where it is not."""
-    by_accuracy, by_agreement = (standing(results, level, what) for what in ("accuracy", "agreement"))
+def auto(results: Results, name: str) -> str:
+    """In how many cells a choice of the product is best, or near the best, of its level and below; where it is not."""
+    told = f"{name}: best or within one standard error of the best of its level and below in {standing(results, name, 'accuracy')}."
+    only = KNOWN[name].faster and not all(KNOWN[rival].faster for rival in results.names)
+    if only:
+        told += f" Among what is computed faster too, in {standing(results, name, 'accuracy', only)}."
+    seen = standing(results, name, "agreement", only)
     return (
-        f"auto, {level}: best or within one standard error of the best of its level and below in {by_accuracy}. "
-        f"By agreement with the original, which is what it can see, in {by_agreement}."
+        f"{told} By agreement with the original, which is what it can see, {'among those ' if only else ''}in {seen}."
     )
 
 
-def standing(results: Results, level: str, what: str) -> str:
-    """How the product's choice stands by accuracy or agreement."""
-    name = f"auto, {level}"
-    below = LEVELS[: LEVELS.index(level) + 1]
-    best, near, lost = 0, 0, []
-    cells = [size for size in results.sizes if results.reaching(size, below)]
-    for size in cells:
-        rivals = [rival for rival in results.reaching(size, below) if rival != name]
-        if not results.cell(name, size):
+def standing(results: Results, name: str, what: str, faster: bool = False) -> str:
+    """How a choice of the product stands by accuracy or agreement; among forms that are computed faster alone, if so asked."""
+    below = LEVELS[: LEVELS.index(KNOWN[name].level) + 1]
+    best, near, lost, cells = 0, 0, [], 0
+    for size in results.sizes:
+        known = [rival for rival in results.reaching(size, below) if KNOWN[rival].faster or not faster]
+        rivals = [rival for rival in known if rival != name]
+        cells += bool(known)
+        if known and not results.cell(name, size):
             first = results.best(size, rivals)
             lost.append(f"{amount(size)}, where it has no plan and {first} has")
             continue
         found = leader(results, name, rivals, size, what)
         if found is None or found[1].points <= 0:
-            best += 1
+            best += bool(known)
         elif not found[1].clear:
             near += 1
         else:
             few = f", over {found[1].seeds} seeds" if 1 < found[1].seeds < len(results.cell(name, size)) else ""
             lost.append(f"{amount(size)}: {found[0]} is {found[1]} ahead{few}")
-    text = f"{best + near} of {len(cells)} cells (best in {best})"
+    text = f"{best + near} of {cells} cells (best in {best})"
     return f"{text}; not at {'; '.join(lost)}" if lost else text
 
 

@@ -10,13 +10,13 @@ from typing import Any, Literal
 from torch import nn
 
 from slrprop.api import no_integers, settings_of
-from slrprop.checks import require_choice
+from slrprop.checks import require_choice, require_flag
 from slrprop.data import open_data
 from slrprop.errors import SlrpropError
 from slrprop.methods import Problem, find_method
 from slrprop.plan import Plan
 from slrprop.search.judge import Door, Judge, Log
-from slrprop.search.path import LEVELS, Choice
+from slrprop.search.path import LEVELS, SIZE_ONLY, Choice
 from slrprop.search.result import Budget, BudgetError, Compression, most_evaluations, parse_size
 from slrprop.search.search import Search
 from slrprop.search.shares import Shares
@@ -39,6 +39,7 @@ def compress(
     lower_is_better: bool = False,
     level: str = "calibrated",
     methods: Mapping[str, dict[str, Any]] | Sequence[Choice] | Literal["auto"] = "auto",
+    size_only: bool = False,
     tuning: TuneSettings | None = None,
     layers: str | list[str] | None = None,
     confident: bool = False,
@@ -68,6 +69,8 @@ def compress(
             outputs).
         methods: what is tried for each layer: ``"auto"``, those of the level that ``docs/comparison`` shows to be ahead, or
             methods and their settings, ``{"svd": {}, "slr": {"criterion": "weight"}}`` or pairs.
+        size_only: with ``"auto"``, also forms that make the file smaller and nothing faster: single weights. They are ahead at the
+            smallest sizes. Layers of more than 1024 neurons on a side get none, a fit there takes minutes.
         tuning: settings of the level ``tuned``; the other levels tune nothing.
         layers: names or patterns; None for all.
         confident: the upper end of the drop's interval must be within ``max_drop`` too.
@@ -87,7 +90,7 @@ def compress(
     ):
         raise SlrpropError(f"max_drop must be a finite number of points from 0, got {max_drop!r}")
     require_choice("level", level, LEVELS)
-    choices = choices_of(methods, level)
+    choices, narrow = choices_of(methods, level), size_only_of(methods, level, size_only)
     if confident and evaluate:
         raise SlrpropError(
             "confident needs an interval, which a measure of your own does not have; leave one of them out"
@@ -101,7 +104,7 @@ def compress(
     empty = Plan(())
     tuned = (tuning or TuneSettings()) if level == "tuned" else None
     trials = Trials(door, judge, Log(None if run_dir is None else Path(run_dir)))
-    shares = Shares(trials, Problem(judge.network, search_part), choices, tuned, workers, cluster)
+    shares = Shares(trials, Problem(judge.network, search_part), choices, tuned, workers, cluster, narrow)
     original_bytes = trials.size(empty)
     budget = Budget(
         max_drop,
@@ -141,7 +144,7 @@ def compress(
         data_fingerprint=judge.fingerprint, seconds=time.perf_counter() - start,
         samples=(len(judge.original), len(check.original)), observed=shares.observed(plan_now), left_dense=shares.left_dense,
         settings={
-            "model": type(model).__name__ if isinstance(model, nn.Module) else Path(model).name, "level": level, "methods": [list(choice) for choice in choices],
+            "model": type(model).__name__ if isinstance(model, nn.Module) else Path(model).name, "level": level, "methods": [list(choice) for choice in choices + narrow],
             "layers": layers, "metric": metric, "confident": confident,
         },
     )  # fmt: skip
@@ -164,3 +167,11 @@ def choices_of(methods: Any, level: str) -> tuple[Choice, ...]:
     for name, settings in pairs:
         settings_of(find_method(name), **settings)
     return tuple((name, dict(settings)) for name, settings in pairs)
+
+
+def size_only_of(methods: Any, level: str, size_only: bool) -> tuple[Choice, ...]:
+    """What is tried beside a level's methods where only the file's size counts."""
+    require_flag("size_only", size_only)
+    if size_only and methods != "auto":
+        raise SlrpropError("size_only adds single weights to methods='auto'; beside methods of your own, name 'obs' or 'magnitude'")  # fmt: skip
+    return SIZE_ONLY[level] if size_only else ()

@@ -34,6 +34,11 @@ LEVELS: dict[str, tuple[Choice, ...]] = {
     ),
 }
 LEVELS["tuned"] = LEVELS["calibrated"]
+SIZE_ONLY: dict[str, tuple[Choice, ...]] = {  # what a level may use too where only the file's size counts
+    "weights": (("magnitude", {"bits": 4}),),
+    "calibrated": tuple(("obs", bits) for bits in FEW_BITS),
+}
+SIZE_ONLY["tuned"] = SIZE_ONLY["calibrated"]
 QUICK: dict[str, dict[str, Any]] = {"slr": {"criterion": "weight"}}  # settings of methods named without any
 MANY_LAYERS = 12  # with more, only every third step of each ladder is tried: so many layers make fine steps together
 SPARSELY = 3
@@ -87,18 +92,18 @@ def candidates_of(
     name: str,
     problem: Problem,
     inputs: Mapping[str, Tensor],
-    methods: Sequence[Choice],
+    choices: Mapping[str, Sequence[Choice]],
     most: float = math.inf,
     every: int = 1,
 ) -> list[Candidate]:
     """All candidates of a layer, the dense one first; none whose numbers alone take more than ``most`` bytes.
 
-    ``inputs`` are rows of what every layer reads. Of each method's ladder the largest step and every ``every``-th below it are made.
+    ``inputs`` are rows of what every layer reads, ``choices`` what is tried for it. Of each method's ladder the largest step and every ``every``-th below it are made.
 
     ``error`` is of the layer's outputs there, weighed by what they do to the network's where that is known and any of
     the methods is calibrated.
     """
-    weight = problem.weight(name).detach()
+    weight, methods = problem.weight(name).detach(), choices[name]
     m, n = weight.shape
     x = inputs[name].to(torch.promote_types(weight.dtype, torch.float32))
     to_data = any("inputs" in find_method(method).settings(**settings).needs() for method, settings in methods)

@@ -39,6 +39,7 @@ class Shares:
 
     Args:
         methods: methods and settings that candidates are made by.
+        narrow: more of them for layers of at most ``WIDEST`` neurons on a side, being slow on others.
         tuning: tune every plan that is measured; None does not.
         workers: processes, and ``cluster`` a Ray cluster, that share the layers' candidates (:func:`slrprop.parallel.each`).
     """
@@ -51,11 +52,14 @@ class Shares:
         tuning: TuneSettings | None = None,
         workers: int = 1,
         cluster: str | None = None,
+        narrow: tuple[Choice, ...] = (),
     ) -> None:
-        self.trials, self.problem, self.methods, self.tuning = trials, problem, methods, tuning
+        self.trials, self.problem, self.tuning = trials, problem, tuning
+        self.methods, self.narrow = methods, narrow
         self.workers, self.cluster = workers, cluster
-        self.calibrated = any("inputs" in find_method(name).settings(**given).needs() for name, given in methods)
-        self.sequential = all(settings.get("sequential", True) for _, settings in methods)
+        all_methods = methods + narrow
+        self.calibrated = any("inputs" in find_method(name).settings(**given).needs() for name, given in all_methods)
+        self.sequential = all(settings.get("sequential", True) for _, settings in all_methods)
         self._finals: dict[str, Plan] = {}
         self.curves: dict[str, list[Candidate]] = {}
         self.sensitivity: dict[str, float] = {}
@@ -68,7 +72,9 @@ class Shares:
             self.problem.calibration.prepare(names)
         inputs = layer_inputs(self.problem, names)
         every = SPARSELY if len(names) > MANY_LAYERS else 1
-        shared = self.problem, inputs, self.methods, most, every
+        narrow = {name for name in names if max(self.problem.network.shape(name)) <= WIDEST}
+        methods = {name: self.methods + (self.narrow if name in narrow else ()) for name in names}
+        shared = self.problem, inputs, methods, most, every
         made = each(candidates_of, names, shared, self.workers, self.cluster)
         found = dict(tqdm(made, total=len(names), desc="candidates", unit="layer", disable=None))
         self.left_dense = left_dense | {name: "no form of it is smaller" for name in names if len(found[name]) < 2}
