@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -197,6 +198,46 @@ def test_half_precision_stays_half(tmp_path):
         tensors = onnx.load(tmp_path / "s.onnx").graph.initializer
         assert {t.data_type for t in tensors} <= {TensorProto.FLOAT16, TensorProto.INT64, TensorProto.UINT8}
         assert slrprop.relevance.cost(path, "two", data, rank=3).rows.shape == (30,)
+
+
+@pytest.mark.parametrize("opset", [17, 21])
+@pytest.mark.parametrize(
+    "method, settings",
+    [
+        ("dense", {"bits": 8}), ("dense", {"bits": 4}), ("svd", {"bits": 4}), ("nested", {}), ("nested", {"bits": 4}),
+        ("magnitude", {"bits": 4}), ("low_rank_plus_sparse", {"bits": 8}), ("permuted", {"bits": 8}),
+    ],
+)  # fmt: skip
+def test_half_precision_is_unpacked_when_the_runtime_loads_the_file(method, settings, opset, tmp_path):
+    nodes = [helper.make_node("Gemm", ["x", "a", "p"], ["y"], "one")]
+    half = {"a": numbers(64, 48, kind=np.float16), "p": numbers(48, kind=np.float16)}
+    path = graph_file(tmp_path / "m.onnx", nodes, half, ["b", 64], opset, kind=TensorProto.FLOAT16)
+    plan = slrprop.plan(path, numbers(80, 64), method=method, **({"rank": 4} if method != "dense" else {}), **settings)
+    slrprop.apply(path, plan, tmp_path / "s.onnx", numbers(9, 64))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "loaded.onnx"), 3
+    onnxruntime.InferenceSession(tmp_path / "s.onnx", options)
+    assert {node.op_type for node in onnx.load(tmp_path / "loaded.onnx").graph.node} <= {
+        "MatMul",
+        "Gemm",
+        "Add",
+        "Cast",
+    }
+
+
+def test_initializers_are_inputs_too_where_the_format_wants_that(tmp_path):
+    nodes = [helper.make_node("Gemm", ["x", "a", "p"], ["y"], "one")]
+    tensors = {"a": numbers(64, 48), "p": numbers(48)}
+    path = graph_file(tmp_path / "m.onnx", nodes, tensors, ["b", 64], 9, ir_version=3)
+    model = onnx.load(path)
+    model.graph.input.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape) for name, array in tensors.items())  # fmt: skip
+    onnx.save(model, path)
+    for settings in ({}, {"bits": 4}):
+        slrprop.apply(path, slrprop.plan(path, None, method="svd", rank=4, **settings), tmp_path / "s.onnx")
+        small = onnx.load(tmp_path / "s.onnx")
+        onnx.checker.check_model(small, full_check=True)
+        assert {tensor.name for tensor in small.graph.initializer} < {value.name for value in small.graph.input}
+        assert len(slrprop.inspect(tmp_path / "s.onnx")) == (2 if not settings else 0)
 
 
 def big_file(folder, **where):

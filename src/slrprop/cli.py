@@ -160,7 +160,9 @@ def apply_plan(
         typer.echo(json.dumps(asdict(parity) | {"bytes": after, "bytes_before": before, "file": str(output)}))
         return
     for name, apart in parity.outputs.items():
-        typer.echo(f"output '{name}': at most {apart:.1e} from the factors' values (allowed: {parity.tolerance:.0e})")
+        typer.echo(
+            f"output '{name}': at most {apart:.1e} from the factors' values (allowed: {parity.tolerance:.0e} of the largest)"
+        )
     typer.echo(f"Written: {output}, {after:,} bytes instead of {before:,}")
 
 

@@ -40,6 +40,7 @@ from slrprop.network.onnx_tensors import (
 )
 from slrprop.network.wire import around, head
 
+INITIALIZERS_ALONE = 4  # the IR version from which initializers need not be listed as inputs
 PAGE = 4096  # external tensors start at a page
 ELEMENT_TYPES = {
     "tensor(float)": TensorProto.FLOAT,
@@ -166,6 +167,8 @@ class OnnxFile:
                 stored[name] = Stored(array.nbytes, tuple(tensor.dims), array.dtype, external=external, array=array)
                 mark(tensor, stored[name])
             proto.graph.initializer.append(tensor)
+            if proto.ir_version < INITIALIZERS_ALONE:
+                proto.graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
         return OnnxFile(self.path, proto, stored, self._read)
 
     def session(

@@ -90,14 +90,15 @@ def _merged(form: SparseLowRank, writer: Writer, x: str, y: str) -> None:
     for axis, (name, blocks) in enumerate((("left", ordered.left), ("right", ordered.right))):
         parts = []
         for level, block in enumerate(blocks):
-            part, missing = writer.number(f"{name}_{level}", block), form.shape[axis] - block.shape[axis]
+            part = writer.raised(writer.number(f"{name}_{level}", block))
+            missing = form.shape[axis] - block.shape[axis]
             pads = np.array([0, 0, *((missing, 0) if axis == 0 else (0, missing))])
             parts.append(writer.add("Pad", [part, writer.tensor("pads", pads)]) if missing else part)
         whole = parts[0] if len(parts) == 1 else writer.add("Concat", parts, axis=1 - axis)
         back = orders[axis].argsort()
         if not bool((back.diff() == 1).all()):
             whole = writer.add("Gather", [whole, writer.places(back)], axis=axis)
-        sides.append(whole)
+        sides.append(writer.settled(whole))
     if form.spread_numbers > form.shape[0] * form.shape[1]:
         writer.product(x, writer.product(*sides), y)
     else:

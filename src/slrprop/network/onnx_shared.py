@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from onnx import TensorProto, helper
+from torch import Tensor
 
 from slrprop.errors import SlrpropError
 from slrprop.factors.shared import Shared
@@ -120,11 +121,13 @@ def _(form: Shared, writer: Writer, x: str, y: str) -> None:
     else:
         packed = pack(form.places.cpu().numpy()) if form.packed is None else form.packed.cpu().numpy()
         places = unpacked_nodes(nodes, nodes.tensor("packed", packed), m, n)
-    spread = writer.add("Gather", [writer.number("sequence", form.sequence), places], axis=0)
+
+    def part(name: str, value: Tensor) -> str:
+        return writer.raised(writer.number(name, value))
+
+    spread = writer.add("Gather", [part("sequence", form.sequence), places], axis=0)
     column = writer.tensor("column", np.array([n, 1]))
-    scale = writer.add("Reshape", [writer.number("scale", form.scale), column])
-    weight = writer.add("Mul", [spread, scale])
+    weight = writer.add("Mul", [spread, writer.add("Reshape", [part("scale", form.scale), column])])
     if form.offset is not None:
-        offset = writer.add("Reshape", [writer.number("offset", form.offset), column])
-        weight = writer.add("Add", [weight, offset])
-    writer.product(x, writer.add("Transpose", [weight], perm=[1, 0]), y)
+        weight = writer.add("Add", [weight, writer.add("Reshape", [part("offset", form.offset), column])])
+    writer.product(x, writer.settled(writer.add("Transpose", [weight], perm=[1, 0])), y)

@@ -57,8 +57,9 @@ class Decoder:
             middle = 1 << (quantized.bits - 1)
             codes = self.codes("entries", packed_codes(whole + middle, quantized.bits), quantized.bits)
             codes = add("Sub", [codes, self.constant(middle, np.int32)])
-        factor = add("Cast", [self.writer.tensor("scale", quantized.scales["entries"], exact=True)], to=self.kind)
-        return add("Mul", [add("Cast", [codes], to=self.kind), factor])
+        to = helper.np_dtype_to_tensor_dtype(self.writer.unpacks)
+        factor = add("Cast", [self.writer.tensor("scale", quantized.scales["entries"], exact=True)], to=to)
+        return self.writer.settled(add("Mul", [add("Cast", [codes], to=to), factor]))
 
     def weight(self) -> str:
         """The m x n weight; its nodes go without names and its tensors with short ones, which would outweigh the numbers."""

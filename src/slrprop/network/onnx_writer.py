@@ -29,6 +29,8 @@ class Writer:
         self.graph, self.name, self.layer = graph, name, graph.layers[name]
         self.node = self.graph.nodes[self.layer.index]
         self.dtype = self.graph.constants[self.layer.weight].dtype
+        # the runtime computes nothing of float16 before it runs a file, it would unpack the weight at every run
+        self.unpacks = np.dtype(np.float32) if self.dtype == np.float16 else self.dtype
         self.opset, self.integers = opset, integers
         self.nodes: list[NodeProto] = []
         self.adds = "Add"  # what adds the bias
@@ -145,7 +147,7 @@ class Writer:
             scale: float16, one for all (axis None) or one for each entry along ``axis``.
         """
         whole = codes.cpu().numpy().astype(np.int8)
-        to = helper.np_dtype_to_tensor_dtype(self.dtype)
+        to = helper.np_dtype_to_tensor_dtype(self.unpacks)
         if bits == 4 and self.opset < 21:
             number = self._halves(what, whole)
         else:
@@ -154,10 +156,23 @@ class Writer:
             )
         wide = scale if axis is None or axis == codes.ndim - 1 else scale[:, None]
         short = wide.numel() > CAST  # fewer scales take less than the node that casts them
-        factor = self.tensor(f"{what}_scale", wide.cpu().numpy(), exact=short)
-        if short and self.dtype != np.float16:
+        factor = self.tensor(
+            f"{what}_scale", wide.cpu().numpy().astype(np.float16 if short else self.unpacks), exact=True
+        )
+        if short:
             factor = self.add("Cast", [factor], to=to)
-        return self.add("Mul", [number, factor])
+        return self.settled(self.add("Mul", [number, factor]))
+
+    def raised(self, numbers: str) -> str:
+        """Constants of the layer's type in the type that unpacking computes in."""
+        return numbers if self.unpacks == self.dtype else self._cast(numbers, self.unpacks)
+
+    def settled(self, unpacked: str) -> str:
+        """Unpacked numbers in the layer's type."""
+        return unpacked if self.unpacks == self.dtype else self._cast(unpacked, self.dtype)
+
+    def _cast(self, x: str, dtype: np.dtype[Any]) -> str:
+        return self.add("Cast", [x], to=helper.np_dtype_to_tensor_dtype(dtype))
 
     def integer_product(self, x: str, what: str, codes: Tensor, scale: Tensor, bits: int, y: str | None = None) -> str:
         """``x`` times whole numbers (r x c), the runtime's own: it rounds ``x`` to 8 bits, row by row.
@@ -179,8 +194,8 @@ class Writer:
         count = -(-len(flat) // 2)
         later = np.concatenate([flat[count:], np.zeros(2 * count - len(flat), np.int8)])
         stored = self.tensor(what, (flat[:count] | later << 4).view(np.uint8))
-        both = self.add("Cast", [stored], to=helper.np_dtype_to_tensor_dtype(self.dtype))
-        sixteen, eight = (self.tensor(str(value), np.array(value, self.dtype)) for value in (16, 8))
+        both = self.add("Cast", [stored], to=helper.np_dtype_to_tensor_dtype(self.unpacks))
+        sixteen, eight = (self.tensor(str(value), np.array(value, self.unpacks), exact=True) for value in (16, 8))
         high = self.add("Floor", [self.add("Div", [both, sixteen])])
         low = self.add("Sub", [both, self.add("Mul", [high, sixteen])])
         if len(later) > len(flat) - count:
