@@ -44,3 +44,22 @@ def test_a_network_that_ends_in_softmax_measures_the_same(trained, digits):
     assert slrprop.measure(trained, digits).auc == pytest.approx(
         slrprop.measure(nn.Sequential(trained, nn.Softmax(-1)), digits).auc
     )
+
+
+def test_another_network_stands_in_for_labels(trained, digits):
+    x, labels = digits
+    worse = nn.Sequential(nn.Linear(64, 10))
+    against = slrprop.measure(worse, x, trained)
+    with torch.no_grad():
+        one, two = worse(x), trained(x)
+    assert against.agreement == pytest.approx(100 * float((one.argmax(1) == two.argmax(1)).double().mean()))
+    assert against.deviation == pytest.approx(100 * float((one - two).norm() / two.norm()), rel=1e-4)
+    assert math.isnan(against.accuracy) and against.numbers == 650
+    both = slrprop.measure(worse, (x, labels), trained)
+    assert both.accuracy == slrprop.measure(worse, (x, labels)).accuracy and both.agreement == against.agreement
+    one_output = slrprop.measure(nn.Linear(64, 1), (x, labels.float()), nn.Linear(64, 1))
+    assert math.isnan(one_output.agreement) and one_output.deviation > 0
+    with pytest.raises(slrprop.SlrpropError, match="the data has none; or give another network"):
+        slrprop.measure(trained, x)
+    with pytest.raises(slrprop.SlrpropError, match="outputs of shapes"):
+        slrprop.measure(nn.Linear(64, 3), x, trained)

@@ -207,3 +207,5 @@ def test_the_command_line(folder, tmp_path):
     found = json.loads(call("measure", small, "--data", tmp_path / "data.npz", "--against", path, "--json"))
     assert list(found) == [str(small), str(path)] and found[str(path)]["numbers"] == 61706
     assert "accuracy" in call("measure", small, "--data", tmp_path / "data.npz")
+    unlabelled = call("measure", small, "--data", tmp_path / "x.npy", "--against", path)
+    assert "agreement" in unlabelled and "accuracy" not in unlabelled

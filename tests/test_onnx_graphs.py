@@ -7,9 +7,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
+from typer.testing import CliRunner
 
 import slrprop
-from slrprop import SlrpropError
+from slrprop import SlrpropError, cli
+from slrprop.api import other_numbers
 from slrprop.data import Data
 from slrprop.network import OnnxNetwork, onnx_rewrite
 from tests.onnx_models import run
@@ -223,6 +225,26 @@ def test_half_precision_is_unpacked_when_the_runtime_loads_the_file(method, sett
         "Add",
         "Cast",
     }
+
+
+def test_where_other_numbers_are_is_told(tmp_path):
+    value, kind = helper.make_tensor_value_info, TensorProto.FLOAT
+    inner = helper.make_graph([helper.make_node("MatMul", ["h", "b"], ["i"])], "then", [], [value("i", kind, None)])
+    nodes = [
+        helper.make_node("DequantizeLinear", ["a", "s"], ["w"]),
+        helper.make_node("MatMul", ["x", "w"], ["h"], "quantised"),
+        helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner),
+    ]
+    tensors = {"a": numbers(20, 30).astype(np.int8), "s": np.float32(0.1), "b": numbers(30, 10), "c": np.array(True)}
+    path = graph_file(tmp_path / "m.onnx", nodes, tensors, ["b", 20])
+    told = "MatMul behind DequantizeLinear 67 %, MatMul in If 33 %"
+    assert slrprop.inspect(path) == [] and other_numbers(path) == told
+    with pytest.raises(SlrpropError, match=f"no dense layer .* on this data; its numbers are elsewhere: {told}"):
+        slrprop.plan(path, None, method="svd")
+    printed = CliRunner().invoke(cli.app, ["inspect", str(path)]).stdout
+    assert printed.startswith("no dense layer: ") and printed.endswith(f"by what uses them: {told}\n")
+    model = nn.Sequential(nn.Conv1d(4, 8, 3), nn.Flatten(), nn.Linear(24, 10))
+    assert other_numbers(model) == "Conv1d 29 %, Linear 3 %"
 
 
 def test_initializers_are_inputs_too_where_the_format_wants_that(tmp_path):

@@ -57,6 +57,11 @@ def inspect(model: Model) -> list[LayerInfo]:
     return found
 
 
+def other_numbers(model: Model) -> str:
+    """In words: which kinds of module or node use the numbers that are in no dense layer's weight, those of 1 % and more."""
+    return open_network(model, None).other_numbers()
+
+
 def plan(
     model: Model,
     data: Any,

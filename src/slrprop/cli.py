@@ -80,7 +80,8 @@ def inspect(model: OnnxFile, as_json: Json = False) -> None:
 
     Example: slrprop inspect model.onnx
     """
-    found = importlib.import_module("slrprop.api").inspect(model)
+    api = importlib.import_module("slrprop.api")
+    found = api.inspect(model)
     if as_json:
         typer.echo(json.dumps([asdict(layer) for layer in found], indent=1))
         return
@@ -89,7 +90,12 @@ def inspect(model: OnnxFile, as_json: Json = False) -> None:
          ", ".join(layer.tied_to)]
         for layer in found
     ]  # fmt: skip
-    show_table(["layer", "shape", "numbers", "share, %", "highest rank that pays", "weight also used by"], rows)
+    if rows:
+        show_table(["layer", "shape", "numbers", "share, %", "highest rank that pays", "weight also used by"], rows)
+    else:
+        typer.echo("no dense layer: no Gemm or MatMul has a constant matrix of real numbers as its right factor")
+    if told := api.other_numbers(model):
+        typer.echo(f"other numbers, by what uses them: {told}")
 
 
 @app.command()
@@ -169,17 +175,19 @@ def apply_plan(
 @app.command()
 def measure(
     model: OnnxFile,
-    data: Annotated[Path, typer.Option("--data", help=".npz with one array per input of the model and 'targets'.")],
+    data: Annotated[Path, typer.Option("--data", help=".npz with one array per input of the model, and 'targets'.")],
     against: Annotated[Path | None, typer.Option("--against", help="Another .onnx file to compare with.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure an ONNX classifier on labelled data, alone or against another file.
+    """Measure an ONNX classifier on labelled data, alone or against another file; without labels against another file only.
 
     Example: slrprop measure small.onnx --data test.npz --against model.onnx
     """
     samples = importlib.import_module("slrprop.data").Data(data)
     run = importlib.import_module("slrprop.measure").measure
-    found = {str(file): asdict(run(file, samples)) for file in (model, against) if file is not None}
+    found = {str(model): asdict(run(model, samples, against))}
+    if against is not None:
+        found[str(against)] = asdict(run(against, samples, against))
     if as_json:
         known = {
             file: {key: value if value == value else None for key, value in item.items()}
@@ -188,10 +196,18 @@ def measure(
         typer.echo(json.dumps(known, indent=1))
         return
     rows = [
-        [file, *(f"{value:,}" if isinstance(value, int) else f"{value:.2f}" for value in item.values())]
+        [
+            file,
+            *(
+                f"{value:,}" if isinstance(value, int) else "-" if value != value else f"{value:.2f}"
+                for value in item.values()
+            ),
+        ]
         for file, item in found.items()
     ]
-    show_table(["file", *next(iter(found.values()))], rows)
+    columns = [place for place in range(len(rows[0])) if any(row[place] != "-" for row in rows)]
+    header = ["file", *next(iter(found.values()))]
+    show_table([header[place] for place in columns], [[row[place] for place in columns] for row in rows])
 
 
 def _writable(path: Path, suffixes: tuple[str, ...], model: Path) -> None:

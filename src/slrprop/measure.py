@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
-from torch import nn
+from torch import Tensor, nn
 
 from slrprop.data import open_data
 from slrprop.errors import SlrpropError
@@ -16,11 +16,15 @@ from slrprop.losses import check_labels, rows_of
 from slrprop.network import Network, OnnxNetwork, TorchNetwork, open_network
 from slrprop.storage import to_bytes
 
+LABELLED = ("accuracy", "auc", "recall", "precision", "specificity")
+
 
 @dataclass(frozen=True)
 class Measurement:
     """Quality in percent, size in bytes of the saved file and in floating-point numbers (codes of few bits are none).
 
+    ``agreement``: share of samples with the same largest output as the other network, ``deviation``: root mean square of the
+    outputs' difference over that of the other's, both in percent; NaN where there is none to compare with. What needs labels is NaN without.
     ``accuracy``: share of samples whose largest output is the label. ``auc``, ``recall``, ``precision`` and
     ``specificity`` are micro averages over all (sample, class) pairs; the last three count a class as predicted
     where its probability is at least 0.5 (Garmendia-Orbegozo et al. 2023, tables A1 to A4; specificity is
@@ -34,6 +38,8 @@ class Measurement:
     specificity: float
     bytes: int
     numbers: int
+    agreement: float = math.nan
+    deviation: float = math.nan
 
 
 def quality(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -51,29 +57,53 @@ def quality(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
-def measure(model: nn.Module | str | Path, data: Any) -> Measurement:
-    """Measure a classifier on labelled data.
+def measure(model: nn.Module | str | Path, data: Any, against: nn.Module | str | Path | None = None) -> Measurement:
+    """Measure a classifier on labelled data, or any network against another.
 
     Args:
         model: a module, or the path of an ONNX file, which runs on ONNX Runtime.
-        data: anything :class:`slrprop.data.Data` takes, with integer labels.
+        data: anything :class:`slrprop.data.Data` takes, with integer labels; without labels only ``against`` says something.
+        against: another network for the same inputs, as a rule the original.
 
     Raises:
-        SlrpropError: no labels, labels out of range, or outputs that are no class scores.
+        SlrpropError: neither labels nor ``against``, labels out of range, or outputs that are no class scores.
     """
     opened = open_data(data)
     network = open_network(model, opened)
-    probabilities, labels = [], []
-    for flow in network.stream((), opened):
-        if flow.batch.targets is None:
-            raise SlrpropError("measure needs labels, and the data has none; give (inputs, labels)")
-        output = rows_of(network.scores(flow.output))
-        if output.shape[1] < 2:
-            raise SlrpropError(f"measure needs one output per class, and the network gives {output.shape[1]}")
-        labels.append(check_labels(flow.batch.targets, output))
-        probabilities.append(output.double().softmax(-1))
-    found = quality(torch.cat(probabilities).cpu().numpy(), torch.cat(labels).cpu().numpy())
+    flows = list(network.stream((), opened))
+    outputs = torch.cat([rows_of(flow.output) for flow in flows])
+    targets = [flow.batch.targets for flow in flows if flow.batch.targets is not None]
+    labelled = len(targets) == len(flows)
+    found = dict.fromkeys(LABELLED, math.nan)
+    if labelled and (against is None or (outputs.shape[1] > 1 and not targets[0].is_floating_point())):
+        if outputs.shape[1] < 2:
+            raise SlrpropError(f"measure needs one output per class, and the network gives {outputs.shape[1]}")
+        scores = [rows_of(network.scores(flow.output)) for flow in flows]
+        labels = [check_labels(target, output) for target, output in zip(targets, scores, strict=True)]
+        probabilities = torch.cat([output.double().softmax(-1) for output in scores])
+        found = quality(probabilities.cpu().numpy(), torch.cat(labels).cpu().numpy())
+    elif against is None:
+        raise SlrpropError(
+            "measure needs labels ('targets' in a file), and the data has none; or give another network, against which to measure"
+        )
+    if against is not None:
+        found |= compared(
+            outputs, torch.cat([rows_of(flow.output) for flow in open_network(against, opened).stream((), opened)])
+        )
     return Measurement(**found, bytes=file_bytes(network), numbers=network.numbers)
+
+
+def compared(outputs: Tensor, other: Tensor) -> dict[str, float]:
+    """Agreement and deviation of outputs (p x c) from another network's."""
+    if outputs.shape != other.shape:
+        raise SlrpropError(f"the networks give outputs of shapes {tuple(outputs.shape)} and {tuple(other.shape)} for the same data; measure networks of the same task")  # fmt: skip
+    one, two = outputs.double(), other.double()
+    alike = 100 * float((one.argmax(1) == two.argmax(1)).double().mean()) if one.shape[1] > 1 else math.nan
+    size = float(two.square().mean())
+    return {
+        "agreement": alike,
+        "deviation": 100 * (float((one - two).square().mean()) / size) ** 0.5 if size else math.nan,
+    }
 
 
 def file_bytes(network: Network) -> int:

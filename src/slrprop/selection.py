@@ -23,8 +23,10 @@ def _select(network: Network, layers: Any, settings: Settings, method: str) -> t
     eligible = settings.eligible(network)
     if layers is None:
         if not eligible:
+            told = network.other_numbers()
             raise SlrpropError(
-                "the model has no dense layer (nn.Linear; in ONNX a Gemm or MatMul with a constant matrix) that is called on this data"
+                "the model has no dense layer (nn.Linear; in ONNX a Gemm or MatMul with a constant matrix of real numbers) that is called "
+                f"on this data{f'; its numbers are elsewhere: {told}' if told else ''}"
             )
         return eligible, set()
     patterns = [layers] if isinstance(layers, str) else layers

@@ -57,6 +57,10 @@ class Network(ABC):
         """Floating-point numbers the model stores, shared ones once."""
 
     @abstractmethod
+    def elsewhere(self) -> Mapping[str, int]:
+        """Numbers the model stores beside the dense layers' weights, by the kind of module or node that uses them."""
+
+    @abstractmethod
     def weight(self, name: str) -> Tensor:
         """The layer's weight in the articles' orientation, m x n (inputs x outputs)."""
 
@@ -91,6 +95,12 @@ class Network(ABC):
         Args:
             data: to see what follows each layer; None for a network that is only to be streamed.
         """
+
+    def other_numbers(self) -> str:
+        """:meth:`elsewhere` in words, what is 1 % of all and more."""
+        parts = sorted(self.elsewhere().items(), key=lambda part: -part[1])
+        total = sum(count for _, count in parts) + sum(m * n for m, n in map(self.shape, self.names))
+        return ", ".join(f"{kind} {100 * count / total:.0f} %" for kind, count in parts if 100 * count >= total)
 
     def shape(self, name: str) -> tuple[int, int]:
         """(m, n) of a layer's weight."""

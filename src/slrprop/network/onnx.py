@@ -15,6 +15,7 @@ from slrprop.errors import SlrpropError
 from slrprop.factors import Dense as DenseFactors
 from slrprop.network.base import Flow, Layer, Network, require_finite
 from slrprop.network.chain import Chain, Linear, fold
+from slrprop.network.onnx_census import elsewhere
 from slrprop.network.onnx_constants import tensor_of
 from slrprop.network.onnx_file import OnnxFile, Session
 from slrprop.network.onnx_graph import Dense, Graph
@@ -102,6 +103,10 @@ class OnnxNetwork(Network):
     @property
     def numbers(self) -> int:
         return self.file.numbers
+
+    def elsewhere(self) -> Mapping[str, int]:
+        weights = {self.graph.constants[layer.weight].root for layer in self.graph.layers.values()}
+        return elsewhere(self.file.proto.graph, weights)
 
     def shape(self, name: str) -> tuple[int, int]:
         return self.layer(name).shape

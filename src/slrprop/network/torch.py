@@ -3,7 +3,8 @@
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,6 +74,18 @@ def stored_numbers(model: nn.Module) -> int:
     """Floating-point numbers in parameters and buffers, shared ones once."""
     tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values() if tensor.is_floating_point()}
     return sum(tensor.numel() for tensor in tensors.values())
+
+
+def elsewhere(model: nn.Module, dense: Iterable[nn.Linear]) -> Counter[str]:
+    """Numbers of parameters and buffers by the kind of module they belong to, dense layers' weights left out."""
+    seen = {module.weight.data_ptr() for module in dense}
+    found: Counter[str] = Counter()
+    for module in model.modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.is_floating_point() and tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                found[type(module).__name__] += tensor.numel()
+    return found
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
@@ -172,6 +185,9 @@ class TorchNetwork(Network):
     @property
     def numbers(self) -> int:
         return stored_numbers(self.model)
+
+    def elsewhere(self) -> Mapping[str, int]:
+        return elsewhere(self.model, self.modules.values())
 
     def shape(self, name: str) -> tuple[int, int]:
         return self.modules[name].in_features, self.modules[name].out_features

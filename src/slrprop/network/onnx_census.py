@@ -1,0 +1,63 @@
+"""Where an ONNX model's numbers are that are no dense layer's weight."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
+
+from slrprop.network.onnx_constants import attribute, standard
+
+REAL = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16}
+FEW_BITS = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT8E4M3FN}
+PASSED_ON = ("Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "DequantizeLinear")
+
+
+class Kept(NamedTuple):
+    """A tensor that is made of stored numbers alone."""
+
+    root: str
+    numbers: int
+    by: str = ""  # what is done to it before it is used
+
+
+def elsewhere(graph: GraphProto, dense: set[str]) -> Counter[str]:
+    """Stored numbers by the operator that uses them first, dense layers' weights (``dense``: their initializers) left out."""
+    found: Counter[str] = Counter()
+    seen = set(dense)
+
+    def visit(graph: GraphProto, outer: Mapping[str, Kept], where: str) -> None:
+        known = dict(outer)
+        for tensor in graph.initializer:
+            keep(known, tensor, tensor.name)
+        for node in graph.node:
+            value = attribute(node, "value") if standard(node) == "Constant" else None
+            if isinstance(value, TensorProto) and node.output:
+                keep(known, value, node.output[0])
+            source = known.get(node.input[0]) if node.input else None
+            if source is not None and standard(node) in PASSED_ON and node.output:
+                by = f" behind {node.op_type}" if node.op_type == "DequantizeLinear" else source.by
+                known[node.output[0]] = source._replace(by=by)
+                continue
+            for name in node.input:
+                part = known.get(name)
+                if part is not None and part.root not in seen:
+                    seen.add(part.root)
+                    found[f"{node.op_type}{part.by}{where}"] += part.numbers
+            for inner in graphs_of(node):
+                visit(inner, known, f" in {node.op_type}")
+
+    def keep(known: dict[str, Kept], tensor: TensorProto, name: str) -> None:
+        if tensor.data_type in REAL | FEW_BITS:
+            known[name] = Kept(name, math.prod(tensor.dims))
+
+    visit(graph, {}, "")
+    return found
+
+
+def graphs_of(node: NodeProto) -> list[GraphProto]:
+    """The bodies of If, Loop and Scan."""
+    return [
+        graph for item in node.attribute for graph in ([item.g] if item.type == AttributeProto.GRAPH else item.graphs)
+    ]
