@@ -285,7 +285,10 @@ def compress(
     if as_json:
         typer.echo(json.dumps(found.summary() | {"file": str(output), "parity": asdict(parity)}))
         return
-    typer.echo(str(found.plan) or "every layer stays as it is")
+    typer.echo(
+        str(found.plan)
+        or "every layer stays as it is: nothing smaller that was tried is within the budget, the file is a copy"
+    )
     typer.echo("\n".join(f"why {reason}" for reason in found.reasons()), nl=bool(found.plan.layers))
     typer.echo(str(found))
     typer.echo(f"Written: {output}; it computes what the plan says to within {max(parity.outputs.values()):.1e}")

@@ -79,6 +79,7 @@ CONTENDERS: tuple[Contender, ...] = (
     *_bits("DDLR", "calibrated", "ddlr", 32, slow=True, wide=False),
     *(Contender(f"{title}{'' if bits == 32 else ', 4 bits'}", "calibrated", shares=(method, {} if bits == 32 else {"bits": bits})) for title, method in (("NISP", "nisp"), ("Taylor", "taylor"), ("LRP", "lrp"), ("APoZ", "apoz"), ("redundant features", "redundant")) for bits in (32, 4)),
     *_bits("dense", "calibrated", "dense", 8, 4),
+    *_bits("dense, to nearest", "weights", "rtn", 8, 4),
     *_bits("permuted features", "calibrated", "permuted", 32, wide=False),
     Contender("auto, weights", "weights", LEVELS["weights"]),
     Contender("auto, calibrated", "calibrated", LEVELS["calibrated"]),

@@ -25,6 +25,7 @@ LEVELS: dict[str, tuple[Choice, ...]] = {
         ("slr", {"criterion": "weight"}),
         *(("svd", bits) for bits in FEW_BITS),
         *(("slr", {"criterion": "weight"} | bits) for bits in FEW_BITS),
+        *(("rtn", bits) for bits in FEW_BITS),
     ),
     "calibrated": (
         *(("low_rank", bits) for bits in FEW_BITS),

@@ -88,9 +88,9 @@ class Search:
 
     def choose(self, budget: Budget) -> tuple[int, bool]:
         """The point to promise, and whether it is in the budget on the search part."""
-        last, layers = len(self.points) - 1, len(self.shares.curves)
+        last = len(self.points) - 1
         if budget.max_drop is not None:
-            steps = 1 + layers if layers > 1 else 3  # the originals, sensitivities and the check are evaluations too
+            steps = min(last.bit_length(), max(self.spare, 1))
             allowed = float(budget.max_drop)
             at = self._bisect(0, last, lambda i: self.drop(i) <= allowed, steps)
             at = self._between(at, allowed) if self.shares.calibrated and at < last else at

@@ -1,0 +1,41 @@
+"""The dense weight in few bits, every number by itself."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from slrprop.factors import Dense
+from slrprop.methods.base import Decision, Method, Problem, Settings
+from slrprop.plan import LayerPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class RTNSettings(Settings):
+    """Round to nearest: the dense weight in 8 or 4 bits, without data (``dense`` makes errors compensate on the data)."""
+
+    bits: int = 8
+
+    source: ClassVar[str] = "the baseline of Frantar, Ashkboos, Hoefler, Alistarh, GPTQ, ICLR 2023"
+
+    def stored_numbers(self, m: int, n: int) -> int:
+        return m * n
+
+    @classmethod
+    def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
+        return [{}]
+
+
+def decide(problem: Problem, layers: tuple[str, ...], settings: RTNSettings) -> Iterator[Decision]:
+    """Every layer by itself; the numbers are rounded when the decision becomes a plan."""
+    for name in layers:
+        yield Decision(name, Dense(problem.weight(name)))
+
+
+def build(weight: Tensor, layer: LayerPlan, settings: RTNSettings) -> Dense:
+    """The weight itself."""
+    return Dense(weight)
+
+
+METHOD = Method("rtn", RTNSettings, decide, build)
