@@ -386,6 +386,12 @@ def residual(**given):
 
 
 class TestMetric:
+    def test_too_many_outputs_weigh_alike(self, trained, calibration, monkeypatch):
+        monkeypatch.setattr("slrprop.regression.METRIC_OUTPUTS", 79)
+        found = calibration_of(trained, calibration[0])
+        found.prepare(("0", "2", "4"))
+        assert [found.regression(name, {}).metric is None for name in ("0", "2", "4")] == [True, True, False]
+
     @pytest.mark.parametrize("name", ["0", "2", "4"])
     def test_of_chains_by_jacobians(self, name, trained, calibration):
         x = calibration[0][:60]

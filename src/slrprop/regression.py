@@ -24,6 +24,7 @@ DAMPING = 1e-4  # pull towards the original weight, times the mean variance of t
 ROUNDING = 1e-12  # relative, of sums in float64
 METRIC_DAMPING = 0.05  # of the outputs' metric, times its mean diagonal
 METRIC_ROWS = 2048  # samples that the metric is averaged over
+METRIC_OUTPUTS = 8192  # of a layer; of more, all weigh alike: the metric would take gigabytes, and minutes to factorise
 SELECTION_DAMPING = 1e-3
 ROUNDING_DAMPING = 1e-2  # of the covariance, when errors of rounding are passed on
 PROBES = 16  # random directions that stand for more classes than that
@@ -353,13 +354,17 @@ class Calibration:
     def _metric(self, name: str) -> tuple[Tensor, Tensor] | None:
         """The damped Gauss-Newton metric (n x n) of a layer's outputs and its lower Cholesky factor.
 
-        None where the outputs' gradient can't be had or is zero.
+        None where the outputs' gradient can't be had or is zero, or outputs are more than ``METRIC_OUTPUTS``.
         """
         if name not in self._metrics:
             self._measure_metrics((name,))
         return self._metrics[name]
 
     def _measure_metrics(self, names: tuple[str, ...]) -> None:
+        self._metrics |= dict.fromkeys(names)
+        names = tuple(name for name in names if self.network.shape(name)[1] <= METRIC_OUTPUTS)
+        if not names:
+            return
         totals: dict[str, Tensor] = {}
         counts = dict.fromkeys(names, 0)
         for turn, found in self.network.gradients(names, self.data, PROBES):
@@ -371,7 +376,6 @@ class Calibration:
                 square.addmm_(gradient.T, gradient)
                 counts[name] += len(gradient) if turn == 0 else 0
         for name in names:
-            self._metrics[name] = None
             if name in totals:
                 total = totals[name] / max(counts[name], 1)
                 mean = total.diagonal().mean()
