@@ -169,6 +169,8 @@ def apply_plan(
         typer.echo(
             f"output '{name}': at most {apart:.1e} from the factors' values (allowed: {parity.tolerance:.0e} of the largest)"
         )
+    if calibration is None:
+        typer.echo("(on made-up inputs, which may not reach every part of a network; --calibration compares on yours)")
     typer.echo(f"Written: {output}, {after:,} bytes instead of {before:,}")
 
 

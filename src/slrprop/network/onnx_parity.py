@@ -111,7 +111,8 @@ def _difference(name: str, want: np.ndarray, got: np.ndarray, tolerance: float) 
     size = float(np.abs(a[np.isfinite(a)]).max(initial=0))
     if not largest <= tolerance * max(1.0, size):
         raise SlrpropError(
-            f"output '{name}' of the new file differs from the factors' values by {largest:.3g}; nothing was written"
+            f"output '{name}' of the new file differs from the factors' values by {largest:.3g}, where {tolerance:.0e} of the largest is allowed, "
+            f"so nothing was written; leave out the layers that lead to it, or give other data to compare on"
         )
     return largest
 

@@ -149,9 +149,10 @@ def compress(
         },
     )  # fmt: skip
     if not result.met:
+        rest = original_bytes - sum(curve[0].bytes for curve in shares.curves.values())
         raise BudgetError(
             f"no plan was found for {budget}; the nearest has a drop of {drop:.2f} ({result.metric}{result.between()}) at "
-            f"{result.bytes[1]:,} bytes; allow more, or give more methods or layers",
+            f"{result.bytes[1]:,} bytes, of which {rest:,} are not in the layers that were tried; allow more, or give more methods or layers",
             result,
         )
     return result
