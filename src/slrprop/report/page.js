@@ -199,7 +199,7 @@
         node.textContent = text;
         return node;
       };
-      if (!layer.kept) return box.append(words("", ""), words("", layer.rank ? `This form treats all neurons alike: every row and column has rank ${layer.rank}.` : "The layer is left dense: every row and column is whole."));
+      if (!layer.kept) return box.append(words("", ""), words("", layer.rank ? `This form treats all neurons alike: every row and column has rank ${layer.rank}.` : ["dense", "rtn"].includes(layer.method) ? "The layer is dense: every row and column is whole." : "This form has no ranks."));
       const canvas = document.createElement("canvas");
       const sharp = Math.max(1, devicePixelRatio || 1); // one dot of the screen is one part, so that nothing flickers
       const [rows, columns] = [206, Math.max(60, box.clientWidth - 28)].map((room, side) => shares(layer.kept[side], Math.round(room * sharp)));
