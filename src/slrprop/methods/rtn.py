@@ -4,11 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from slrprop.factors import Dense
 from slrprop.methods.base import Decision, Method, Problem, Settings
-from slrprop.plan import LayerPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +30,4 @@ def decide(problem: Problem, layers: tuple[str, ...], settings: RTNSettings) -> 
         yield Decision(name, Dense(problem.weight(name)))
 
 
-def build(weight: Tensor, layer: LayerPlan, settings: RTNSettings) -> Dense:
-    """The weight itself."""
-    return Dense(weight)
-
-
-METHOD = Method("rtn", RTNSettings, decide, build)
+METHOD = Method("rtn", RTNSettings, decide)

@@ -59,7 +59,8 @@ def measured(bench: Bench, method: str, rank: int, plan: Plan, seconds: float) -
     found = measure(apply(bench.head, plan), (bench.x_test, bench.data.y_test))
     whole = TorchNetwork(apply(bench.model, plan), None)
     found = replace(found, bytes=file_bytes(whole), numbers=whole.numbers)
-    return Result(experiment.name, bench.seed, method, rank, **asdict(found), compression_rate=rate, seconds=seconds)
+    told = {name: value for name, value in asdict(found).items() if name not in ("agreement", "deviation")}
+    return Result(experiment.name, bench.seed, method, rank, **told, compression_rate=rate, seconds=seconds)
 
 
 def run(
