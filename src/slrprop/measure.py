@@ -70,17 +70,17 @@ def measure(model: nn.Module | str | Path, data: Any, against: nn.Module | str |
     """
     opened = open_data(data)
     network = open_network(model, opened)
-    flows = list(network.stream((), opened))
-    outputs = torch.cat([rows_of(flow.output) for flow in flows])
-    targets = [flow.batch.targets for flow in flows if flow.batch.targets is not None]
-    labelled = len(targets) == len(flows)
-    found = dict.fromkeys(LABELLED, math.nan)
+    parts, targets = [], []
+    for flow in network.stream((), opened):
+        parts.append(rows_of(flow.output))
+        targets += [] if flow.batch.targets is None else [flow.batch.targets]
+    outputs, found = torch.cat(parts), dict.fromkeys(LABELLED, math.nan)
+    labelled = len(targets) == len(parts)
     if labelled and (against is None or (outputs.shape[1] > 1 and not targets[0].is_floating_point())):
         if outputs.shape[1] < 2:
             raise SlrpropError(f"measure needs one output per class, and the network gives {outputs.shape[1]}")
-        scores = [rows_of(network.scores(flow.output)) for flow in flows]
-        labels = [check_labels(target, output) for target, output in zip(targets, scores, strict=True)]
-        probabilities = torch.cat([output.double().softmax(-1) for output in scores])
+        labels = [check_labels(target, part) for target, part in zip(targets, parts, strict=True)]
+        probabilities = network.scores(outputs).double().softmax(-1)
         found = quality(probabilities.cpu().numpy(), torch.cat(labels).cpu().numpy())
     elif against is None:
         raise SlrpropError(
