@@ -10,7 +10,7 @@ from slrprop.search.path import LEAST_STEP, Evaluation, Point, path_of
 from slrprop.search.result import Budget, most_evaluations
 from slrprop.search.shares import LIKELY, Shares
 
-STEPS = 5  # on the path at least
+STEPS = 5  # on the path at least; more come nearer to the edge, where the promise fails on fresh data
 REFINEMENTS = 3  # evaluations beyond those on the path
 
 
@@ -91,9 +91,7 @@ class Search:
         """The point to promise, and whether it is in the budget on the search part."""
         last = len(self.points) - 1
         if budget.max_drop is not None:
-            steps = max(
-                STEPS, 1 + len(self.shares.curves)
-            )  # the originals, sensitivities and the check are evaluations too
+            steps = max(STEPS, 1 + len(self.shares.curves))
             allowed = float(budget.max_drop)
             at = self._bisect(0, last, lambda i: self.drop(i) <= allowed, steps)
             at = self._between(at, allowed) if self.shares.calibrated and at < last else at
