@@ -17,7 +17,9 @@ PASSED_ON = ("Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze",
 class Kept(NamedTuple):
     """A tensor that is made of stored numbers alone."""
 
-    root: str
+    root: (
+        object  # what stores them: an initializer's name, in a body an object of its own, since names there may repeat
+    )
     numbers: int
     by: str = ""  # what is done to it before it is used
 
@@ -25,16 +27,16 @@ class Kept(NamedTuple):
 def elsewhere(graph: GraphProto, dense: set[str]) -> Counter[str]:
     """Stored numbers by the operator that uses them first, dense layers' weights (``dense``: their initializers) left out."""
     found: Counter[str] = Counter()
-    seen = set(dense)
+    seen: set[object] = set(dense)
 
     def visit(graph: GraphProto, outer: Mapping[str, Kept], where: str) -> None:
         known = dict(outer)
         for tensor in graph.initializer:
-            keep(known, tensor, tensor.name)
+            keep(known, tensor, tensor.name, where)
         for node in graph.node:
             value = attribute(node, "value") if standard(node) == "Constant" else None
             if isinstance(value, TensorProto) and node.output:
-                keep(known, value, node.output[0])
+                keep(known, value, node.output[0], where)
             source = known.get(node.input[0]) if node.input else None
             if source is not None and standard(node) in PASSED_ON and node.output:
                 by = f" behind {node.op_type}" if node.op_type == "DequantizeLinear" else source.by
@@ -48,9 +50,9 @@ def elsewhere(graph: GraphProto, dense: set[str]) -> Counter[str]:
             for inner in graphs_of(node):
                 visit(inner, known, f" in {node.op_type}")
 
-    def keep(known: dict[str, Kept], tensor: TensorProto, name: str) -> None:
+    def keep(known: dict[str, Kept], tensor: TensorProto, name: str, where: str) -> None:
         if tensor.data_type in REAL | FEW_BITS:
-            known[name] = Kept(name, math.prod(tensor.dims))
+            known[name] = Kept(object() if where else name, math.prod(tensor.dims))
 
     visit(graph, {}, "")
     return found
