@@ -40,11 +40,11 @@ class TestDivergence:
     @pytest.mark.parametrize("bits", [32, 8, 4])
     def test_falls_on_data_it_did_not_see(self, bits, plans, trained, digits):
         x, _ = digits
-        found = tuned(trained, x[:1000], plans[bits])
+        found = tuned(trained, x[:1000], plans[bits], TuneSettings(batch=128))
         before, after = (divergence(slrprop.apply(trained, plan), trained, x[1200:]) for plan in (plans[bits], found))
-        assert after < 0.97 * before
+        assert after < 0.8 * before
         notes = found.layers[0].notes
-        assert notes["divergence_after"] < notes["divergence_before"] and 1 <= notes["tuned_epochs"] <= 3
+        assert notes["divergence_after"] < notes["divergence_before"] and 1 <= notes["tuned_epochs"] <= 125
         assert [layer.bytes for layer in found.layers] == [layer.bytes for layer in plans[bits].layers]
 
     @pytest.mark.parametrize("bits", [32, 8, 4])
@@ -70,10 +70,11 @@ class TestDivergence:
         got, want = (slrprop.apply(trained, plan)(x) for plan in (found, plans[bits]))
         assert torch.equal(got, want)
 
-    def test_patience_ends_it_and_the_best_epoch_is_kept(self, plans, trained, calibration):
-        settings = TuneSettings(epochs=50, patience=1, learning_rate=0.5)
-        few = tuned(trained, calibration[0], plans[32], settings)
-        assert few.layers[0].notes["tuned_epochs"] < 49
+    def test_falls_after_steps_too_large(self, plans, trained, digits):
+        """The first epochs lead away; it goes on to the small steps at the schedule's end."""
+        settings = TuneSettings(epochs=60, learning_rate=0.05, batch=64)
+        notes = tuned(trained, digits[0][:1000], plans[4], settings).layers[0].notes
+        assert notes["tuned_epochs"] > 20 and notes["divergence_after"] < 0.6 * notes["divergence_before"]
 
 
 def test_labels_do_not_matter(plans, trained, calibration):
@@ -146,10 +147,26 @@ class TestWholeModules:
     def test_fall_too(self, bits, calibration, digits):
         model = normed()
         made = slrprop.plan(model, calibration, method="low_rank", layers=["first", "inner"], rank=4, bits=bits)
-        settings = TuneSettings(epochs=20, patience=20, learning_rate=5e-3)
+        settings = TuneSettings(epochs=20, learning_rate=5e-3)
         found = tuned(model, digits[0][:1000], made, settings)
         before, after = (divergence(slrprop.apply(model, plan), model, digits[0][1200:]) for plan in (made, found))
         assert after < before
+
+    def test_whole_numbers_are_never_mixed(self, digits):
+        """Token ids have nothing between them; pixels as floats have."""
+
+        class Casting(Normed):
+            def forward(self, x):
+                return super().forward(x.float() / 16)
+
+        torch.manual_seed(0)
+        x, model = (digits[0][:1000] * 16).round(), Casting().eval()
+        made = slrprop.plan(model, x, method="low_rank", layers=["first", "inner"], rank=2)
+        whole, plain, mixed = (
+            tuned(model, data, made, TuneSettings(epochs=20, learning_rate=1e-3, mixup=mixup)).to_json()
+            for data, mixup in ((x.long(), True), (x.long(), False), (x, True))
+        )
+        assert whole == plain != mixed
 
     def test_in_training_mode_are_tuned_as_they_are_used(self, calibration):
         """Batch statistics are neither used nor moved, nothing is dropped, and the mode stays."""
@@ -212,7 +229,8 @@ class TestErrors:
         [
             ({"epochs": 0}, "epochs must be a whole number from 1, got 0"),
             ({"batch": 2.5}, "batch must be a whole number from 1, got 2.5"),
-            ({"patience": True}, "patience must be a whole number from 1, got True"),
+            ({"seed": True}, "seed must be a whole number from 0, got True"),
+            ({"mixup": 1}, "mixup must be True or False, got 1"),
             ({"learning_rate": 0}, "learning_rate must be a positive number, got 0"),
             ({"learning_rate": float("nan")}, "learning_rate must be a positive number, got nan"),
             ({"temperature": "2"}, "temperature must be a positive number, got '2'"),

@@ -2,12 +2,13 @@
 
 The student's outputs come near to the teacher's in Kullback-Leibler divergence at a temperature (Hinton, Vinyals, Dean,
 2015). Factors in few bits are rounded in every step, and the gradient passes the rounding as if it were not there; their
-scales learn too (Esser et al., learned step size quantization, ICLR 2020).
+scales learn too (Esser et al., learned step size quantization, ICLR 2020). Samples are mixed (mixup, Zhang et al., ICLR 2018):
+the original answers between the samples too, and says more there than where it was trained to be certain.
 """
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,8 @@ from slrprop.network.torch import evaluating, main_output, swapped
 from slrprop.plan import LayerPlan, Plan
 from slrprop.quantize import LARGEST, SMALLEST, rounded, with_bias
 
-HELD_OUT = 0.1  # of the data, to stop by
+HELD_OUT = 0.1  # of the data, to choose the epoch by
+EPOCHS, LEAST_STEPS = 20, 1000
 Forward = Callable[[Tensor], Tensor]
 
 
@@ -36,24 +38,29 @@ class TuneSettings:
     """How factors are fine-tuned.
 
     Args:
-        epochs: passes over the data at most; the best of them by the held-out divergence is kept (0 is the start).
+        epochs: passes over the data, the best of which by the held-out divergence is kept (0 is the start); None: 20, and where
+            samples are few and mixed as many as make 1 000 steps.
         learning_rate: of Adam, decaying to zero by a cosine.
         batch: samples per step.
         temperature: of the softmax of both networks.
-        patience: epochs without a better held-out divergence after which it stops.
-        seed: of the order of the samples.
+        mixup: whether a half of each step's samples are mixed with another one, in shares drawn evenly; inputs of whole numbers
+            never are.
+        seed: of the order of the samples and the shares.
     """
 
-    epochs: int = 20
+    epochs: int | None = None
     learning_rate: float = 3e-3
     batch: int = 256
     temperature: float = 2.0
-    patience: int = 5
+    mixup: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch", 1), ("patience", 1), ("seed", 0)):
-            require_count(name, getattr(self, name), least)
+        for name, least in (("epochs", 1), ("batch", 1), ("seed", 0)):
+            if (name, getattr(self, name)) != ("epochs", None):
+                require_count(name, getattr(self, name), least)
+        if not isinstance(self.mixup, bool):
+            raise SlrpropError(f"mixup must be True or False, got {self.mixup!r}")
         for name in ("learning_rate", "temperature"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
@@ -261,38 +268,48 @@ def _distil(
     random = torch.Generator().manual_seed(chosen.seed)
     order = torch.randperm(count, generator=random)
     aside, rest = order[:held], order[held:]
-    with torch.no_grad():
-        wanted = torch.cat([teacher(inputs[part]) for part in torch.arange(count).split(1024)])
+    mixing = chosen.mixup and inputs.is_floating_point()
 
-    numbers = real_valued(rows_of(wanted[:1]))
+    def answers(run: Forward, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([rows_of(run(part)) for part in x.split(1024)])
 
-    def divergence(rows: Tensor, temperature: float) -> Tensor:
-        return distance(rows_of(student(inputs[rows])), rows_of(wanted[rows]), temperature, numbers)
+    held_inputs = inputs[aside]
+    wanted = answers(teacher, held_inputs)
+    numbers = real_valued(wanted[:1])
 
     def held_out() -> float:
-        with torch.no_grad():
-            return float(sum(divergence(part, 1.0) * len(part) for part in aside.split(1024))) / held
+        return float(distance(answers(student, held_inputs), wanted, 1.0, numbers))
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and the original's outputs, in batches: an epoch."""
+        for rows in rest[torch.randperm(len(rest), generator=random)].split(chosen.batch):
+            x = inputs[rows]
+            if mixing:
+                share = torch.rand(len(x), *[1] * (x.ndim - 1), generator=random).to(x)
+                share[::2] = 0
+                x = x.lerp(x[torch.randperm(len(x), generator=random)], share)
+            yield x, answers(teacher, x)
 
     best = before = held_out()
-    kept, reached, since = copy.deepcopy(layers.state_dict()), 0, 0
-    steps = chosen.epochs * -(-len(rest) // chosen.batch)
+    kept, reached = copy.deepcopy(layers.state_dict()), 0
+    an_epoch = -(-len(rest) // chosen.batch)
+    epochs = chosen.epochs or max(EPOCHS, -(-LEAST_STEPS // an_epoch) if mixing else 0)
+    steps = epochs * an_epoch
     optimizer = torch.optim.Adam(layers.parameters(), chosen.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     with tqdm(total=steps, desc="tuning", unit="step", mininterval=1, disable=True if quiet else None) as bar:
-        for epoch in range(1, chosen.epochs + 1):
-            for rows in rest[torch.randperm(len(rest), generator=random)].split(chosen.batch):
-                loss = divergence(rows, chosen.temperature)
+        for epoch in range(1, epochs + 1):
+            for x, targets in pairs():
+                loss = distance(rows_of(student(x)), targets, chosen.temperature, numbers)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
                 bar.update()
             found = held_out()
-            since = 0 if found < best else since + 1
             if found < best:
                 best, kept, reached = found, copy.deepcopy(layers.state_dict()), epoch
-            if since >= chosen.patience:
-                break
     layers.load_state_dict(kept)
     return {"tuned_epochs": float(reached), "divergence_before": before, "divergence_after": best}
 

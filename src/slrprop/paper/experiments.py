@@ -13,7 +13,7 @@ from slrprop.errors import SlrpropError
 from slrprop.files import replacing, require_seen
 from slrprop.paper.datasets import DATASETS, Dataset
 from slrprop.paper.networks import VGG16, DenseHead, Headed, LeNet5, LeNet300, RoomMLP
-from slrprop.paper.training import Recipe, Trainer, cropped, cut_out, shifted, write_log
+from slrprop.paper.training import Epoch, Recipe, Trainer, cropped, cut_out, shifted, write_log
 from slrprop.parallel import each
 from slrprop.search.path import LEVELS
 
@@ -24,7 +24,8 @@ class Experiment:
 
     ``layers`` are the layer before the FRL and the FRL; ``calibration`` is the number of training samples that
     the scores see. ``trainings``: how many networks the seeds share, where each is not to have its own. ``levels``: those of
-    the product's own choice that the sweep has too, at the bytes of SLR.
+    the product's own choice that the sweep has too, at the bytes of SLR. ``again``: further trainings, each from the weights
+    of the one before (warm restarts, Loshchilov and Hutter 2017).
     """
 
     name: str
@@ -36,6 +37,7 @@ class Experiment:
     recipe: Recipe
     trainings: int | None = None
     levels: tuple[str, ...] = ()
+    again: tuple[Recipe, ...] = ()
 
     def training(self, seed: int) -> int:
         """The seed that a seed's network was trained from."""
@@ -78,7 +80,7 @@ EXPERIMENTS = {
         Experiment("lenet5-mnist", "mnist", LeNet5, ("fc3", "fc4"), (2, 4, 8, 16, 32), 10_000, LENET),
         Experiment("room-mlp", "room", RoomMLP, ("fc2", "fc3"), (2, 4, 8, 16), 1_000, ROOM),
         Experiment("vgg16-cifar10", "cifar10", VGG16, ("fc6", "fc7"), (2, 4, 8, 16, 32, 64), 10_000, replace(VGG, epochs=30, smoothing=0.1, augment=cut_out), 1, tuple(LEVELS)),
-        Experiment("vgg16-cifar100", "cifar100", partial(VGG16, 100), ("fc6", "fc7"), (2, 4, 8, 16, 32, 64), 10_000, replace(VGG, smoothing=0.1), 1, tuple(LEVELS)),
+        Experiment("vgg16-cifar100", "cifar100", partial(VGG16, 100), ("fc6", "fc7"), (2, 4, 8, 16, 32, 64), 10_000, replace(VGG, smoothing=0.1), 1, tuple(LEVELS), (replace(VGG, epochs=25, learning_rate=0.05, smoothing=0.1, augment=cut_out),)),
     )
 }  # fmt: skip
 LENET300 = Experiment(
@@ -108,13 +110,18 @@ def trained(experiment: Experiment, seed: int, data: Dataset, folder: Path, devi
             model.load_state_dict(load_file(path))
             return model.eval()
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint = path.with_suffix(".part") if experiment.recipe.convolutional else None
-        trainer = Trainer(model, experiment.recipe, len(data.x_train), checkpoint, device)
-        trainer.run(data, f"{experiment.name} seed {seed}")
+        log, checkpoints = list[Epoch](), list[Path]()
+        for cycle, recipe in enumerate((experiment.recipe, *experiment.again), 1):
+            checkpoint = path.with_suffix(f".{cycle}.part") if recipe.convolutional else None
+            checkpoints += [checkpoint] if checkpoint else []
+            trainer = Trainer(model, recipe, len(data.x_train), checkpoint, device)
+            trainer.run(data, f"{experiment.name} seed {seed}")
+            log += [replace(epoch, epoch=len(log) + epoch.epoch) for epoch in trainer.log]
+            torch.manual_seed(seed)  # so that a restart depends on the weights before it alone
     with replacing(path) as part:
         part.write_bytes(save(model.state_dict()))
-    write_log(trainer.log, path.with_suffix(".csv"))
-    if checkpoint is not None:
+    write_log(log, path.with_suffix(".csv"))
+    for checkpoint in checkpoints:
         checkpoint.unlink(missing_ok=True)
     return model
 
