@@ -13,7 +13,7 @@ from slrprop.errors import SlrpropError
 from slrprop.files import replacing
 from slrprop.paper.experiments import Experiment
 from slrprop.paper.results import markdown, plus_minus
-from slrprop.tune import TuneSettings
+from slrprop.tune import EPOCHS, LEAST_STEPS
 
 LEVELS = ("weights", "calibrated", "tuned", "trained")
 KNOWN = {contender.name: contender for contender in CONTENDERS}
@@ -232,7 +232,7 @@ def page(results: Results, verdicts: list[tuple[str, list[str]]]) -> str:
         f"# {name}: every contender at equal stored bytes",
         f"Written by `slrprop compare {name} --output`. How it is measured: [the comparison](README.md). Every row: [{name}.csv]({name}.csv).",
         f"Treated: {layers}, {amount(results.total)} in float32 with biases. {count_of(len(results.originals))}{few}; "
-        f"calibration on {experiment.calibration:,} training samples; at most {experiment.tries} measured alternatives per size; tuned: at most {TuneSettings().epochs} epochs of distillation.",
+        f"calibration on {experiment.calibration:,} training samples; at most {experiment.tries} measured alternatives per size; tuned: {EPOCHS} epochs of distillation, at least {LEAST_STEPS:,} steps.",
         "## Verdict",
         "Points of accuracy; ± is the standard error of the per-seed differences, over the seeds that both have.",
         *("\n\n".join((f"**{heading}**", "\n".join(f"- {line}" for line in lines))) for heading, lines in verdicts),
