@@ -247,6 +247,21 @@ def test_where_other_numbers_are_is_told(tmp_path):
     assert other_numbers(model) == "Conv1d 29 %, Linear 3 %"
 
 
+def test_numbers_in_bodies_of_the_same_names_are_all_counted(tmp_path):
+    value, kind = helper.make_tensor_value_info, TensorProto.FLOAT
+    then, other = (
+        helper.make_graph([helper.make_node("MatMul", ["x", "b"], ["i"])], name, [], [value("i", kind, None)], [numpy_helper.from_array(numbers(20, width), "b")])
+        for name, width in (("then", 10), ("else", 10))
+    )  # fmt: skip
+    nodes = [
+        helper.make_node("If", ["c"], ["h"], then_branch=then, else_branch=other),
+        helper.make_node("Mul", ["h", "m"], ["y"]),
+    ]
+    tensors = {"m": numbers(100, 10), "c": np.array(True)}
+    path = graph_file(tmp_path / "m.onnx", nodes, tensors, ["b", 20])
+    assert other_numbers(path) == "Mul 71 %, MatMul in If 29 %"
+
+
 def test_initializers_are_inputs_too_where_the_format_wants_that(tmp_path):
     nodes = [helper.make_node("Gemm", ["x", "a", "p"], ["y"], "one")]
     tensors = {"a": numbers(64, 48), "p": numbers(48)}

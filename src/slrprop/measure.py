@@ -72,6 +72,10 @@ def measure(model: nn.Module | str | Path, data: Any, against: nn.Module | str |
     network = open_network(model, opened)
     parts, targets = [], []
     for flow in network.stream((), opened):
+        if flow.batch.targets is None and against is None:
+            raise SlrpropError(
+                "measure needs labels ('targets' in a file), and the data has none; or give another network, against which to measure"
+            )
         parts.append(rows_of(flow.output))
         targets += [] if flow.batch.targets is None else [flow.batch.targets]
     outputs, found = torch.cat(parts), dict.fromkeys(LABELLED, math.nan)
@@ -82,10 +86,6 @@ def measure(model: nn.Module | str | Path, data: Any, against: nn.Module | str |
         labels = [check_labels(target, part) for target, part in zip(targets, parts, strict=True)]
         probabilities = network.scores(outputs).double().softmax(-1)
         found = quality(probabilities.cpu().numpy(), torch.cat(labels).cpu().numpy())
-    elif against is None:
-        raise SlrpropError(
-            "measure needs labels ('targets' in a file), and the data has none; or give another network, against which to measure"
-        )
     if against is not None:
         found |= compared(
             outputs, torch.cat([rows_of(flow.output) for flow in open_network(against, opened).stream((), opened)])
