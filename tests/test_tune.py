@@ -52,7 +52,7 @@ class TestDivergence:
     def test_told_is_that_of_the_plan(self, bits, rate, plans, trained, calibration):
         """What is measured while it learns is what is stored in the end: scales and biases are rounded on the way."""
         x = calibration[0]
-        settings = TuneSettings(epochs=2, learning_rate=rate, batch=32)
+        settings = TuneSettings(epochs=2, learning_rate=rate, batch=32, mixup=False)
         found = tuned(trained, x, plans[bits], settings)
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
         aside = x[order[: len(x) // 10]]

@@ -8,7 +8,7 @@ the original answers between the samples too, and says more there than where it 
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,9 @@ from slrprop.plan import LayerPlan, Plan
 from slrprop.quantize import LARGEST, SMALLEST, rounded, with_bias
 
 HELD_OUT = 0.1  # of the data, to choose the epoch by
+LEAST_HELD_OUT = 1000  # few are mixed with one another again and again
 EPOCHS, LEAST_STEPS = 20, 1000
+RATES = 1.0, 0.1  # of the learning rate, one after the other
 Forward = Callable[[Tensor], Tensor]
 
 
@@ -40,11 +42,12 @@ class TuneSettings:
     Args:
         epochs: passes over the data, the best of which by the held-out divergence is kept (0 is the start); None: 20, and where
             samples are few and mixed as many as make 1 000 steps.
-        learning_rate: of Adam, decaying to zero by a cosine.
+        learning_rate: of Adam in the first half of the epochs, decaying to zero by a cosine; the other half begins at the best so
+            far with a tenth of it, which is what a plan needs that is good from the start.
         batch: samples per step.
         temperature: of the softmax of both networks.
-        mixup: whether a half of each step's samples are mixed with another one, in shares drawn evenly; inputs of whole numbers
-            never are.
+        mixup: whether a half of the samples are mixed with another one, in shares drawn evenly, in the steps and those held out;
+            inputs of whole numbers never are.
         seed: of the order of the samples and the shares.
     """
 
@@ -270,46 +273,47 @@ def _distil(
     aside, rest = order[:held], order[held:]
     mixing = chosen.mixup and inputs.is_floating_point()
 
+    def mixed(x: Tensor) -> Tensor:
+        if not mixing:
+            return x
+        share = torch.rand(len(x), *[1] * (x.ndim - 1), generator=random).to(x)
+        share[::2] = 0
+        return x.lerp(x[torch.randperm(len(x), generator=random)], share)
+
     def answers(run: Forward, x: Tensor) -> Tensor:
         with torch.no_grad():
             return torch.cat([rows_of(run(part)) for part in x.split(1024)])
 
-    held_inputs = inputs[aside]
+    held_inputs = torch.cat([mixed(inputs[aside]) for _ in range(-(-LEAST_HELD_OUT // held) if mixing else 1)])
     wanted = answers(teacher, held_inputs)
     numbers = real_valued(wanted[:1])
 
     def held_out() -> float:
         return float(distance(answers(student, held_inputs), wanted, 1.0, numbers))
 
-    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and the original's outputs, in batches: an epoch."""
-        for rows in rest[torch.randperm(len(rest), generator=random)].split(chosen.batch):
-            x = inputs[rows]
-            if mixing:
-                share = torch.rand(len(x), *[1] * (x.ndim - 1), generator=random).to(x)
-                share[::2] = 0
-                x = x.lerp(x[torch.randperm(len(x), generator=random)], share)
-            yield x, answers(teacher, x)
-
     best = before = held_out()
-    kept, reached = copy.deepcopy(layers.state_dict()), 0
+    kept, reached, epoch = copy.deepcopy(layers.state_dict()), 0, 0
     an_epoch = -(-len(rest) // chosen.batch)
     epochs = chosen.epochs or max(EPOCHS, -(-LEAST_STEPS // an_epoch) if mixing else 0)
-    steps = epochs * an_epoch
-    optimizer = torch.optim.Adam(layers.parameters(), chosen.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    with tqdm(total=steps, desc="tuning", unit="step", mininterval=1, disable=True if quiet else None) as bar:
-        for epoch in range(1, epochs + 1):
-            for x, targets in pairs():
-                loss = distance(rows_of(student(x)), targets, chosen.temperature, numbers)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                bar.update()
-            found = held_out()
-            if found < best:
-                best, kept, reached = found, copy.deepcopy(layers.state_dict()), epoch
+    with tqdm(
+        total=epochs * an_epoch, desc="tuning", unit="step", mininterval=1, disable=True if quiet else None
+    ) as bar:
+        for rate, passes in zip(RATES, (epochs - epochs // 2, epochs // 2), strict=True):
+            layers.load_state_dict(kept)
+            optimizer = torch.optim.Adam(layers.parameters(), rate * chosen.learning_rate)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, passes * an_epoch))
+            for _ in range(passes):
+                for rows in rest[torch.randperm(len(rest), generator=random)].split(chosen.batch):
+                    x = mixed(inputs[rows])
+                    loss = distance(rows_of(student(x)), answers(teacher, x), chosen.temperature, numbers)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+                    bar.update()
+                found, epoch = held_out(), epoch + 1
+                if found < best:
+                    best, kept, reached = found, copy.deepcopy(layers.state_dict()), epoch
     layers.load_state_dict(kept)
     return {"tuned_epochs": float(reached), "divergence_before": before, "divergence_after": best}
 
