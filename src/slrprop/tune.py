@@ -302,7 +302,7 @@ def _distil(
             layers.load_state_dict(kept)
             optimizer = torch.optim.Adam(layers.parameters(), rate * chosen.learning_rate)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, passes * an_epoch))
-            for _ in range(passes):
+            for done in range(1, passes + 1):
                 for rows in rest[torch.randperm(len(rest), generator=random)].split(chosen.batch):
                     x = mixed(inputs[rows])
                     loss = distance(rows_of(student(x)), answers(teacher, x), chosen.temperature, numbers)
@@ -311,7 +311,10 @@ def _distil(
                     optimizer.step()
                     schedule.step()
                     bar.update()
-                found, epoch = held_out(), epoch + 1
+                epoch += 1
+                if done % max(1, epochs // EPOCHS) and done < passes:
+                    continue  # so many held-out samples would take longer than the few that it learns from
+                found = held_out()
                 if found < best:
                     best, kept, reached = found, copy.deepcopy(layers.state_dict()), epoch
     layers.load_state_dict(kept)
