@@ -30,7 +30,7 @@ from slrprop.quantize import LARGEST, SMALLEST, rounded, with_bias
 
 HELD_OUT = 0.1  # of the data, to choose the epoch by
 LEAST_HELD_OUT = 1000  # few are mixed with one another again and again
-EPOCHS, LEAST_STEPS = 20, 1000
+EPOCHS, LEAST_STEPS = 40, 1000
 RATES = 1.0, 0.1  # of the learning rate, one after the other
 Forward = Callable[[Tensor], Tensor]
 
@@ -40,7 +40,7 @@ class TuneSettings:
     """How factors are fine-tuned.
 
     Args:
-        epochs: passes over the data, the best of which by the held-out divergence is kept (0 is the start); None: 20, and where
+        epochs: passes over the data, the best of which by the held-out divergence is kept (0 is the start); None: 40, and where
             samples are few and mixed as many as make 1 000 steps.
         learning_rate: of Adam in the first half of the epochs, decaying to zero by a cosine; the other half begins at the best so
             far with a tenth of it, which is what a plan needs that is good from the start.
