@@ -300,7 +300,7 @@ def _distil(
     ) as bar:
         for rate, passes in zip(RATES, (epochs - epochs // 2, epochs // 2), strict=True):
             layers.load_state_dict(kept)
-            optimizer = torch.optim.Adam(layers.parameters(), rate * chosen.learning_rate)
+            optimizer = torch.optim.Adam(layers.parameters(), rate * chosen.learning_rate, fused=True)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, passes * an_epoch))
             for done in range(1, passes + 1):
                 for rows in rest[torch.randperm(len(rest), generator=random)].split(chosen.batch):
