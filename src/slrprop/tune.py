@@ -3,7 +3,8 @@
 The student's outputs come near to the teacher's in Kullback-Leibler divergence at a temperature (Hinton, Vinyals, Dean,
 2015). Factors in few bits are rounded in every step, and the gradient passes the rounding as if it were not there; their
 scales learn too (Esser et al., learned step size quantization, ICLR 2020). Samples are mixed (mixup, Zhang et al., ICLR 2018):
-the original answers between the samples too, and says more there than where it was trained to be certain.
+the original answers between the samples too, and says more there than where it was trained to be certain. The mixtures come
+again after a few epochs, so that the original, which is much slower than the plan, answers each of them once.
 """
 
 import copy
@@ -31,6 +32,8 @@ from slrprop.quantize import LARGEST, SMALLEST, rounded, with_bias
 HELD_OUT = 0.1  # of the data, to choose the epoch by
 LEAST_HELD_OUT = 1000  # few are mixed with one another again and again
 EPOCHS, LEAST_STEPS = 40, 1000
+MIXTURES, LEAST_MIXED = 4, 2**15  # of all samples, then they come again; more of them where samples are few
+KEPT = 2**30  # bytes of the original's answers; where they would take more it answers anew in every step
 RATES = 1.0, 0.1  # of the learning rate, one after the other
 Forward = Callable[[Tensor], Tensor]
 
@@ -46,9 +49,9 @@ class TuneSettings:
             far with a tenth of it, which is what a plan needs that is good from the start.
         batch: samples per step.
         temperature: of the softmax of both networks.
-        mixup: whether a half of the samples are mixed with another one, in shares drawn evenly, in the steps and those held out;
-            inputs of whole numbers never are.
-        seed: of the order of the samples and the shares.
+        mixup: whether a half of the samples, on average, are mixed with another one, in shares drawn evenly, in the steps and those
+            held out; inputs of whole numbers never are.
+        seed: of the order of the samples and of the mixtures.
     """
 
     epochs: int | None = None
@@ -273,18 +276,22 @@ def _distil(
     aside, rest = order[:held], order[held:]
     mixing = chosen.mixup and inputs.is_floating_point()
 
-    def mixed(x: Tensor) -> Tensor:
-        if not mixing:
-            return x
-        share = torch.rand(len(x), *[1] * (x.ndim - 1), generator=random).to(x)
-        share[::2] = 0
-        return x.lerp(x[torch.randperm(len(x), generator=random)], share)
+    def mixtures(places: Tensor, ways: int) -> tuple[Tensor, Tensor]:
+        """So many partners and shares of theirs for each of these samples (ways x p)."""
+        partners = torch.stack([places[torch.randperm(len(places), generator=random)] for _ in range(ways)])
+        shares = torch.rand(partners.shape, generator=random)
+        return partners, shares * (torch.rand(partners.shape, generator=random) < 0.5)
+
+    def mixed(places: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
+        x = inputs[places]
+        return x.lerp(inputs[partners], shares.to(x).reshape(-1, *[1] * (x.ndim - 1))) if mixing else x
 
     def answers(run: Forward, x: Tensor) -> Tensor:
         with torch.no_grad():
             return torch.cat([rows_of(run(part)) for part in x.split(1024)])
 
-    held_inputs = torch.cat([mixed(inputs[aside]) for _ in range(-(-LEAST_HELD_OUT // held) if mixing else 1)])
+    ways = -(-LEAST_HELD_OUT // held) if mixing else 1
+    held_inputs = torch.cat([mixed(aside, *way) for way in zip(*mixtures(aside, ways), strict=True)])
     wanted = answers(teacher, held_inputs)
     numbers = real_valued(wanted[:1])
 
@@ -295,6 +302,9 @@ def _distil(
     kept, reached, epoch = copy.deepcopy(layers.state_dict()), 0, 0
     an_epoch = -(-len(rest) // chosen.batch)
     epochs = chosen.epochs or max(EPOCHS, -(-LEAST_STEPS // an_epoch) if mixing else 0)
+    ways = min(max(MIXTURES, -(-LEAST_MIXED // len(rest))), epochs) if mixing else 1
+    partners, shares = mixtures(rest, ways)
+    known = _kept(teacher, held_inputs, wanted, ways, len(rest))
     with tqdm(
         total=epochs * an_epoch, desc="tuning", unit="step", mininterval=1, disable=True if quiet else None
     ) as bar:
@@ -303,9 +313,16 @@ def _distil(
             optimizer = torch.optim.Adam(layers.parameters(), rate * chosen.learning_rate, fused=True)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, passes * an_epoch))
             for done in range(1, passes + 1):
-                for rows in rest[torch.randperm(len(rest), generator=random)].split(chosen.batch):
-                    x = mixed(inputs[rows])
-                    loss = distance(rows_of(student(x)), answers(teacher, x), chosen.temperature, numbers)
+                way = epoch % ways
+                for places in torch.randperm(len(rest), generator=random).split(chosen.batch):
+                    x = mixed(rest[places], partners[way, places], shares[way, places])
+                    if known is not None and epoch >= ways:
+                        target = known[way, places].flatten(0, 1)
+                    else:
+                        target = answers(teacher, x)
+                        if known is not None:
+                            known[way, places] = target.reshape(len(places), *known.shape[2:])
+                    loss = distance(rows_of(student(x)), target, chosen.temperature, numbers)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
@@ -319,6 +336,21 @@ def _distil(
                     best, kept, reached = found, copy.deepcopy(layers.state_dict()), epoch
     layers.load_state_dict(kept)
     return {"tuned_epochs": float(reached), "divergence_before": before, "divergence_after": best}
+
+
+def _kept(teacher: Forward, x: Tensor, wanted: Tensor, ways: int, count: int) -> Tensor | None:
+    """Room for the original's answers to ``count`` samples in so many ways; None where it takes too much, or an output is of no sample of its own.
+
+    Args:
+        x, wanted: some samples and the rows that it answers (:func:`slrprop.losses.rows_of`).
+    """
+    each = wanted.numel() * wanted.element_size() // len(x)
+    probe = x[:7]
+    with torch.no_grad():
+        by_sample = len(teacher(probe)) == len(probe)
+    if not by_sample or ways * count * each > KEPT:
+        return None
+    return wanted.new_empty(ways, count, len(wanted) // len(x), wanted.shape[1])
 
 
 def distance(outputs: Tensor, wanted: Tensor, temperature: float, real_valued: bool = False) -> Tensor:
