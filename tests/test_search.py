@@ -66,6 +66,21 @@ def test_bytes_are_kept_and_measured(trained, fresh, tmp_path):
         assert found.bytes[1] <= (limit or 0.4 * found.bytes[0])
 
 
+@pytest.mark.parametrize("door", ["torch", "onnx"])
+@pytest.mark.parametrize("level", ["weights", "calibrated"])
+def test_bytes_of_small_files_are_predicted(door, level, trained, fresh, files):
+    """Names and shapes of the arrays, which take a third of so small a file, too; so a little less of it costs a little."""
+    model, data = (trained, fresh) if door == "torch" else files
+    found = compress(model, data, max_drop=3.0, level=level)
+    measured = [point for point in found.points if point.measured is not None and point.plan.layers]
+    assert len(measured) > 3
+    for point in measured:
+        assert point.measured.bytes == pytest.approx(point.predicted_bytes, rel=0.07)
+    most = 3700 if door == "torch" else 4000
+    smaller = compress(model, data, max_bytes=most, level=level)
+    assert 0.9 * most < smaller.bytes[1] <= most and smaller.drop < 10
+
+
 def test_all_budgets_together(files, tmp_path, monkeypatch):
     """Timed as if latency were one microsecond per hundred numbers, so that no noise decides."""
 

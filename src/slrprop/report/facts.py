@@ -17,7 +17,7 @@ from slrprop.plan import LayerPlan, method_of
 from slrprop.report import words
 from slrprop.search import Candidate, Compression, Point, hull
 
-HEAD = 512  # bytes by which what a file takes besides the numbers of a rewritten layer may differ from what is expected
+MORE = 256  # bytes by which a rewritten layer may take more in the file than is predicted
 Rows = list[tuple[str, str]]  # what, and its value in words
 
 
@@ -119,15 +119,9 @@ def _goals(c: Compression) -> list[tuple[str, str, str, bool]]:
 def _points(c: Compression, command: str | Sequence[str], layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every plan on the path; ``plan`` has, for each layer, the place of its form among the layer's candidates.
 
-    The bytes of a point that was not measured are those predicted; its command allows for what a file takes besides.
+    The bytes of a point that was not measured are those predicted; its command allows for some more.
     """
     places = {layer["name"]: {x["form"]: i for i, x in enumerate(layer["candidates"])} for layer in layers}
-    # what a rewritten layer takes in the file besides its numbers, as known from measured points
-    heads = {
-        index: (point.measured.bytes - point.predicted_bytes) / len(point.plan.layers)
-        for index, point in enumerate(c.points)
-        if point.measured is not None and point.plan.layers
-    }
     found = []
     for index, point in enumerate(c.points):
         plans = {layer.name: layer for layer in point.plan.layers}
@@ -137,9 +131,8 @@ def _points(c: Compression, command: str | Sequence[str], layers: list[dict[str,
         reached = point.predicted_bytes if exact is None else exact
         room = 0
         if exact is None:
-            near = min(heads, key=lambda at: abs(at - index)) if heads else -1
             step = c.points[index - 1].predicted_bytes - point.predicted_bytes if index else 0
-            room = math.ceil(len(plans) * heads.get(near, HEAD)) + min(step // 2, HEAD * len(plans))
+            room = min(step // 2, MORE * len(plans))
         found.append(
             {
                 "bytes": reached,

@@ -104,7 +104,7 @@ def compress(
     empty = Plan(())
     tuned = (tuning or TuneSettings()) if level == "tuned" else None
     trials = Trials(door, judge, Log(None if run_dir is None else Path(run_dir)))
-    shares = Shares(trials, Problem(judge.network, search_part), choices, tuned, workers, cluster, narrow)
+    shares = Shares(trials, Problem(judge.network, search_part), choices, tuned, workers, cluster, narrow, in_file=True)
     original_bytes = trials.size(empty)
     budget = Budget(
         max_drop,

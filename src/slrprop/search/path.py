@@ -44,7 +44,6 @@ QUICK: dict[str, dict[str, Any]] = {"slr": {"criterion": "weight"}}  # settings 
 MANY_LAYERS = 12  # with more, only every third step of each ladder is tried: so many layers make fine steps together
 SPARSELY = 3
 CALIBRATION_ROWS = 512  # inputs of each layer that predictions are made from
-LEAST_STEP = 4096  # bytes between two points of one layer: more than a file needs around its numbers
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ def frontier(candidates: list[Candidate]) -> list[tuple[Candidate, float]]:
         for candidate in sorted(between, key=lambda c: (c.bytes, c.error)):
             if candidate.error < (best[-1].error if best else smaller.error):
                 best.append(candidate)
-        gap, slope = max(LEAST_STEP, corners[0].bytes // 50), _slope(larger, smaller)
+        gap, slope = corners[0].bytes // 50, _slope(larger, smaller)
         for candidate in reversed(best):
             if found[-1][0].bytes - candidate.bytes >= gap <= candidate.bytes - smaller.bytes:
                 found.append((candidate, slope))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from slrprop.api import feeds_between
 from slrprop.plan import Plan
-from slrprop.search.path import LEAST_STEP, Evaluation, Point, path_of
+from slrprop.search.path import Evaluation, Point, path_of
 from slrprop.search.result import Budget, most_evaluations
 from slrprop.search.shares import LIKELY, Shares
 
@@ -94,17 +94,15 @@ class Search:
             steps = max(STEPS, 1 + len(self.shares.curves))
             allowed = float(budget.max_drop)
             at = self._bisect(0, last, lambda i: self.drop(i) <= allowed, steps)
-            at = self._between(at, allowed) if self.shares.calibrated and at < last else at
+            at = self._between(at, allowed) if at < last else at
             return at, self.fits(at, budget)
         at = 0
         if budget.max_bytes is not None:
             limit = budget.max_bytes
-            # the header of the file differs from the original's, so start a little above
-            near = limit + LEAST_STEP // 2
-            at = next((i for i in range(last + 1) if self.points[i].predicted_bytes <= near), last)
+            at = next((i for i in range(last + 1) if self.points[i].predicted_bytes <= limit), last)
             while at < last and self.size_at(at) > limit:
                 at += 1
-            at = self._within_file(at, limit) if self.shares.calibrated else at
+            at = self._within_file(at, limit)
             last = len(self.points) - 1
         if budget.max_latency is not None:
             slow = self._bisect(

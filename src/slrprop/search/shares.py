@@ -1,6 +1,7 @@
 """How layers share bytes: the candidates of each, what an error of it does to the network, and the best plan of a size."""
 
 import math
+from dataclasses import replace
 
 from tqdm.auto import tqdm
 
@@ -9,7 +10,7 @@ from slrprop.errors import SlrpropError
 from slrprop.methods import Problem, find_method
 from slrprop.methods.base import WIDEST
 from slrprop.parallel import each
-from slrprop.plan import Plan
+from slrprop.plan import LayerPlan, Plan
 from slrprop.search.observed import Observed, observed
 from slrprop.search.path import (
     MANY_LAYERS,
@@ -31,6 +32,9 @@ from slrprop.search.trials import Trials
 from slrprop.selection import treated
 from slrprop.tune import TuneSettings, distilled
 
+MOST_AROUND = (
+    4096  # bytes of the file around a layer's numbers; where it grows by more, something else keeps the dense weight
+)
 LIKELY = 2  # of the methods that are tried alone on wide layers, how many are fitted in order
 
 
@@ -39,6 +43,7 @@ class Shares:
 
     Args:
         methods: methods and settings that candidates are made by.
+        in_file: whether bytes are those of the file, names and shapes of the arrays included, or of the numbers alone.
         narrow: more of them for layers of at most ``WIDEST`` neurons on a side, being slow on others.
         tuning: tune every plan that is measured; None does not.
         workers: processes, and ``cluster`` a Ray cluster, that share the layers' candidates (:func:`slrprop.parallel.each`).
@@ -53,10 +58,13 @@ class Shares:
         workers: int = 1,
         cluster: str | None = None,
         narrow: tuple[Choice, ...] = (),
+        in_file: bool = False,
     ) -> None:
         self.trials, self.problem, self.tuning = trials, problem, tuning
         self.methods, self.narrow = methods, narrow
         self.workers, self.cluster = workers, cluster
+        self.in_file = in_file
+        self._headers: dict[tuple[str, ...], int] = {}
         all_methods = methods + narrow
         self.calibrated = any("inputs" in find_method(name).settings(**given).needs() for name, given in all_methods)
         self.sequential = all(settings.get("sequential", True) for _, settings in all_methods)
@@ -78,7 +86,10 @@ class Shares:
         made = each(candidates_of, names, shared, self.workers, self.cluster)
         found = dict(tqdm(made, total=len(names), desc="candidates", unit="layer", disable=None))
         self.left_dense = left_dense | {name: "no form of it is smaller" for name in names if len(found[name]) < 2}
-        self.curves = {name: found[name] for name in names}
+        self.curves = {
+            name: [replace(c, bytes=c.bytes + self._around(name, c.layer, c.bytes)) for c in found[name]]
+            for name in names
+        }
         if math.isinf(most) and all(len(curve) < 2 for curve in self.curves.values()):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.left_dense.items())
             raise SlrpropError(f"no layer can be made smaller ({reasons})")
@@ -106,7 +117,7 @@ class Shares:
         return self._finals[key]
 
     def within(self, limit: int, tries: int, every: bool = False) -> tuple[Plan, Evaluation] | None:
-        """The best plan found whose layers' stored bytes are at most ``limit``; None where none is that small.
+        """The best plan found whose layers' bytes are at most ``limit``; None where none is that small.
 
         From the choice of least predicted damage, one layer gives bytes to another as long as the measured divergence falls.
 
@@ -184,7 +195,7 @@ class Shares:
             target -= over
 
     def stored(self, plan: Plan) -> int:
-        """Bytes that the explored layers store under a plan."""
+        """Bytes that the explored layers take under a plan."""
         planned = {layer.name: layer for layer in plan.layers}
         total = 0
         for name, curve in self.curves.items():
@@ -193,8 +204,22 @@ class Shares:
                 total += curve[0].bytes
             else:
                 bias = self.problem.network.bias(name) if layer.bias is None else layer.bias
-                total += stored_bytes(layer.factors, bias)
+                size = stored_bytes(layer.factors, bias)
+                total += size + self._around(name, layer, size)
         return total
+
+    def _around(self, name: str, layer: LayerPlan | None, size: int) -> int:
+        """Bytes that the file takes around a form's numbers more than around the dense weight: one file of each kind is made to know."""
+        if not self.in_file or layer is None or layer.factors is None:
+            return 0
+        key = (layer.factors.kind, *layer.factors.arrays())
+        named = len(name) * (len(key) - 2)  # each array's name holds the layer's, and the dense weight had one
+        if key not in self._headers:
+            network = self.problem.network
+            saved = stored_bytes(network.weight(name), network.bias(name)) - size
+            more = self.trials.size(Plan((layer,))) - self.trials.size(Plan(())) + saved
+            self._headers[key] = min(max(0, more), MOST_AROUND) - named
+        return self._headers[key] + named
 
     def _damage(self, steps: dict[str, list[Candidate]], place: dict[str, int]) -> float:
         return sum(self.sensitivity[name] * steps[name][at].error for name, at in place.items())
