@@ -172,7 +172,7 @@
       }
       traces.push({ ...at([layer.place]), mode: "markers", name: "chosen", marker: { symbol: "diamond", size: 12, color: colour("c1") } });
       const values = layer.candidates.map((x) => x.bytes);
-      Plotly.react(box, traces, layout(240, { showlegend: true, legend: { x: 1, y: 1, xanchor: "right", yanchor: "top", bgcolor: "rgba(0,0,0,0)" }, xaxis: { ...axisStyle("bytes of the weight"), ...ticks(values, short, box.clientWidth < 420 ? 4 : 6) }, yaxis: { ...axisStyle("relative error"), rangemode: "tozero" } }), config);
+      Plotly.react(box, traces, layout(240, { showlegend: true, legend: { x: 1, y: 1, xanchor: "right", yanchor: "top", bgcolor: "rgba(0,0,0,0)" }, xaxis: { ...axisStyle("bytes in the file"), ...ticks(values, short, box.clientWidth < 420 ? 4 : 6) }, yaxis: { ...axisStyle("relative error"), rangemode: "tozero" } }), config);
     },
     relevance(box, layer) {
       if (!layer.relevance.length) return (box.textContent = "Not known.");

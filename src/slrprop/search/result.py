@@ -127,7 +127,7 @@ class Compression:
                 continue
             times = best.error / mine.error if mine.error > 0 else math.inf
             found.append(
-                f"{layer.name}: {wording(layer)}; of {len(forms)} forms of at most {mine.bytes:,} bytes the best of another "
+                f"{layer.name}: {wording(layer)}; of {len(forms)} forms of at most {mine.bytes:,} bytes in the file the best of another "
                 f"method is {wording(best.layer)}, predicted to do {times:.2g} times the damage"
             )
         return found
