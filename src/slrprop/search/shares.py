@@ -212,8 +212,9 @@ class Shares:
         """Bytes that the file takes around a form's numbers more than around the dense weight: one file of each kind is made to know."""
         if not self.in_file or layer is None or layer.factors is None:
             return 0
-        key = (layer.factors.kind, *layer.factors.arrays())
-        named = len(name) * (len(key) - 2)  # each array's name holds the layer's, and the dense weight had one
+        arrays = layer.factors.arrays()
+        key = (layer.factors.kind, str(layer.settings["bits"]), *arrays)
+        named = len(name) * (len(arrays) - 1)  # each array's name holds the layer's, as the dense weight's did
         if key not in self._headers:
             network = self.problem.network
             saved = stored_bytes(network.weight(name), network.bias(name)) - size
