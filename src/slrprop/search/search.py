@@ -159,6 +159,6 @@ class Search:
         return place
 
     def step_back(self, at: int, times: int) -> int:
-        """A point towards the original with at most a quarter of the predicted damage, a 16th the second time, and so on."""
-        less = self.points[at].predicted_damage / 4**times
+        """A point towards the original with at most half of this one's predicted damage, a quarter the second time, and so on."""
+        less = self.points[at].predicted_damage / 2**times
         return max((i for i in range(at) if self.points[i].predicted_damage <= less), default=0)
