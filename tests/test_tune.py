@@ -1,6 +1,7 @@
 """Fine-tuning of factors on the original's outputs: nearer, never worse, repeatable, and nothing else touched."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -169,6 +170,33 @@ class TestWholeModules:
             for data, mixup in ((x.long(), True), (x.long(), False), (x, True))
         )
         assert whole == plain != mixed
+
+    def test_ask_the_original_once_for_each_mixture(self, digits, monkeypatch):
+        """Epochs after those cost it nothing, unless its answers would take too much memory."""
+
+        class Counting(Normed):
+            seen = 0
+
+            def forward(self, x):
+                self.seen += len(x)
+                return super().forward(x)
+
+        torch.manual_seed(0)
+        x, model = digits[0][:1000], Counting().eval()
+        made = slrprop.plan(model, x, method="low_rank", layers=["first", "inner"], rank=2)
+
+        def asked(epochs, mixup):
+            model.seen = 0
+            found = tuned(model, x, made, TuneSettings(epochs=epochs, mixup=mixup)).layers[0].notes
+            return model.seen, found["divergence_after"]
+
+        (once, _), (again, divergence) = asked(1, False), asked(8, False)
+        assert once == again < 4000
+        assert (
+            asked(60, True)[0] == asked(37, True)[0] > asked(36, True)[0]
+        )  # 900 samples in 37 mixtures: 2**15 and more
+        monkeypatch.setattr(sys.modules["slrprop.tune"], "KEPT", 1000)
+        assert asked(8, False) == (again + 7 * 900, divergence)
 
     def test_in_training_mode_are_tuned_as_they_are_used(self, calibration):
         """Batch statistics are neither used nor moved, nothing is dropped, and the mode stays."""
