@@ -32,9 +32,7 @@ from slrprop.search.trials import Trials
 from slrprop.selection import treated
 from slrprop.tune import TuneSettings, distilled
 
-MOST_AROUND = (
-    4096  # bytes of the file around a layer's numbers; where it grows by more, something else keeps the dense weight
-)
+MOST_AROUND = 4096  # bytes of a file around a layer's numbers; what grows by more still holds the dense weight
 LIKELY = 2  # of the methods that are tried alone on wide layers, how many are fitted in order
 
 
@@ -43,10 +41,10 @@ class Shares:
 
     Args:
         methods: methods and settings that candidates are made by.
-        in_file: whether bytes are those of the file, names and shapes of the arrays included, or of the numbers alone.
         narrow: more of them for layers of at most ``WIDEST`` neurons on a side, being slow on others.
         tuning: tune every plan that is measured; None does not.
         workers: processes, and ``cluster`` a Ray cluster, that share the layers' candidates (:func:`slrprop.parallel.each`).
+        in_file: whether bytes are those of the file, names and shapes of the arrays included, or of the numbers alone.
     """
 
     def __init__(
