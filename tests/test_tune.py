@@ -192,9 +192,8 @@ class TestWholeModules:
 
         (once, _), (again, divergence) = asked(1, False), asked(8, False)
         assert once == again < 4000
-        assert (
-            asked(60, True)[0] == asked(37, True)[0] > asked(36, True)[0]
-        )  # 900 samples in 37 mixtures: 2**15 and more
+        # 900 samples in 37 mixtures are more than 2**15
+        assert asked(60, True)[0] == asked(37, True)[0] > asked(36, True)[0]
         monkeypatch.setattr(sys.modules["slrprop.tune"], "KEPT", 1000)
         assert asked(8, False) == (again + 7 * 900, divergence)
 

@@ -19,6 +19,7 @@ class Trials:
     def __init__(self, door: Door, judge: Judge, log: Log) -> None:
         self.door, self.judge, self.log = door, judge, log
         self._known: dict[str, Evaluation] = {}
+        self._sizes: dict[str, int] = {}
         self.evaluations = 1  # the original's
 
     def _key(self, what: str, plan: Plan) -> str:
@@ -52,7 +53,10 @@ class Trials:
 
     def size(self, plan: Plan) -> int:
         """Bytes of a plan's network; it is not run for that."""
-        return self.door.size(self.door.realise(plan))
+        key = plan.to_json()
+        if key not in self._sizes:
+            self._sizes[key] = self.door.size(self.door.realise(plan))
+        return self._sizes[key]
 
     def latency(self, plan: Plan) -> float:
         """Seconds for one sample: the original's, times how much longer than it the plan took in one interleaved run."""
