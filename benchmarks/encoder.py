@@ -106,7 +106,7 @@ class ViT(nn.Module):
 def outputs(model: object, inputs: dict[str, Tensor]) -> Tensor:
     """Outputs (p x c) of a module or an ONNX model, in batches."""
     data = Data(inputs, 128)
-    return torch.cat([flow.output for flow in open_network(model, data).stream((), data)])
+    return torch.cat([flow.output for flow in open_network(model, None).stream((), data)])
 
 
 def minilm(args: argparse.Namespace) -> Case:

@@ -3,8 +3,10 @@
 import copy
 import dataclasses
 import itertools
+import threading
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from slrprop import SlrpropError
 from slrprop.data import Data
 from slrprop.factors import members
 from slrprop.linalg import truncated_svd
+from slrprop.methods import base as methods_base
 from slrprop.methods import refit as refit_module
 from slrprop.methods.low_rank import LowRankSettings
 from slrprop.methods.low_rank import fit as fit_low_rank
@@ -22,7 +25,7 @@ from slrprop.methods.nested import SHAPES, Level, NestedSettings
 from slrprop.methods.nested import fit as fit_nested
 from slrprop.methods.refit import Refit, WideRefit, refit_of
 from slrprop.methods.slr_refit import SLRRefitSettings, refitted
-from slrprop.network import OnnxNetwork, TorchNetwork
+from slrprop.network import OnnxNetwork, TorchNetwork, open_network
 from slrprop.plan import Plan
 from slrprop.regression import METRIC_DAMPING, Calibration, Compressed
 from tests.test_reduced_rank import random_matrix, weighted_error
@@ -304,6 +307,119 @@ class TestManyLayers:
         plain.head.requires_grad_(True)
         torch.testing.assert_close(calibration_of(plain, x).regression("q", {}).metric, want)
         assert [p.requires_grad for p in plain.parameters()] == [False] * 12 + [True] * 2
+
+
+class Straying(nn.Module):
+    """A network that leaves a layer out where a batch is small."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        x = self.a(x).tanh()
+        return self.c(x + self.b(x) if len(x) > 5 else x)
+
+
+class TestLockstep:
+    """What lies before a layer is run once for all layers; every layer sees what it sees in a run of its own."""
+
+    NAMES = TestManyLayers.NAMES
+
+    def networks(self, blocks, folder, size, batch=None):
+        plain, written, x = blocks
+        slrprop.export_onnx(plain, folder / "block.onnx", x[:2])
+        if batch is not None:
+            proto = onnx.load(folder / "block.onnx")
+            proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
+            onnx.save(proto, folder / "block.onnx")
+        data = Data((x, None), size)
+        models = (folder / "block.onnx",) if batch is not None else (plain, written, folder / "block.onnx")
+        return [(open_network(model, data), data) for model in models]
+
+    @staticmethod
+    def walked(network, data, together, planned):
+        """Every layer's regression behind the planned ones before it."""
+        found = Calibration(network, data)
+        found.prepare(network.order)
+        assert found._together
+        found._together = together
+        before, tasks = {}, []
+        for place, name in enumerate(network.order):
+            tasks.append(found.regression(name, dict(before)))
+            if place in planned:
+                before[name] = Compressed(tasks[-1].weight * 1.1 - 0.02, tasks[-1].bias + 0.1)
+        found.rest()
+        return tasks
+
+    @pytest.mark.parametrize("size", [50, 17])
+    @pytest.mark.parametrize("planned", [range(7), (1, 4, 5)])
+    @pytest.mark.parametrize("batch", [None, 8])
+    def test_layers_see_what_they_see_one_by_one(self, batch, planned, size, blocks, tmp_path):
+        for network, data in self.networks(blocks, tmp_path, size, batch):
+            apart, together = (self.walked(network, data, way, planned) for way in (False, True))
+            for one, other in zip(apart, together, strict=True):
+                assert_same_task(one, other)
+
+    def test_nothing_is_run_twice(self, blocks, tmp_path, monkeypatch):
+        calls, real = [], TorchNetwork.call
+        monkeypatch.setattr(TorchNetwork, "call", lambda self, batch: calls.append(1) or real(self, batch))
+        (network, data), _, (file, _) = self.networks(blocks, tmp_path, 17)
+        calls.clear()
+        self.walked(network, data, True, range(7))
+        # each of three batches: metrics, rows, moments, the head's own metric and inputs; then once through
+        assert len(calls) == 3 * 5 + 3
+        self.walked(file, data, True, range(7))
+        run = [piece.nodes for piece in file.pieces.values()]
+        assert sum(map(len, run)) == len(frozenset().union(*run)) < len(file.graph.nodes)
+
+    def test_going_back_begins_anew(self, blocks, tmp_path):
+        for network, data in self.networks(blocks, tmp_path, 17):
+            found = Calibration(network, data)
+            found.prepare(network.order)
+            first, last = network.order[3], network.order[5]
+            changed = {first: Compressed(network.weight(first).double() * 0.5, torch.ones(8, dtype=torch.float64))}
+            want = found.regression(last, changed)
+            assert_same_task(
+                found.regression(network.order[4], dict(changed)), found.regression(network.order[4], changed)
+            )
+            assert_same_task(want, found.regression(last, dict(changed)))
+            other = {first: changed[first]._replace(bias=torch.zeros(8, dtype=torch.float64))}
+            assert not torch.equal(want.mean, found.regression(last, other).mean)
+            found.rest()
+
+    def test_what_a_batch_leaves_out_is_seen_one_by_one(self):
+        model, x = Straying().eval(), torch.randn(20, 4)
+        data = Data((x, None), 8)  # the last batch has 4
+        found, alone = (Calibration(TorchNetwork(model, data), data) for _ in range(2))
+        found.prepare(("a", "b", "c"))
+        found._together = True
+        before = {"a": narrowed_by(model, "a", 2)}
+        assert_same_task(found.regression("b", before), alone.regression("b", before))
+        assert not found._together
+
+    def test_no_thread_stays(self, blocks, monkeypatch):
+        threads = set(threading.enumerate())
+        slrprop.plan(blocks[0], (blocks[2], None), method="low_rank", rank=2)
+        plan = slrprop.plan(blocks[0], Data((blocks[2], None), 17), method="low_rank", rank=2)
+        assert len(plan.layers) == 7
+        fail = methods_base.Problem.weight
+        monkeypatch.setattr(
+            methods_base.Problem, "weight", lambda self, name: 1 / 0 if name == "narrow" else fail(self, name)
+        )
+        with pytest.raises(ZeroDivisionError):
+            slrprop.plan(blocks[0], Data((blocks[2], None), 17), method="low_rank", rank=2)
+        for thread in set(threading.enumerate()) - threads:
+            thread.join(5)
+            assert not thread.is_alive()
+
+    def test_what_a_module_raises_on_the_way_is_told(self, blocks, monkeypatch):
+        plain, _, x = blocks
+        found = calibration_of(plain, x, 17)
+        found.prepare(self.NAMES)
+        monkeypatch.setattr(Block, "forward", lambda self, x: self.q(x) @ torch.ones(3))
+        with pytest.raises(SlrpropError, match=r"the model can't take data of shape \(17, 6, 8\)"):
+            found.regression("out", {"q": narrowed_by(plain, "q", 3)})
 
 
 class TestInOrder:

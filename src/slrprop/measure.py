@@ -88,7 +88,7 @@ def measure(model: nn.Module | str | Path, data: Any, against: nn.Module | str |
         found = quality(probabilities.cpu().numpy(), torch.cat(labels).cpu().numpy())
     if against is not None:
         found |= compared(
-            outputs, torch.cat([rows_of(flow.output) for flow in open_network(against, opened).stream((), opened)])
+            outputs, torch.cat([rows_of(flow.output) for flow in open_network(against, None).stream((), opened)])
         )
     return Measurement(**found, bytes=file_bytes(network), numbers=network.numbers)
 

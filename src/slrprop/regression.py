@@ -16,6 +16,7 @@ from slrprop.data import Data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Factors
 from slrprop.linalg import balanced, principal, projected
+from slrprop.network import Lockstep, in_lockstep
 from slrprop.network.base import Network
 from slrprop.network.chain import ACTIVATIONS
 from slrprop.statistics import Moments, moments_of
@@ -157,7 +158,8 @@ class Calibration:
         self.network, self.data, self._known = network, data, known or {}
         self._inputs: dict[str, list[Tensor] | None] = {}
         self._outputs: dict[str, list[Tensor]] = {}  # original pre-activations
-        self._changed: tuple[frozenset[str], dict[str, Compressed], list[Tensor]] | None = None  # inputs last streamed
+        self._together = False  # whether all batches may go through the network at once
+        self._lockstep: Lockstep | None = None
         self._metrics: dict[str, tuple[Tensor, Tensor] | None] = {}
         self._first: dict[tuple[str, bool], Regression] = {}  # of layers whose inputs are the original ones
 
@@ -171,7 +173,10 @@ class Calibration:
         rows = sum(
             len(z) for flow in self.network.stream(many[:1], self.data, whole=False) for _, z in flow.calls[many[0]]
         )
-        size = 4 * rows * sum(self.network.shape(name)[1] for name in many)
+        shapes = [self.network.shape(name) for name in many]
+        once = all(self.network.times_called[name] == 1 for name in self.network.order)
+        self._together = once and 4 * rows * max(map(max, shapes)) <= KEPT_BYTES
+        size = 4 * rows * sum(n for _, n in shapes)
         outputs: dict[str, list[Tensor]] | None = {} if size <= KEPT_BYTES else None
         for name, summed in moments_of(self.network, many, self.data, False, outputs).items():
             if summed.count:
@@ -204,13 +209,14 @@ class Calibration:
         """The regression out of moments; kept where nothing is compressed before."""
         weight, bias, _ = self._original(name)
         mean, target_mean = summed.mean, summed.target_mean
-        covariance = summed.square / summed.count
+        square = summed.square
+        covariance = square / summed.count
         # what rounding left of constant inputs is not below zero
         floor = ROUNDING * covariance.diagonal().mean().clamp_min(0) + (ROUNDING * mean).square().mean()
         covariance.diagonal().add_(floor)
         target = weight
         if summed.cross is not None and before:
-            varying = summed.square.diagonal() > 0  # removed neurons give nothing: their weights stay
+            varying = square.diagonal() > 0  # removed neurons give nothing: their weights stay
             pull = DAMPING * level(covariance)
             left = covariance[varying][:, varying] + pull * torch.eye(int(varying.sum()), dtype=torch.float64)
             right = summed.cross[varying] / summed.count + pull * weight[varying]
@@ -275,28 +281,28 @@ class Calibration:
             yield from (z for _, z in flow.calls[name])
 
     def _inputs_now(self, name: str, compressed: Mapping[str, Compressed]) -> Iterator[Tensor]:
-        """A layer's inputs behind the compressed layers; those that its siblings read too are kept for them."""
-        siblings = self.network.siblings(name)
-        if self._changed is not None:
-            known, before, kept = self._changed
-            if (
-                name in known
-                and before.keys() == compressed.keys()
-                and all(before[key] is compressed[key] for key in before)
-            ):
-                yield from kept
+        """A layer's inputs behind the compressed layers; where all batches can be held at once, what lies before is not run again."""
+        if self._together:
+            if self._lockstep is None or not self._lockstep.reaches(name, compressed):
+                self.rest()
+                self._lockstep = in_lockstep(self.network, self.data)
+            found = self._lockstep.inputs(name, compressed)
+            if found is not None:
+                yield from found
                 return
+            self.rest()
+            self._together = False
         weights = {key: value.weight.to(self.network.weight(key)) for key, value in compressed.items()}
         biases = {key: value.bias.to(self.network.weight(key)) for key, value in compressed.items()}
-        changed, kept, size = self.network.with_weights(weights, None, biases), list[Tensor](), 0
-        for flow in changed.stream((name,), self.data, whole=False):
+        for flow in self.network.with_weights(weights, None, biases).stream((name,), self.data, whole=False):
             for x, _ in flow.calls[name]:
-                size += x.nbytes
-                if len(siblings) > 1 and size <= KEPT_BYTES:
-                    kept.append(x)
                 yield x
-        if len(siblings) > 1 and size <= KEPT_BYTES:
-            self._changed = siblings, dict(compressed), kept
+
+    def rest(self) -> None:
+        """Let go of the batches that are on their way through the network."""
+        if self._lockstep is not None:
+            self._lockstep.close()
+            self._lockstep = None
 
     def _entry(self, name: str, compressed: Mapping[str, Compressed]) -> str | None:
         """The first layer from which a plain chain leads over all compressed layers to this one, its inputs kept."""

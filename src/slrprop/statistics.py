@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from scipy.linalg.blas import dsyrk
 from torch import Tensor, nn
 
 from slrprop.data import Data
@@ -50,16 +51,20 @@ def collect(network: Network, names: tuple[str, ...], data: Data, needs: Collect
 class Moments:
     """Count, means and centred sums of second moments of pairs (x, z), so summed that little cancels.
 
-    ``mean`` (m,) and ``target_mean`` (n,); ``square`` (m x m) is the sum of ``(x - mean) (x - mean)^T``, ``cross`` (m x n) that
-    of ``(x - mean) (z - target_mean)^T``, None where it is not asked for. All float64. Parts are put together by the
-    update of Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
+    ``mean`` (m,) and ``target_mean`` (n,); ``cross`` (m x n) is the sum of ``(x - mean) (z - target_mean)^T``, None where it is not asked
+    for. All float64. Parts are put together by the update of Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
     """
 
     def __init__(self, m: int, n: int, crossed: bool = True) -> None:
         self.count = 0
         self.mean, self.target_mean = (torch.zeros(size, dtype=torch.float64) for size in (m, n))
-        self.square = torch.zeros(m, m, dtype=torch.float64)
+        self._upper = torch.zeros(m, m, dtype=torch.float64)  # what is below the diagonal means nothing
         self.cross = torch.zeros(m, n, dtype=torch.float64) if crossed else None
+
+    @property
+    def square(self) -> Tensor:
+        """The sum of ``(x - mean) (x - mean)^T`` (m x m)."""
+        return self._upper.triu() + self._upper.triu(1).T
 
     def add(self, x: Tensor, z: Tensor) -> None:
         """Take in a batch, (p x m) and (p x n)."""
@@ -68,7 +73,8 @@ class Moments:
         x, z = x.double().cpu(), z.double().cpu()
         mean, target_mean = x.mean(0), z.mean(0)
         x = x - mean
-        self.square.addmm_(x.T, x)
+        # in place, through transposed views: LAPACK's lower triangle of columns is our upper one of rows
+        dsyrk(1.0, x.numpy().T, beta=1.0, c=self._upper.numpy().T, overwrite_c=1, lower=1)
         if self.cross is not None:
             self.cross.addmm_(x.T, z - target_mean)
         self._move(len(x), mean, target_mean)
@@ -77,7 +83,7 @@ class Moments:
         """Take in what another part of the data has summed to."""
         if not other.count:
             return
-        self.square += other.square
+        self._upper += other._upper
         if self.cross is not None and other.cross is not None:
             self.cross += other.cross
         self._move(other.count, other.mean, other.target_mean)
@@ -87,7 +93,7 @@ class Moments:
         total = self.count + count
         by, target_by = mean - self.mean, target_mean - self.target_mean
         weight = self.count * (count / total)
-        self.square.addr_(by, by, alpha=weight)
+        self._upper.addr_(by, by, alpha=weight)
         if self.cross is not None:
             self.cross.addr_(by, target_by, alpha=weight)
         self.mean += by * (count / total)

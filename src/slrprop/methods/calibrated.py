@@ -98,21 +98,24 @@ def in_order(
         compressed[name] = computed_by(problem, layer)
     names = [name for name in problem.network.order if name in chosen]
     problem.calibration.prepare(tuple(names), any(settings.weighted for _, settings in chosen.values()))
-    for name in names:
-        method, settings = chosen[name]
-        before = {key: value for key, value in compressed.items() if precedes(problem, key, name)}
-        decision, compressed[name] = fit_layer(problem, name, method, settings, before)
-        yield decision
-    wanted = all(settings.refit_head and settings.sequential for _, settings in chosen.values())
-    last = head_after(problem, [*names, *(fixed or {})]) if wanted else None
-    if last is not None:
-        task = problem.calibration.regression(last, compressed, weighted=False)
-        dtype = problem.weight(last).dtype
-        weight = task.weight.to(dtype).contiguous()
-        yield Decision(
-            last, Dense(weight), bias=task.corrected_bias(weight.double()).to(dtype), method="dense",
-            settings=METHOD_OF["dense"].settings(bits=32),
-        )  # fmt: skip
+    try:
+        for name in names:
+            method, settings = chosen[name]
+            before = {key: value for key, value in compressed.items() if precedes(problem, key, name)}
+            decision, compressed[name] = fit_layer(problem, name, method, settings, before)
+            yield decision
+        wanted = all(settings.refit_head and settings.sequential for _, settings in chosen.values())
+        last = head_after(problem, [*names, *(fixed or {})]) if wanted else None
+        if last is not None:
+            task = problem.calibration.regression(last, compressed, weighted=False)
+            dtype = problem.weight(last).dtype
+            weight = task.weight.to(dtype).contiguous()
+            yield Decision(
+                last, Dense(weight), bias=task.corrected_bias(weight.double()).to(dtype), method="dense",
+                settings=METHOD_OF["dense"].settings(bits=32),
+            )  # fmt: skip
+    finally:
+        problem.calibration.rest()
 
 
 def precedes(problem: Problem, first: str, second: str) -> bool:

@@ -9,11 +9,14 @@ from slrprop.data import Data
 from slrprop.errors import SlrpropError
 from slrprop.network.base import Flow, Network
 from slrprop.network.chain import Chain, Step
+from slrprop.network.lockstep import Lockstep
 from slrprop.network.onnx import OnnxNetwork
 from slrprop.network.onnx_file import OnnxFile
+from slrprop.network.onnx_lockstep import OnnxLockstep
 from slrprop.network.torch import TorchNetwork
+from slrprop.network.torch_lockstep import TorchLockstep
 
-__all__ = ["Chain", "Flow", "Network", "OnnxNetwork", "Step", "TorchNetwork", "open_network"]
+__all__ = ["Chain", "Flow", "Lockstep", "Network", "OnnxNetwork", "Step", "TorchNetwork", "in_lockstep", "open_network"]
 
 
 def open_network(model: nn.Module | OnnxFile | str | Path, data: Data | None) -> Network:
@@ -23,3 +26,11 @@ def open_network(model: nn.Module | OnnxFile | str | Path, data: Data | None) ->
     if isinstance(model, (str, Path, OnnxFile)):
         return OnnxNetwork(model, data)
     raise SlrpropError(f"model must be a torch.nn.Module or the path of an .onnx file, got {type(model).__name__}")
+
+
+def in_lockstep(network: Network, data: Data) -> Lockstep:
+    """All batches at the network's beginning, to go through it together."""
+    if isinstance(network, TorchNetwork):
+        return TorchLockstep(network, data)
+    assert isinstance(network, OnnxNetwork)
+    return OnnxLockstep(network, data)

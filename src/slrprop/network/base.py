@@ -176,6 +176,8 @@ class Network(ABC):
         for flow in self.stream(tuple(randoms), data):
             outputs = {}
             for name, random in randoms.items():
+                if not flow.calls[name]:
+                    continue  # this batch leaves the layer out
                 y = torch.cat([y for _, y in flow.calls[name]]).detach().requires_grad_()
                 chain = self.chain(name)
                 assert chain is not None
@@ -183,7 +185,7 @@ class Network(ABC):
                     output = chain.values(y)[-1]
                 numbers = self.real_valued(flow.batch.targets, output)
                 outputs[name] = (y, output, list(directions(output, probes, random, numbers)))
-            for turn in range(max(len(along) for *_, along in outputs.values())):
+            for turn in range(max((len(along) for *_, along in outputs.values()), default=0)):
                 yield (
                     turn,
                     {

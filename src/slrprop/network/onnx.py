@@ -70,6 +70,7 @@ class OnnxNetwork(Network):
             self._paths = {name: self.graph.follow(layer) for name, layer in self.graph.layers.items()}
             self._reads = {name: layer.x for name, layer in self.graph.layers.items()}
         self._cuts: dict[str, Cut] = {}
+        self.pieces: dict[str, Any] = {}  # of the graph, by the layer that they lead to (:mod:`onnx_lockstep`)
         self.batch = self._fixed_batch()
         if data is not None:
             self.feed(next(iter(data)))
@@ -80,7 +81,7 @@ class OnnxNetwork(Network):
             raise TypeError("an edited ONNX network has no file that it could be opened from")
         return OnnxNetwork, (self.file.path.absolute(), None)
 
-    def _dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> torch.dtype:
         """What the layer is computed with."""
         stored = self.graph.constants[self.layer(name).weight].dtype
         return torch.float64 if stored == np.float64 else torch.float32
@@ -91,7 +92,7 @@ class OnnxNetwork(Network):
             elements, whole, _ = self._paths[name]
             with reading(self.file.path):
                 real = [self.graph.linear(e.name) if isinstance(e, Linear) and e.name else e for e in elements]
-                like = torch.ones(self.shape(name)[1], dtype=self._dtype(name))
+                like = torch.ones(self.shape(name)[1], dtype=self.dtype(name))
                 self._chains = {name: fold(real, like) if whole else None}
         return self._chains[name]
 
@@ -160,7 +161,7 @@ class OnnxNetwork(Network):
             feed[value.name] = np.asarray(array, want, order="C")
         return feed
 
-    def _parts(self, batch: Batch) -> Iterator[Part]:
+    def parts(self, batch: Batch) -> Iterator[Part]:
         """A batch in parts of the size the model wants, the last one filled up with its last sample."""
         feed = self.feed(batch)
         count = min((len(array) for array in feed.values() if array.ndim), default=1)
@@ -199,7 +200,7 @@ class OnnxNetwork(Network):
         wanted = {tensor for layer in layers.values() for tensor in (layer.x, layer.y)}
         wanted |= {self.graph.main} if whole else set()
         session = self.file.session(sorted(wanted - fed))
-        for part in (part for batch in data for part in self._parts(batch)):
+        for part in (part for batch in data for part in self.parts(batch)):
             found = {**part.feed, **self.run(session, part.feed)}
             output = unpadded(tensor_of(found[self.graph.main]), part) if whole else torch.empty(0)
             if whole:
@@ -247,7 +248,7 @@ class OnnxNetwork(Network):
             self._cuts = {name: self._make_cut(self.layer(name))}  # the last one only: it holds a batch
         cut, dense = self._cuts[name], self.layer(name)
         if cut.flow is not flow:
-            (part,) = self._parts(flow.batch)
+            (part,) = self.parts(flow.batch)
             cut.flow, cut.part = flow, part
             cut.tensors = {**part.feed, **self.run(cut.before, part.feed)}
         if not cut.tried:

@@ -109,9 +109,13 @@ _HOOKS = (
 )
 
 
-def swapped(model: nn.Module, modules: dict[str, nn.Module]) -> nn.Module:
-    """A deep copy of the model with the named modules, with the old ones' hooks, in the place of the old ones."""
-    memo: dict[int, Any] = {}
+def swapped(model: nn.Module, modules: Mapping[str, nn.Module], sharing: bool = False) -> nn.Module:
+    """A deep copy of the model with the named modules, with the old ones' hooks, in the place of the old ones.
+
+    Args:
+        sharing: parameters and buffers are not copied.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if sharing}
     for name, new in modules.items():
         old = model.get_submodule(name)
         new.train(old.training)

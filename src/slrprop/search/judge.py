@@ -135,7 +135,7 @@ class Judge:
 
     def outputs(self, model: Any) -> Tensor:
         """The outputs (p x c) of another network on this part."""
-        network = open_network(model, self.part)
+        network = open_network(model, None)  # it is only run: what follows what is not looked at
         return torch.cat([rows_of(flow.output) for flow in network.stream((), self.part)])
 
 

@@ -1,0 +1,102 @@
+"""Batches in lockstep through an ONNX model: the graph in pieces from one dense layer to the next."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from onnx import ValueInfoProto, helper
+from torch import Tensor
+
+from slrprop.data import Data
+from slrprop.network.lockstep import Changed, Lockstep
+from slrprop.network.onnx import Feed, OnnxNetwork, layer_input, unpadded
+from slrprop.network.onnx_file import Session
+
+
+class Piece(NamedTuple):
+    """The nodes that lead to a layer from the dense layers before it; no session where there are none."""
+
+    nodes: frozenset[int]
+    reads: tuple[str, ...]
+    session: Session | None
+
+
+class OnnxLockstep(Lockstep):
+    """See :class:`Lockstep`; dense layers are computed here, what is between them by ONNX Runtime."""
+
+    network: OnnxNetwork
+
+    def __init__(self, network: OnnxNetwork, data: Data) -> None:
+        super().__init__(network)
+        self._parts = [part for batch in data for part in network.parts(batch)]
+        self._tensors: list[Feed] = [dict(part.feed) for part in self._parts]
+        self._done: set[int] = set()
+
+    def _go(self, name: str, between: Mapping[str, Changed | None]) -> list[Tensor] | None:
+        graph = self.network.graph
+        for layer in (*between, name):
+            self._run(layer)
+            dense = graph.layers[layer]
+            if layer != name:
+                self._pass(layer, between[layer])
+        return [
+            unpadded(layer_input(dense, tensors), part).reshape(-1, dense.shape[0])
+            for tensors, part in zip(self._tensors, self._parts, strict=True)
+        ]
+
+    def _pass(self, name: str, form: Changed | None) -> None:
+        """Compute a layer that all batches stand before."""
+        dense = self.network.graph.layers[name]
+        weight, bias = (
+            (self.network.weight(name), self.network.bias(name)) if form is None else (form.weight, form.bias)
+        )
+        weight = weight.to(self.network.dtype(name))
+        bias = None if bias is None else bias.to(weight)
+        for tensors in self._tensors:
+            x = layer_input(dense, tensors)
+            y = x.to(weight) @ weight if bias is None else x.to(weight) @ weight + bias
+            tensors[dense.y] = np.ascontiguousarray(y.numpy(), np.asarray(tensors[dense.x]).dtype)
+        self._done |= {dense.index} if dense.adder is None else {dense.index, dense.adder}
+        self._forget()
+
+    def _run(self, name: str) -> None:
+        """Compute what a layer reads."""
+        network = self.network
+        if name not in network.pieces:
+            network.pieces[name] = self._piece(name)
+        piece = network.pieces[name]
+        for tensors in self._tensors if piece.session is not None else ():
+            assert piece.session is not None
+            tensors |= network.run(piece.session, {read: tensors[read] for read in piece.reads})
+        self._done |= piece.nodes
+
+    def _forget(self) -> None:
+        """Drop the tensors that nothing ahead reads."""
+        graph = self.network.graph
+        for tensors in self._tensors:
+            for name in [name for name in tensors if self._done.issuperset(graph.readers.get(name, ()))]:
+                del tensors[name]
+
+    def _piece(self, name: str) -> Piece:
+        graph = self.network.graph
+        target = graph.layers[name].x
+        varying = graph.after({value.name for value in graph.inputs})
+        nodes = (graph.before(target) & varying) - self._done
+        if not nodes:
+            return Piece(frozenset(), (), None)
+        made = {output for index in nodes for output in graph.nodes[index].output if output}
+        read = {name for index in nodes for name in graph.reads[index]} - made
+        known = self._tensors[0]
+        fed = tuple(sorted(read & known.keys()))
+        constant = {index for name in read - known.keys() for index in graph.before(name)}
+        ahead = {tensor for tensor in made if not (self._done | nodes).issuperset(graph.readers.get(tensor, ()))}
+        inputs = [ValueInfoProto(name=name) for name in fed]
+        for value in inputs:
+            kind = np.asarray(known[value.name]).dtype
+            value.type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(kind)
+        return Piece(
+            frozenset(nodes), fed, self.network.file.session(sorted(ahead | {target}), inputs, nodes | constant)
+        )
+
+    def close(self) -> None:
+        self._tensors, self._inputs = [], []

@@ -1,0 +1,109 @@
+"""Batches in lockstep through a torch module: a thread each, of which one runs at a time."""
+
+import copy
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slrprop.data import Batch, Data
+from slrprop.network.lockstep import Changed, Lockstep
+from slrprop.network.torch import TorchNetwork, swapped
+
+
+class _Closed(BaseException):
+    """Ends a forward pass that nobody waits for any more; no ``except Exception`` of a model swallows it."""
+
+
+class _Stop(nn.Linear):
+    """A dense layer that its batches may be told to stand before, and that may compute something else by then."""
+
+    def __init__(self, name: str, module: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.name, self.in_features, self.out_features = name, module.in_features, module.out_features
+        self.weight, self.bias = module.weight, module.bias
+        self.now: tuple[Tensor, Tensor | None] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        traveller = threading.current_thread()
+        if isinstance(traveller, _Traveller):  # not in a thread of the model's own
+            traveller.arrive(self.name, x)
+        weight, bias = self.now or (self.weight, self.bias)
+        return nn.functional.linear(x, weight, bias)
+
+
+class _Traveller(threading.Thread):
+    """One batch's forward pass, which stops before the layer it was sent to."""
+
+    def __init__(self, network: TorchNetwork, batch: Batch) -> None:
+        super().__init__(daemon=True)
+        self.network, self.batch = network, batch
+        self.goal: str | None = None
+        self.x: Tensor | None = None
+        self.error: BaseException | None = None
+        self._go, self._stands = threading.Event(), threading.Event()
+
+    def run(self) -> None:
+        try:
+            self._await()
+            with torch.no_grad():
+                self.network.call(self.batch)
+        except _Closed:
+            pass
+        except BaseException as error:
+            self.error = error
+        self.goal = self.x = None
+        self._stands.set()
+
+    def _await(self) -> None:
+        self._go.wait()
+        self._go.clear()
+        if self.goal is None:
+            raise _Closed
+
+    def arrive(self, name: str, x: Tensor) -> None:
+        """Called by every layer, in this thread."""
+        if name == self.goal:
+            self.x = x
+            self._stands.set()
+            self._await()
+
+    def send(self, goal: str | None) -> Tensor | None:
+        """On to a layer; what is handed to it, or None where the pass ended before. Called from outside."""
+        self.goal, self.x = goal, None
+        if self.is_alive():
+            self._stands.clear()
+            self._go.set()
+            self._stands.wait()
+        if self.error is not None:
+            raise self.error
+        return self.x
+
+
+class TorchLockstep(Lockstep):
+    """See :class:`Lockstep`; a copy of the module that shares all its tensors is run."""
+
+    def __init__(self, network: TorchNetwork, data: Data) -> None:
+        super().__init__(network)
+        self._stops = {name: _Stop(name, network.modules[name]) for name in network.order}
+        running = copy.copy(network)
+        running.model = swapped(network.model, self._stops, sharing=True).eval()
+        self._travellers = [_Traveller(running, batch.to(network.device)) for batch in data]
+        for traveller in self._travellers:
+            traveller.start()
+
+    def _go(self, name: str, between: Mapping[str, Changed | None]) -> list[Tensor] | None:
+        for layer, form in between.items():
+            like: Any = self.network.weight(layer)
+            self._stops[layer].now = None if form is None else (form.weight.T.to(like).contiguous(), form.bias.to(like))
+        found = [traveller.send(name) for traveller in self._travellers]
+        kept = [x.reshape(-1, x.shape[-1]) for x in found if x is not None]
+        return kept if len(kept) == len(found) else None
+
+    def close(self) -> None:
+        for traveller in self._travellers:
+            if traveller.is_alive():
+                traveller.send(None)
+        self._travellers, self._inputs = [], []
