@@ -255,7 +255,7 @@ class TorchNetwork(Network):
                     handle.remove()
             places = [(name, y) for name, calls in seen.items() for y in calls]
             numbers = self.real_valued(batch.targets, output)
-            for turn, along in enumerate(directions(output, probes, random, numbers)):
+            for turn, along in enumerate(directions(output, probes, random, numbers) if places else ()):
                 parts = torch.autograd.grad(output, [y for _, y in places], along, retain_graph=True, allow_unused=True)
                 found: dict[str, list[Tensor]] = {}
                 for (name, y), part in zip(places, parts, strict=True):

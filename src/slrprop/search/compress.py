@@ -23,8 +23,6 @@ from slrprop.search.shares import Shares
 from slrprop.search.trials import Trials
 from slrprop.tune import TuneSettings
 
-BACK_OFFS = 3
-
 
 def compress(
     model: Any,
@@ -120,7 +118,7 @@ def compress(
         at, feasible = run.choose(budget)
     check = Judge(model, check_part, judge.metric, evaluate)
     before = check.quality(door.realise(empty), check.original)
-    evaluations, tried = 0, set()
+    evaluations = 0
     while True:
         plan_now = run.final_at(at)
         made = door.realise(plan_now)
@@ -130,11 +128,10 @@ def compress(
         drop = after - before if judge.lower_is_better else before - after
         interval = (math.nan, math.nan) if evaluate else check.interval(outputs)
         within = budget.max_drop is None or (interval[1] if confident else drop) <= budget.max_drop
-        tried.add(at)
         spent = trials.evaluations + evaluations + 1 >= most_evaluations(len(shares.curves))
-        if within or not feasible or len(tried) > BACK_OFFS or at == 0 or spent:
+        if within or not feasible or at == 0 or spent:
             break
-        at = run.step_back(at, len(tried))  # the promise did not hold on fresh data
+        at = run.step_back(at, evaluations)  # the promise did not hold on fresh data
         feasible = run.fits(at, budget)
     latency = (math.nan, math.nan) if budget.max_latency is None else (run.timed(0), run.timed(at))
     result = Compression(
