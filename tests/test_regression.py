@@ -398,6 +398,40 @@ class TestLockstep:
         assert_same_task(found.regression("b", before), alone.regression("b", before))
         assert not found._together
 
+    def test_a_sequence_across_a_layer_is_seen_one_by_one(self, tmp_path):
+        rng = np.random.default_rng(0)
+        weights = {name: rng.standard_normal((6, 6)).astype("f") for name in "abc"}
+        graph = onnx.parser.parse_graph(
+            """
+            g (float[N, 6] x, float[6, 6] a, float[6, 6] b, float[6, 6] c) => (float[N, 6] y) {
+                one = Constant <value = int64 {1}> ()
+                two = Constant <value = int64 {2}> ()
+                u = MatMul (x, a)
+                parts = SplitToSequence <axis = 0> (u, two)
+                v = ConcatFromSequence <axis = 0> (parts)
+                w = MatMul (v, b)
+                r = Relu (w)
+                n = SequenceLength (parts)
+                k = Cast <to = 1> (n)
+                s = Div (r, k)
+                y = MatMul (s, c)
+            }"""
+        )
+        del graph.input[1:]
+        graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in weights.items())
+        onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)]), tmp_path / "s.onnx")
+        data = Data((torch.randn(20, 6), None), 10)
+        network = open_network(tmp_path / "s.onnx", data)
+        found, alone = Calibration(network, data), Calibration(network, data)
+        found.prepare(network.order)
+        first, second, third = network.order
+        before = {first: Compressed(network.weight(first).double() * 0.5, torch.zeros(6, dtype=torch.float64))}
+        assert found._together
+        assert_same_task(found.regression(second, before), alone.regression(second, before))
+        before[second] = Compressed(network.weight(second).double() * 0.7, torch.zeros(6, dtype=torch.float64))
+        assert_same_task(found.regression(third, before), alone.regression(third, before))
+        assert not found._together
+
     def test_no_thread_stays(self, blocks, monkeypatch):
         threads = set(threading.enumerate())
         slrprop.plan(blocks[0], (blocks[2], None), method="low_rank", rank=2)

@@ -35,7 +35,8 @@ class OnnxLockstep(Lockstep):
     def _go(self, name: str, between: Mapping[str, Changed | None]) -> list[Tensor] | None:
         graph = self.network.graph
         for layer in (*between, name):
-            self._run(layer)
+            if not self._run(layer):
+                return None
             dense = graph.layers[layer]
             if layer != name:
                 self._pass(layer, between[layer])
@@ -55,20 +56,24 @@ class OnnxLockstep(Lockstep):
         for tensors in self._tensors:
             x = layer_input(dense, tensors)
             y = x.to(weight) @ weight if bias is None else x.to(weight) @ weight + bias
-            tensors[dense.y] = np.ascontiguousarray(y.numpy(), np.asarray(tensors[dense.x]).dtype)
+            tensors[dense.y] = np.ascontiguousarray(y.numpy(), tensors[dense.x].dtype)
         self._done |= {dense.index} if dense.adder is None else {dense.index, dense.adder}
         self._forget()
 
-    def _run(self, name: str) -> None:
-        """Compute what a layer reads."""
+    def _run(self, name: str) -> bool:
+        """Compute what a layer reads; False where something that is no tensor would have to be handed on."""
         network = self.network
         if name not in network.pieces:
             network.pieces[name] = self._piece(name)
         piece = network.pieces[name]
         for tensors in self._tensors if piece.session is not None else ():
             assert piece.session is not None
-            tensors |= network.run(piece.session, {read: tensors[read] for read in piece.reads})
+            made = network.run(piece.session, {read: tensors[read] for read in piece.reads})
+            if not all(isinstance(value, np.ndarray) for value in made.values()):
+                return False
+            tensors |= made
         self._done |= piece.nodes
+        return True
 
     def _forget(self) -> None:
         """Drop the tensors that nothing ahead reads."""
@@ -92,8 +97,7 @@ class OnnxLockstep(Lockstep):
         ahead = {tensor for tensor in made if not (self._done | nodes).issuperset(graph.readers.get(tensor, ()))}
         inputs = [ValueInfoProto(name=name) for name in fed]
         for value in inputs:
-            kind = np.asarray(known[value.name]).dtype
-            value.type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(kind)
+            value.type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(known[value.name].dtype)
         return Piece(
             frozenset(nodes), fed, self.network.file.session(sorted(ahead | {target}), inputs, nodes | constant)
         )

@@ -3,7 +3,6 @@
 import copy
 import threading
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +40,9 @@ class _Traveller(threading.Thread):
         super().__init__(daemon=True)
         self.network, self.batch = network, batch
         self.goal: str | None = None
-        self.x: Tensor | None = None
+        self.x: Tensor | None = None  # what is handed to the goal, where the pass stands before it
         self.error: BaseException | None = None
+        self.ended = False
         self._go, self._stands = threading.Event(), threading.Event()
 
     def run(self) -> None:
@@ -54,7 +54,7 @@ class _Traveller(threading.Thread):
             pass
         except BaseException as error:
             self.error = error
-        self.goal = self.x = None
+        self.x, self.ended = None, True
         self._stands.set()
 
     def _await(self) -> None:
@@ -70,16 +70,13 @@ class _Traveller(threading.Thread):
             self._stands.set()
             self._await()
 
-    def send(self, goal: str | None) -> Tensor | None:
-        """On to a layer; what is handed to it, or None where the pass ended before. Called from outside."""
+    def send(self, goal: str | None) -> None:
+        """On to a layer, or None to end the pass; called from outside, and back when it stands or has ended."""
         self.goal, self.x = goal, None
-        if self.is_alive():
+        if not self.ended:
             self._stands.clear()
             self._go.set()
             self._stands.wait()
-        if self.error is not None:
-            raise self.error
-        return self.x
 
 
 class TorchLockstep(Lockstep):
@@ -96,14 +93,19 @@ class TorchLockstep(Lockstep):
 
     def _go(self, name: str, between: Mapping[str, Changed | None]) -> list[Tensor] | None:
         for layer, form in between.items():
-            like: Any = self.network.weight(layer)
+            like = self._stops[layer].weight
             self._stops[layer].now = None if form is None else (form.weight.T.to(like).contiguous(), form.bias.to(like))
-        found = [traveller.send(name) for traveller in self._travellers]
-        kept = [x.reshape(-1, x.shape[-1]) for x in found if x is not None]
-        return kept if len(kept) == len(found) else None
+        found = []
+        for traveller in self._travellers:
+            traveller.send(name)
+            if traveller.error is not None:
+                raise traveller.error
+            if traveller.x is None:
+                return None
+            found.append(traveller.x.reshape(-1, traveller.x.shape[-1]))
+        return found
 
     def close(self) -> None:
         for traveller in self._travellers:
-            if traveller.is_alive():
-                traveller.send(None)
+            traveller.send(None)
         self._travellers, self._inputs = [], []
