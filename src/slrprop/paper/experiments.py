@@ -13,7 +13,7 @@ from slrprop.errors import SlrpropError
 from slrprop.files import replacing, require_seen
 from slrprop.paper.datasets import DATASETS, Dataset
 from slrprop.paper.networks import VGG16, DenseHead, Headed, LeNet5, LeNet300, RoomMLP
-from slrprop.paper.training import Epoch, Recipe, Trainer, cropped, cut_out, shifted, write_log
+from slrprop.paper.training import Recipe, Trainer, cropped, cut_out, shifted, write_log
 from slrprop.parallel import each
 from slrprop.search.path import LEVELS
 
@@ -24,8 +24,7 @@ class Experiment:
 
     ``layers`` are the layer before the FRL and the FRL; ``calibration`` is the number of training samples that
     the scores see. ``trainings``: how many networks the seeds share, where each is not to have its own. ``levels``: those of
-    the product's own choice that the sweep has too, at the bytes of SLR. ``again``: further trainings, each from the weights
-    of the one before (warm restarts, Loshchilov and Hutter 2017).
+    the product's own choice that the sweep has too, at the bytes of SLR.
     """
 
     name: str
@@ -37,7 +36,6 @@ class Experiment:
     recipe: Recipe
     trainings: int | None = None
     levels: tuple[str, ...] = ()
-    again: tuple[Recipe, ...] = ()
 
     def training(self, seed: int) -> int:
         """The seed that a seed's network was trained from."""
@@ -110,18 +108,13 @@ def trained(experiment: Experiment, seed: int, data: Dataset, folder: Path, devi
             model.load_state_dict(load_file(path))
             return model.eval()
         folder.mkdir(parents=True, exist_ok=True)
-        log, checkpoints = list[Epoch](), list[Path]()
-        for cycle, recipe in enumerate((experiment.recipe, *experiment.again), 1):
-            checkpoint = path.with_suffix(f".{cycle}.part") if recipe.convolutional else None
-            checkpoints += [checkpoint] if checkpoint else []
-            trainer = Trainer(model, recipe, len(data.x_train), checkpoint, device)
-            trainer.run(data, f"{experiment.name} seed {seed}")
-            log += [replace(epoch, epoch=len(log) + epoch.epoch) for epoch in trainer.log]
-            torch.manual_seed(seed)  # so that a restart depends on the weights before it alone
+        checkpoint = path.with_suffix(".part") if experiment.recipe.convolutional else None
+        trainer = Trainer(model, experiment.recipe, len(data.x_train), checkpoint, device)
+        trainer.run(data, f"{experiment.name} seed {seed}")
     with replacing(path) as part:
         part.write_bytes(save(model.state_dict()))
-    write_log(log, path.with_suffix(".csv"))
-    for checkpoint in checkpoints:
+    write_log(trainer.log, path.with_suffix(".csv"))
+    if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return model
 
