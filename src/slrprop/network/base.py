@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -227,6 +227,20 @@ def directions(output: Tensor, probes: int, random: torch.Generator, real_valued
         for _ in range(probes):
             signs = torch.empty(output.shape).bernoulli_(generator=random) * 2 - 1
             yield ((signs - centred * signs.mean(-1, keepdim=True)) / probes**0.5).to(output)
+
+
+def gradients_along(
+    output: Tensor, places: Sequence[tuple[str, Tensor]], along: Iterable[Tensor]
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """By automatic differentiation: the gradient (p, n) of an output along each direction, at named tensors (..., n); zeros where there is none."""
+    for turn, direction in enumerate(along if places else ()):
+        parts = torch.autograd.grad(
+            output, [y for _, y in places], direction, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        found: dict[str, list[Tensor]] = {}
+        for (name, _), part in zip(places, parts, strict=True):
+            found.setdefault(name, []).append(part.flatten(0, -2))
+        yield turn, {name: torch.cat(rows) for name, rows in found.items()}
 
 
 def require_finite(output: Tensor) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from slrprop.data import Batch, Data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense as DenseFactors
-from slrprop.network.base import Flow, Layer, Network, require_finite
+from slrprop.losses import rows_of
+from slrprop.network.base import Flow, Layer, Network, directions, gradients_along, require_finite
 from slrprop.network.chain import Chain, Linear, fold
 from slrprop.network.onnx_census import elsewhere
 from slrprop.network.onnx_constants import tensor_of
@@ -21,6 +22,7 @@ from slrprop.network.onnx_file import OnnxFile, Session
 from slrprop.network.onnx_graph import Dense, Graph
 from slrprop.network.onnx_rewrite import rewritten
 from slrprop.network.onnx_tensors import reading
+from slrprop.network.onnx_torch import Behind
 
 STACKED = 1 << 22  # numbers of a layer's changed outputs that are run at once
 Feed = dict[str, np.ndarray]
@@ -211,6 +213,29 @@ class OnnxNetwork(Network):
                 calls[name] = [(x.reshape(-1, layer.shape[0]), y.reshape(-1, layer.shape[1]))]
             yield Flow(part.batch, output, calls)
 
+    def gradients(self, names: tuple[str, ...], data: Data, probes: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """By the chains that follow; where a layer has none, by torch operations for the nodes behind, if they give the runtime's output."""
+        behind = Behind(self.graph, names)
+        if not behind.watched or all(self.chain(name) is not None for name in names):
+            yield from super().gradients(names, data, probes)
+            return
+        fed = {value.name for value in self.graph.inputs}
+        session, random = (
+            self.file.session(sorted((behind.reads | {self.graph.main}) - fed)),
+            torch.Generator().manual_seed(0),
+        )
+        for part in (part for batch in data for part in self.parts(batch)):
+            found = {**part.feed, **self.run(session, part.feed)}
+            made = behind.run(found)
+            if made is None or not alike(made[0], tensor_of(found[self.graph.main])):
+                yield from super().gradients(names, data, probes)
+                return
+            output, seen = made
+            output = unpadded(rows_of(self.scores(output)), part)
+            along = directions(output, probes, random, self.real_valued(part.batch.targets, output))
+            for turn, gradients in gradients_along(output, list(seen.items()), along):
+                yield turn, {name: unpadded(rows, part) for name, rows in gradients.items()}
+
     def outputs_with(self, name: str, flow: Flow, layer: Layer, candidates: Tensor) -> Tensor:
         """Candidates stand one after the other on the batch axis; one at a time where the graph can't be stretched so."""
         dense = self.layer(name)
@@ -323,6 +348,11 @@ def input_dtype(value: ValueInfoProto) -> np.dtype[Any] | None:
     if code not in TensorProto.DataType.values():
         raise SlrpropError(f"input '{value.name}' has element type {code}, which ONNX does not know")
     return np.dtype(helper.tensor_dtype_to_np_dtype(code))
+
+
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Whether outputs are the same but for rounding."""
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
 
 
 def layer_input(layer: Dense, found: Feed) -> Tensor:

@@ -16,7 +16,7 @@ from slrprop.errors import SlrpropError, first_line
 from slrprop.factors import Dense
 from slrprop.layers import linear_from
 from slrprop.losses import rows_of
-from slrprop.network.base import Flow, Layer, Network, directions, require_finite
+from slrprop.network.base import Flow, Layer, Network, directions, gradients_along, require_finite
 from slrprop.network.chain import fold
 from slrprop.network.trace import Trace, dense_modules
 
@@ -255,12 +255,7 @@ class TorchNetwork(Network):
                     handle.remove()
             places = [(name, y) for name, calls in seen.items() for y in calls]
             numbers = self.real_valued(batch.targets, output)
-            for turn, along in enumerate(directions(output, probes, random, numbers) if places else ()):
-                parts = torch.autograd.grad(output, [y for _, y in places], along, retain_graph=True, allow_unused=True)
-                found: dict[str, list[Tensor]] = {}
-                for (name, y), part in zip(places, parts, strict=True):
-                    found.setdefault(name, []).append((torch.zeros_like(y) if part is None else part).flatten(0, -2))
-                yield turn, {name: torch.cat(rows) for name, rows in found.items()}
+            yield from gradients_along(output, places, directions(output, probes, random, numbers))
 
     def outputs_with(self, name: str, flow: Flow, layer: Layer, candidates: Tensor) -> Tensor:
         """Vectorised with ``torch.vmap``; a network that ``vmap`` can't batch runs one candidate at a time."""

@@ -1,0 +1,248 @@
+"""What follows dense layers in an ONNX graph as torch operations, for gradients alone.
+
+ONNX Runtime gives the tensors that are made before; the nodes behind are computed here, one torch operation or two each. A graph with
+a node that is not in ``OPS`` has no gradients; one whose output is not that of ONNX Runtime has none either.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from onnx import NodeProto, TensorProto
+from torch import Tensor
+from torch.nn import functional
+
+from slrprop.network.onnx_constants import attribute, standard, tensor_of
+from slrprop.network.onnx_graph import Graph
+
+Values = list[Tensor | None]
+Op = Callable[[NodeProto, Any], Any]  # (node, inputs) -> output, or a list of several
+KINDS = {
+    TensorProto.FLOAT: torch.float32, TensorProto.FLOAT16: torch.float32, TensorProto.DOUBLE: torch.float64,
+    TensorProto.INT64: torch.int64, TensorProto.INT32: torch.int32, TensorProto.BOOL: torch.bool,
+}  # fmt: skip
+
+
+def _axes(node: NodeProto, x: Values, place: int = 1) -> list[int] | None:
+    """Axes as an input (later operator sets) or as an attribute."""
+    given = x[place] if len(x) > place else None
+    return attribute(node, "axes") if given is None else given.tolist()
+
+
+def _reduced(function: Callable[..., Tensor]) -> Op:
+    def run(node: NodeProto, x: Values) -> Tensor:
+        axes, value = _axes(node, x), x[0]
+        assert value is not None
+        return function(value, list(range(value.ndim)) if axes is None else axes, bool(attribute(node, "keepdims", 1)))
+
+    return run
+
+
+def _gemm(node: NodeProto, x: Any) -> Tensor:
+    a = x[0].T if attribute(node, "transA", 0) else x[0]
+    b = x[1].T if attribute(node, "transB", 0) else x[1]
+    y = attribute(node, "alpha", 1.0) * (a @ b)
+    return y + attribute(node, "beta", 1.0) * x[2] if len(x) > 2 and x[2] is not None else y
+
+
+def _reshape(node: NodeProto, x: Any) -> Tensor:
+    keeps = not attribute(node, "allowzero", 0)
+    return x[0].reshape([x[0].shape[i] if side == 0 and keeps else side for i, side in enumerate(x[1].tolist())])
+
+
+def _squeeze(node: NodeProto, x: Any) -> Tensor:
+    axes = _axes(node, x)
+    return x[0].squeeze() if axes is None else x[0].squeeze(tuple(axes))
+
+
+def _unsqueeze(node: NodeProto, x: Any) -> Tensor:
+    axes, y = _axes(node, x) or [], x[0]
+    rank = y.ndim + len(axes)
+    for axis in sorted(axis % rank for axis in axes):
+        y = y.unsqueeze(axis)
+    return y
+
+
+def _slice(node: NodeProto, x: Any) -> Tensor:
+    if len(x) > 1:
+        starts, ends = x[1].tolist(), x[2].tolist()
+        axes, steps = (x[i].tolist() if len(x) > i and x[i] is not None else None for i in (3, 4))
+    else:
+        starts, ends, axes, steps = attribute(node, "starts"), attribute(node, "ends"), attribute(node, "axes"), None
+    y = x[0]
+    for start, end, axis, step in zip(
+        starts, ends, axes or range(len(starts)), steps or [1] * len(starts), strict=True
+    ):
+        places = range(y.shape[axis])[
+            slice(start, max(end, -1 - y.shape[axis]) if step > 0 else _down(end, y.shape[axis]), step)
+        ]
+        y = y.index_select(axis, torch.tensor(list(places), dtype=torch.int64))
+    return y
+
+
+def _down(end: int, size: int) -> int | None:
+    """The end of a slice that goes backwards: below the first means all."""
+    return None if end < -size else end
+
+
+def _split(node: NodeProto, x: Any) -> list[Tensor]:
+    axis = attribute(node, "axis", 0)
+    sizes = attribute(node, "split") if len(x) < 2 or x[1] is None else x[1].tolist()
+    count = len(node.output)
+    return list(x[0].split(-(-x[0].shape[axis] // count) if sizes is None else sizes, axis))
+
+
+def _gather(node: NodeProto, x: Any) -> Tensor:
+    axis, places = attribute(node, "axis", 0) % x[0].ndim, x[1].long() % x[0].shape[attribute(node, "axis", 0)]
+    found = x[0].index_select(axis, places.flatten())
+    return found.reshape(*x[0].shape[:axis], *places.shape, *x[0].shape[axis + 1 :])
+
+
+def _layer_norm(node: NodeProto, x: Any) -> Tensor:
+    axis = attribute(node, "axis", -1) % x[0].ndim
+    bias = x[2] if len(x) > 2 else None
+    return functional.layer_norm(x[0], x[0].shape[axis:], x[1], bias, attribute(node, "epsilon", 1e-5))
+
+
+def _batch_norm(node: NodeProto, x: Any) -> Tensor:
+    return functional.batch_norm(x[0], x[3], x[4], x[1], x[2], eps=attribute(node, "epsilon", 1e-5))
+
+
+def _clip(node: NodeProto, x: Any) -> Tensor:
+    low, high = (
+        x[i] if len(x) > i and x[i] is not None else attribute(node, key) for i, key in ((1, "min"), (2, "max"))
+    )
+    y = x[0] if low is None else x[0].clamp_min(low)
+    return y if high is None else y.clamp_max(high)
+
+
+def _softmax(function: Callable[..., Tensor]) -> Op:
+    return lambda node, x: function(x[0], attribute(node, "axis", -1))
+
+
+def _shape(node: NodeProto, x: Any) -> Tensor:
+    return torch.tensor(x[0].shape[attribute(node, "start", 0) : attribute(node, "end", None)], dtype=torch.int64)
+
+
+def _plain(function: Callable[..., Tensor]) -> Op:
+    return lambda node, x: function(*x)
+
+
+def _folded(function: Callable[[Tensor, Tensor], Tensor]) -> Op:
+    def run(node: NodeProto, x: Any) -> Tensor:
+        y = x[0]
+        for other in x[1:]:
+            y = function(y, other)
+        return y
+
+    return run
+
+
+def _divided(a: Tensor, b: Tensor) -> Tensor:
+    return a / b if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
+
+
+def _expanded(x: Tensor, shape: Tensor) -> Tensor:
+    return x.expand(torch.broadcast_shapes(x.shape, tuple(shape.tolist())))
+
+
+PLAIN: dict[str, Callable[..., Tensor]] = {  # of the inputs alone
+    "Abs": torch.abs, "Add": torch.add, "And": torch.logical_and, "Ceil": torch.ceil, "Cos": torch.cos, "Div": _divided,
+    "Equal": torch.eq, "Erf": torch.erf, "Exp": torch.exp, "Expand": _expanded,
+    "Floor": torch.floor, "Greater": torch.gt, "GreaterOrEqual": torch.ge, "Identity": lambda x: x, "Less": torch.lt,
+    "LessOrEqual": torch.le, "Log": torch.log, "MatMul": torch.matmul, "Mul": torch.mul, "Neg": torch.neg,
+    "Not": torch.logical_not, "Or": torch.logical_or, "Pow": lambda x, y: x.pow(y.to(x)), "Reciprocal": torch.reciprocal,
+    "Relu": torch.relu, "Sigmoid": torch.sigmoid, "Sin": torch.sin, "Softplus": functional.softplus, "Sqrt": torch.sqrt,
+    "Sub": torch.sub, "Tanh": torch.tanh, "Where": torch.where, "HardSwish": functional.hardswish, "Mish": functional.mish,
+}  # fmt: skip
+OPS: dict[str, Op] = {
+    **{op: _plain(function) for op, function in PLAIN.items()},
+    "BatchNormalization": _batch_norm,
+    "Cast": lambda node, x: x[0].to(KINDS[attribute(node, "to")]),
+    "Clip": _clip,
+    "Concat": lambda node, x: torch.cat(x, attribute(node, "axis")),
+    "Dropout": lambda node, x: x[0],
+    "Elu": lambda node, x: functional.elu(x[0], attribute(node, "alpha", 1.0)),
+    "Flatten": lambda node, x: x[0].reshape(math.prod(x[0].shape[: attribute(node, "axis", 1)]), -1),
+    "Gather": _gather,
+    "Gelu": lambda node, x: functional.gelu(x[0], approximate=attribute(node, "approximate", b"none").decode()),
+    "Gemm": _gemm,
+    "LayerNormalization": _layer_norm,
+    "LeakyRelu": lambda node, x: functional.leaky_relu(x[0], attribute(node, "alpha", 0.01)),
+    "LogSoftmax": _softmax(torch.log_softmax),
+    "Max": _folded(torch.maximum),
+    "Min": _folded(torch.minimum),
+    "ReduceL2": _reduced(lambda x, axes, keep: x.square().sum(axes, keep).sqrt()),
+    "ReduceMax": _reduced(torch.amax),
+    "ReduceMean": _reduced(torch.mean),
+    "ReduceMin": _reduced(torch.amin),
+    "ReduceSum": _reduced(torch.sum),
+    "Reshape": _reshape,
+    "Shape": _shape,
+    "Slice": _slice,
+    "Softmax": _softmax(torch.softmax),
+    "Split": _split,
+    "Squeeze": _squeeze,
+    "Sum": _folded(torch.add),
+    "Transpose": lambda node, x: x[0].permute(attribute(node, "perm", tuple(range(x[0].ndim))[::-1])),
+    "Unsqueeze": _unsqueeze,
+}  # fmt: skip
+
+
+def _computable(node: NodeProto, opset: int) -> bool:
+    """Whether a node can be computed here: inference alone, no output that only training has."""
+    op = standard(node)
+    if op in ("Softmax", "LogSoftmax"):
+        return opset >= 13  # before, all later axes were one
+    if op == "Dropout":
+        return len(node.output) == 1 and len(node.input) < 3
+    if op in ("BatchNormalization", "LayerNormalization"):
+        return len(node.output) == 1 and not attribute(node, "training_mode", 0)
+    return op in OPS and not attribute(node, "noop_with_empty_axes", 0)
+
+
+class Behind:
+    """The nodes from dense layers' outputs to the main output, of those layers behind which there is an operation for each.
+
+    ``watched`` are these layers by their output, ``reads`` the tensors that are to come from ONNX Runtime.
+    """
+
+    def __init__(self, graph: Graph, names: Iterable[str]) -> None:
+        self.main, leading = graph.main, graph.before(graph.main)
+        foreign = {index for index in leading if not _computable(graph.nodes[index], graph.file.opset)}
+        behind = {name: graph.after({graph.layers[name].y}) & leading for name in names}
+        self.watched = {graph.layers[name].y: name for name, nodes in behind.items() if not nodes & foreign}
+        chosen = set[int]().union(*(behind[name] for name in self.watched.values()))
+        self._nodes = [graph.nodes[index] for index in sorted(chosen)]
+        made = {name for node in self._nodes for name in node.output}
+        read = {name for node in self._nodes for name in node.input if name} | {self.main, *self.watched}
+        self._constants = {name: graph.constants[name] for name in read - made if name in graph.constants}
+        self.reads = read - made - self._constants.keys()
+        self._loaded: dict[str, Tensor] = {}
+
+    def run(self, given: Mapping[str, np.ndarray]) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """The main output, and the layers' outputs that its gradient can be asked for; None where an operation takes other values here."""
+        try:
+            return self._run(given)
+        except (RuntimeError, TypeError, ValueError, LookupError):
+            return None
+
+    def _run(self, given: Mapping[str, np.ndarray]) -> tuple[Tensor, dict[str, Tensor]]:
+        self._loaded = self._loaded or {name: tensor_of(value.load()) for name, value in self._constants.items()}
+        values, seen = self._loaded | {name: tensor_of(given[name]) for name in self.reads}, dict[str, Tensor]()
+
+        def keep(name: str, value: Tensor) -> None:
+            if name in self.watched:
+                value = seen[self.watched[name]] = value if value.requires_grad else value.detach().requires_grad_()
+            values[name] = value
+
+        with torch.enable_grad():
+            for name in self.reads & self.watched.keys():
+                keep(name, values[name])
+            for node in self._nodes:
+                result = OPS[standard(node)](node, [values[name] if name else None for name in node.input])
+                for name, value in zip(node.output, result if isinstance(result, list) else [result], strict=False):
+                    keep(name, value)
+        return values[self.main], seen
