@@ -194,13 +194,15 @@ OPS: dict[str, Op] = {
 def _computable(node: NodeProto, opset: int) -> bool:
     """Whether a node can be computed here: inference alone, no output that only training has."""
     op = standard(node)
+    if op not in OPS or attribute(node, "noop_with_empty_axes", 0):
+        return False
     if op in ("Softmax", "LogSoftmax"):
         return opset >= 13  # before, all later axes were one
     if op == "Dropout":
         return len(node.output) == 1 and len(node.input) < 3
     if op in ("BatchNormalization", "LayerNormalization"):
         return len(node.output) == 1 and not attribute(node, "training_mode", 0)
-    return op in OPS and not attribute(node, "noop_with_empty_axes", 0)
+    return True
 
 
 class Behind:
