@@ -374,7 +374,7 @@ class Calibration:
         totals: dict[str, Tensor] = {}
         counts = dict.fromkeys(names, 0)
         for turn, found in self.network.gradients(names, self.data, PROBES):
-            if turn == 0 and min(counts.values()) >= METRIC_ROWS:
+            if turn == 0 and totals and min(counts[name] for name in totals) >= METRIC_ROWS:
                 break
             for name, gradient in found.items():
                 gradient = gradient.double().cpu()
