@@ -1,7 +1,7 @@
 """What follows dense layers in an ONNX graph as torch operations, for gradients alone.
 
-ONNX Runtime gives the tensors that are made before; the nodes behind are computed here, one torch operation or two each. A graph with
-a node that is not in ``OPS`` has no gradients; one whose output is not that of ONNX Runtime has none either.
+ONNX Runtime gives the tensors that are made before; the nodes behind are computed here, one torch operation or two each. A layer
+before a node that is not in ``OPS`` has no gradient; in a graph whose output is not that of ONNX Runtime none has one.
 """
 
 import math
@@ -25,9 +25,9 @@ KINDS = {
 }  # fmt: skip
 
 
-def _axes(node: NodeProto, x: Values, place: int = 1) -> list[int] | None:
+def _axes(node: NodeProto, x: Values) -> list[int] | None:
     """Axes as an input (later operator sets) or as an attribute."""
-    given = x[place] if len(x) > place else None
+    given = x[1] if len(x) > 1 else None
     return attribute(node, "axes") if given is None else given.tolist()
 
 
