@@ -35,6 +35,8 @@ def median_of(repetitions: int, run):
     for _ in range(repetitions):
         start = time.perf_counter()
         result = run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times), result
 

@@ -1,6 +1,7 @@
 """Exact cost scores of layers of thousands of neurons, against what else such a layer costs.
 
     python -m benchmarks.wide_costs [--network vgg16-cifar10] [--rank 8] [--data FOLDER] [--run-dir runs/paper] [--naive-neurons 4]
+                                   [--device cpu]
 
 The two consecutive layers of an experiment, its calibration samples' features in memory. *exact*: the scores of a side, given the layer's inputs and the network's
 outputs (rows: what they take beyond the columns); with *the pass* that provides these, the time of both sides is told below. Beside it: *naive*, one evaluation of the dense
@@ -22,6 +23,7 @@ from benchmarks.quantisation import header
 from slrprop.checks import share
 from slrprop.data import Data
 from slrprop.linalg import truncated_svd
+from slrprop.network import TorchNetwork
 from slrprop.paper.bench import Bench
 from slrprop.paper.experiments import EXPERIMENTS
 from slrprop.relevance.cost import cost_scores
@@ -29,9 +31,9 @@ from slrprop.relevance.simple import weight_scores
 from tests.oracle import naive_cost
 
 
-def rate(size: int = 4096) -> float:
+def rate(device: str, size: int = 4096) -> float:
     """Multiplications per second of float32 matrix products."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
+    a, b = torch.randn(2, size, size, device=device)
     return size**3 / min(median_of(1, lambda: a @ b)[0] for _ in range(5))
 
 
@@ -51,14 +53,19 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/paper"))
     parser.add_argument("--naive-neurons", type=int, default=4)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
     experiment, reduced = EXPERIMENTS[args.network], share(args.rank, 0.5)
     bench = Bench(experiment, 0, experiment.load_data(args.data), args.run_dir)
     before, frl = experiment.layers
-    x, labels = (torch.cat(parts) for parts in zip(*((b.inputs[0], b.targets) for b in bench.calibration), strict=True))
-    speed, names = rate(), list(bench.head.names)
+    pairs = ((b.inputs[0].to(args.device), b.targets.to(args.device)) for b in bench.calibration)
+    x, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    calibration, head = Data((x, labels)), bench.head.to(args.device)
+    network = TorchNetwork(head, calibration)
+    speed, names = rate(args.device), list(head.names)
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(
-        f"{args.network}, {len(x)} samples, rank {args.rank} of which {args.rank - reduced} lost, {torch.get_num_threads()} threads, {speed / 1e9:.0f} billion multiplications a second\n"
+        f"{args.network}, {len(x)} samples, rank {args.rank} of which {args.rank - reduced} lost, {where}, {speed / 1e9:.0f} billion multiplications a second\n"
     )
     header(
         "layer",
@@ -73,29 +80,29 @@ def main() -> None:
     )
     naive_total, slrprop, svds, below = 0.0, 0.0, [], []
     for layer in (frl, before):
-        weight, (m, n) = bench.network.weight(layer), bench.network.shape(layer)
-        svd, given = truncated_svd(weight, args.rank), (bench.network, bench.calibration, layer)
-        cost_scores(bench.network, Data((x[:70], labels[:70])), layer, svd, reduced)  # compiled loops are compiled once
+        weight, (m, n) = network.weight(layer), network.shape(layer)
+        svd, given = truncated_svd(weight, args.rank), (network, calibration, layer)
+        cost_scores(network, Data((x[:70], labels[:70])), layer, svd, reduced)  # compiled loops are compiled once
         whole, scores = median_of(1, lambda g=given, s=svd: cost_scores(*g, s, reduced))
-        flow = next(iter(bench.network.stream((layer,), Data((x, labels), len(x)))))
-        seen = bench.network, flow, layer, svd, reduced
+        flow = next(iter(network.stream((layer,), Data((x, labels), len(x)))))
+        seen = network, flow, layer, svd, reduced
         columns, _ = median_of(1, lambda seen=seen: given_inputs(*seen, inputs=False))
         both, _ = median_of(1, lambda seen=seen: given_inputs(*seen))
         half = args.naive_neurons // 2
         some = [torch.linspace(0, side - 1, half).long().tolist() for side in (m, n)]
         stamps: list[float] = []
         naive = naive_cost(
-            bench.head, bench.network.modules[layer], svd, reduced, x, labels, rows=some[0], columns=some[1],
+            head, network.modules[layer], svd, reduced, x, labels, rows=some[0], columns=some[1],
             tick=lambda s=stamps: s.append(time.perf_counter()),
         )  # fmt: skip
         each = statistics.median(b - a for a, b in itertools.pairwise(stamps))
-        widths = [bench.network.shape(name)[1] for name in names[names.index(layer) :]]
+        widths = [network.shape(name)[1] for name in names[names.index(layer) :]]
         limits = multiplications(widths, len(x), args.rank - reduced, m)
         times, sides = (both - columns, columns), ("rows", "columns")
         for side, exact, count, limit, found, want, at in zip(
             sides, times, (m, n), limits, scores, naive, some, strict=False
         ):
-            apart = float((found[at] - want).abs().max())
+            apart = float((found[at].cpu() - want).abs().max())
             print(f"| {layer} {m}x{n} | {side} | {count} | {exact:.2f} | {count * each:.0f} | {count * each / exact:.0f}x | {limit / speed:.2f} | {exact * speed / limit:.1f} | {apart:.1e} |", flush=True)  # fmt: skip
         below.append(f"{layer}: both sides with the pass {whole:.1f} s")
         slrprop, naive_total = (

@@ -1,6 +1,7 @@
 """Torch models as ONNX files, compared with ONNX Runtime before they are kept."""
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -22,7 +23,7 @@ from slrprop.layers import FactoredLinear
 from slrprop.network.base import fingerprint
 from slrprop.network.onnx import OnnxNetwork
 from slrprop.network.onnx_rewrite import rewritten
-from slrprop.network.torch import evaluating, swapped
+from slrprop.network.torch import device_of, evaluating, swapped
 
 RELATIVE, ABSOLUTE = 1e-3, 1e-4  # float32 sums in another order
 OPSET = 21
@@ -111,6 +112,8 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_
         raise SlrpropError(
             "the model can't be exported to ONNX in bfloat16, which ONNX Runtime does not compute on the CPU; convert it with .float()"
         )
+    if device_of(model).type != "cpu":
+        model, inputs = copy.deepcopy(model).cpu(), tuple(item.cpu() for item in inputs)
     with evaluating(model):
         try:
             want = [tensor.cpu().numpy() for tensor in _tensors(model(*inputs))]

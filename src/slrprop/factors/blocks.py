@@ -190,8 +190,8 @@ class SparseLowRank(Factors):
         m, n = self.shape
         left, right = [], []
         for level, (a, b) in enumerate(zip(self.left, self.right, strict=True)):
-            left.append(a.new_zeros(m, a.shape[1]).index_copy(0, members(self.row_levels, level), a))
-            right.append(b.new_zeros(b.shape[0], n).index_copy(1, members(self.column_levels, level), b))
+            left.append(a.new_zeros(m, a.shape[1]).index_copy(0, members(self.row_levels, level).to(a.device), a))
+            right.append(b.new_zeros(b.shape[0], n).index_copy(1, members(self.column_levels, level).to(b.device), b))
         return torch.cat(left, 1), torch.cat(right)
 
     def read(self) -> Tensor:

@@ -23,8 +23,8 @@ from slrprop.relevance import alike
 
 WIDE = 256  # from this width on a ReLU layer is worth the wide kernel
 FEW_OUTPUTS = 256  # the wide kernels for full-rank injections need a narrow next layer
-PAIR_TILE = 1 << 19  # numbers in flight at once in the pairs kernel: about the cache
-WIDE_TILE = 1 << 19  # the same for the wide kernels
+IN_FLIGHT = 1 << 19  # numbers that a kernel takes at once on a CPU: about the cache
+ON_CUDA = 64  # times as many there: one launch has to keep the whole device busy
 OUTER_SAMPLES = 128  # samples whose linear maps are computed by one large product
 
 
@@ -45,9 +45,14 @@ def _groups(sizes: Tensor) -> list[Tensor]:
     return [group for group in order.tensor_split([len(order) // 100]) if len(group)]
 
 
-def _tiles(start: int, stop: int, candidates: int) -> Iterator[slice]:
-    """Samples in tiles that keep ``WIDE_TILE`` numbers in flight."""
-    tile = max(1, WIDE_TILE // (candidates * 32))
+def _in_flight(x: Tensor) -> int:
+    """How many numbers a kernel takes at once where ``x`` is."""
+    return IN_FLIGHT * (ON_CUDA if x.is_cuda else 1)
+
+
+def _tiles(start: int, stop: int, s: Tensor) -> Iterator[slice]:
+    """Samples in tiles with as many numbers in flight, for candidates that are the columns of ``s``."""
+    tile = max(1, _in_flight(s) // (s.shape[1] * 32))
     return (slice(first, min(first + tile, stop)) for first in range(start, stop, tile))
 
 
@@ -78,7 +83,7 @@ class Walk:
         scales = scales.index_select(0, pairs)
         samples = pairs // s.shape[1]
         candidates = pairs - samples * s.shape[1]
-        count = max(1, PAIR_TILE // width)
+        count = max(1, _in_flight(s) // width)
         for sample, candidate, scale in zip(
             samples.split(count), candidates.split(count), scales.split(count), strict=True
         ):
@@ -90,7 +95,7 @@ class Walk:
         """Like :meth:`pairs` for injections into the network's outputs."""
         far = s.abs() * direction.abs().amax(1) > LARGE
         total = self.pairs(s * far, direction, len(self.chain.steps))
-        tile = max(1, PAIR_TILE // s.shape[1])
+        tile = max(1, _in_flight(s) // s.shape[1])
         for part in (slice(start, start + tile) for start in range(0, len(s), tile)):
             near = s[part].masked_fill(far[part], 0)
             total += self.point.change_along(near, direction, part).double().sum(0)
@@ -120,7 +125,7 @@ class Walk:
             lengths = [_norm(basis, 1) for basis in bases[:-1]]
             for group in _groups(s[start:stop].abs().amax(0) * norms):
                 chosen, factor, norm = s[:, group], left[group], norms[group]
-                for part in _tiles(start, stop, len(group)):
+                for part in _tiles(start, stop, chosen):
                     local = slice(part.start - start, part.stop - start)
                     near = ([basis[local] for basis in bases], [length[local] for length in lengths])
                     change = self._low_rank_tile(chosen[part], factor, norm, *near, part)
@@ -177,7 +182,7 @@ class Walk:
             for group in _groups(s[start:stop].abs().amax(0) * sizes):
                 chosen, by_unit, through_group = s[:, group], direction[group].T.contiguous(), linear[:, group]
                 peaks = by_unit.abs().amax(1)
-                for part in _tiles(start, stop, len(group)):
+                for part in _tiles(start, stop, chosen):
                     z, share = self.z[level][part], chosen[part]
                     bound = share.abs().amax(1)[:, None] * peaks * alike.SLACK
                     risky = int((z.abs() <= bound).sum(1).max())
@@ -193,7 +198,7 @@ class Walk:
         """Sum over samples of the loss changes, from those of pre-activation ``level``: (candidates,)."""
         total = torch.zeros(count, dtype=torch.float64)
         for samples, candidates, d in parts:
-            tiles = max(1, WIDE_TILE // d[:, 0].numel())
+            tiles = max(1, IN_FLIGHT // d[:, 0].numel())
             for some, moved in zip(candidates.split(tiles * alike.TILE), d.split(tiles, 1), strict=True):
                 change = self.push(moved, level, (samples, None, None))
                 total.index_add_(0, some, change.double().sum(0).flatten())
