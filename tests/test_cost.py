@@ -136,7 +136,7 @@ def test_compiled_loops_equal_one_neuron_after_the_other(widths, dtype):
     def changed(parts, outputs):
         found = torch.zeros(150, 140, outputs, dtype=dtype)
         for samples, candidates, d in parts:
-            found.index_put_((samples[:, None], candidates), d.flatten(1, 2), accumulate=True)
+            found.index_put_((samples[:, None], candidates), d, accumulate=True)
         return found
 
     moved = z[0][:, None] + x[:, :, None] * (left @ right)
@@ -144,6 +144,8 @@ def test_compiled_loops_equal_one_neuron_after_the_other(widths, dtype):
     two = ((z[1][:, None] + one).relu() - z[1][:, None].relu()) @ weights[1]
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     found = changed(alike.behind_one(z[0], x, left @ right, weights[0]), widths[1])
+    torch.testing.assert_close(found, one, rtol=0, atol=tolerance)
+    found = changed(alike.behind_one_low_rank(z[0], x, left, right, weights[0]), widths[1])
     torch.testing.assert_close(found, one, rtol=0, atol=tolerance)
     found = changed(alike.behind_two(*z, x, left, right, *weights[:2]), widths[2])
     torch.testing.assert_close(found, two, rtol=0, atol=tolerance)

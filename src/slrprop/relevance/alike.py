@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 PER_REFERENCE = 64  # samples, in the mean
@@ -46,24 +47,6 @@ def alike(masks: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(samples, center > 0) for samples, center in zip(parts, centers, strict=True) if len(samples)]
 
 
-def _behind(weight: Tensor, references: list[Tensor], after: Tensor) -> Iterator[Tensor]:
-    """``weight @ (r * after)`` (m x c) for each reference r, of many at once: a product with few columns is slow."""
-    at_once = max(1, 2048 // after.shape[1])
-    for start in range(0, len(references), at_once):
-        masked = [after * r[:, None] for r in references[start : start + at_once]]
-        yield from (weight @ torch.cat(masked, 1)).split(after.shape[1], 1)
-
-
-def _even(weight: Tensor) -> Tensor:
-    """An even number of columns (one of zeros more if need be)."""
-    return torch.nn.functional.pad(weight, (0, weight.shape[1] % 2))
-
-
-def _ended(x: Tensor, dim: int) -> Tensor:
-    """One zero more along an axis."""
-    return torch.cat([x, x.new_zeros([1 if i == dim % x.ndim else n for i, n in enumerate(x.shape)])], dim)
-
-
 def _largest(x: Tensor) -> Tensor:
     """Norms of the 1, 2, 4, ... LARGEST numbers in each column (n x m), and of all: levels x m."""
     count = min(LARGEST, len(x))
@@ -72,21 +55,44 @@ def _largest(x: Tensor) -> Tensor:
     return torch.cat([norms[:, levels].T, x.norm(dim=0, keepdim=True)])
 
 
-def _tiled(sizes: Tensor) -> tuple[int, Tensor]:
-    """How many candidates move, and these by size, the last tile filled up with the first one."""
-    order = sizes.argsort(descending=True)
-    count = int((sizes > 0).sum())
-    return count, torch.cat([order[:count], order[:1].expand(-count % TILE)])
+def _split(moving: Tensor, samples: Tensor, outputs: int) -> Iterator[Tensor]:
+    """Samples in parts, whose moving candidates (p x m) have no more than ``NUMBERS`` changed outputs."""
+    filled = -(-moving[samples].sum(1) // TILE) * TILE * outputs
+    part = filled.cumsum(0) // NUMBERS
+    return (samples[part == index] for index in part.unique().tolist())
 
 
-def _scaled(s: Tensor, order: Tensor, count: int) -> Tensor:
-    chosen = s[:, order]
-    chosen[:, count:] = 0
-    return chosen
+def _tiles(moves: Tensor, taken: Tensor) -> Part:
+    """The candidates taken of each sample (p x m): samples (t,), candidates (t x TILE), their moves.
+
+    Zeros of the first candidate fill a sample's last tile.
+    """
+    sample, candidate = taken.nonzero(as_tuple=True)
+    counts = sample.bincount(minlength=len(moves))
+    tiles = -(-counts // TILE)
+    slot = torch.arange(len(sample)) + ((tiles.cumsum(0) - tiles) * TILE - (counts.cumsum(0) - counts))[sample]
+    samples = torch.arange(len(moves)).repeat_interleave(tiles)
+    candidates = candidate.new_zeros(len(samples) * TILE).index_copy_(0, slot, candidate)
+    filled = moves.new_zeros(len(samples) * TILE).index_copy_(0, slot, moves[sample, candidate])
+    return samples, candidates.unflatten(0, (-1, TILE)), filled.unflatten(0, (-1, TILE))
+
+
+def _low_rank_tiles(s: Tensor, left: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The moving candidates of each sample (p x m), the largest first: samples (t,), candidates (t x TILE), how far along each component (t x r x TILE)."""
+    order = (s.abs().amax(0) * norms).argsort(descending=True)
+    ranked = s[:, order]
+    samples, places, moves = _tiles(ranked, ranked != 0)
+    candidates = order[places]
+    return samples, candidates, (left[candidates] * moves[:, :, None]).mT
+
+
+@functools.cache
+def _pools() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def _run(name: str, *tensors: Tensor) -> None:
-    """One of the compiled loops, in as many threads as torch has."""
+    """One of the compiled loops, in as many threads as torch has; the products in each of them are not shared out again."""
     import numba
 
     most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
@@ -95,9 +101,17 @@ def _run(name: str, *tensors: Tensor) -> None:
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
         try:
-            getattr(loops(), name)(*(tensor.contiguous().numpy() for tensor in tensors), threads)
+            with _pools().limit(limits=1, user_api="blas"):
+                getattr(loops(), name)(*(tensor.contiguous().numpy() for tensor in tensors), threads)
         finally:
             numba.set_num_threads(before)
+
+
+def _gathered(source: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """``source[rows][:, columns]`` in contiguous blocks of TILE columns (k x u x TILE), zeros at the end."""
+    out = source.new_empty(-(-len(columns) // TILE), len(rows), TILE)
+    _run("gathered", source, rows, columns, out)
+    return out
 
 
 def behind_one(z: Tensor, s: Tensor, direction: Tensor, weight: Tensor) -> Iterator[Part]:
@@ -107,31 +121,58 @@ def behind_one(z: Tensor, s: Tensor, direction: Tensor, weight: Tensor) -> Itera
         z: pre-activations (p x n); ``s``: p x m; ``direction``: m x n; ``weight``: n x c.
 
     Yields:
-        samples (b,), candidates (tiles * TILE,) and their changes (b x tiles x TILE x c). Candidates that don't move are left out; the last
-        tile is filled with the first candidate, its changes there being zero.
+        samples (t,), candidates (t x TILE) and their changes (t x TILE x c). Candidates that don't move are left out; what fills
+        a sample's last tile changes nothing.
     """
-    c, after, groups = weight.shape[1], _even(weight), alike(z > 0)
-    turned = direction.T.contiguous()
-    peaks = turned.abs().amax(1) * SLACK
-    linears = _behind(direction, [reference for _, reference in groups], after)
-    for (group, reference), linear in zip(groups, linears, strict=True):
-        for samples in group.split(max(1, NUMBERS // (s.shape[1] * c))):
-            moves, at = s[samples], z[samples]
-            sizes = moves.abs()
-            count, order = _tiled(sizes.amax(0))
-            if not count:
+    c, moving = weight.shape[1], s != 0
+    turned, highest = direction.T.contiguous(), direction.abs().amax(0) * SLACK
+    for group, reference in alike(z > 0):
+        active = reference.nonzero()[:, 0]
+        for samples in _split(moving, group, c):
+            often = moving[samples].sum(0)
+            some = often.argsort(descending=True)[: int((often > 0).sum())]  # those of many samples side by side
+            moves, at = s[samples][:, some], z[samples]
+            # what most samples take all of them take, so that their tiles are the same and one after the other
+            tiles = _tiles(moves, (moves != 0) | (2 * often[some] >= len(samples)))
+            if not len(tiles[0]):
                 continue
-            outside = torch.where(reference, -at, at) + sizes.amax(1)[:, None] * peaks
-            units = (outside >= 0).any(0).nonzero()[:, 0]
-            likely = outside[:, units] >= 0
-            out = z.new_zeros(len(samples), len(order) // TILE, after.shape[1], TILE)
-            tiles = linear[order].unflatten(0, (-1, TILE)).mT
+            turn = tiles[1][:, 0].argsort()
+            tiles = tiles[0][turn], tiles[1][turn], tiles[2][turn]
+            reach = moves.abs().amax(1)[:, None]
+            outside = torch.where(reference, -at, at)
+            units = (outside + reach * highest >= 0).any(0).nonzero()[:, 0]
+            near = _gathered(turned, units, some)
+            peaks = near.abs().amax((0, 2)) * SLACK
+            likely = outside[:, units] + reach * peaks >= 0
+            linear = weight[active].T @ _gathered(turned, active, some)
+            out = z.new_empty(len(tiles[0]), c, TILE)
             _run(
-                "one_layer", _ended(at[:, units], 1), _ended(reference[units], 0),
-                likely.sum(1).cumsum(0), likely.nonzero()[:, 1], units,
-                _scaled(moves, order, count), turned, order, _ended(after[units], 0), tiles, out,
+                "one_layer", at[:, units], reference[units], likely.sum(1).cumsum(0), likely.nonzero()[:, 1], near, peaks,
+                weight[units], linear, *tiles, out,
             )  # fmt: skip
-            yield samples, order, out[:, :, :c].mT
+            yield samples[tiles[0]], some[tiles[1]], out.mT
+
+
+def behind_one_low_rank(z: Tensor, s: Tensor, left: Tensor, right: Tensor, weight: Tensor) -> Iterator[Part]:
+    """Like :func:`behind_one` for injections ``s[p, i] * left[i] @ right``, of few components: every sample is its own reference.
+
+    Args:
+        z: pre-activations (p x n); ``s``: p x m; ``left``: m x r; ``right``: r x n; ``weight``: n x c.
+
+    Yields:
+        see :func:`behind_one`.
+    """
+    c, moving, norms, lengths = weight.shape[1], s != 0, left.norm(dim=1), right.norm(dim=0)
+    for rows in torch.arange(len(s)).split(PER_REFERENCE):
+        for samples in _split(moving, rows, c):
+            at = z[samples]
+            sample, candidates, shares = _low_rank_tiles(s[samples], left, norms)
+            if not len(sample):
+                continue
+            linear = ((right * (at > 0).to(z)[:, None]).flatten(0, 1) @ weight).unflatten(0, (len(samples), -1))
+            out = z.new_empty(len(sample), c, TILE)
+            _run("one_layer_low_rank", at, right.T, lengths, weight, linear.mT, sample, shares, out)
+            yield samples[sample], candidates, out.mT
 
 
 def behind_two(
@@ -146,27 +187,24 @@ def behind_two(
     Yields:
         see :func:`behind_one`.
     """
-    c, n, after = weight.shape[1], z.shape[1], _even(weight)
-    groups = alike(torch.cat([z, z_next], 1) > 0)
-    first, second = ([reference[part] for _, reference in groups] for part in (slice(n), slice(n, None)))
-    norms, linears = left.norm(dim=1), _behind(between, second, after)
-    basis = [(right * reference) @ between for reference in first]
-    lengths, turned, spans = right.norm(dim=0), _ended(right.T, 0), _largest(between)
-    for index, ((group, _), behind) in enumerate(zip(groups, linears, strict=True)):
-        for samples in group.split(max(1, NUMBERS // (s.shape[1] * c))):
-            moves, at, at_next = s[samples], z[samples], z_next[samples]
-            count, order = _tiled(moves.abs().amax(0) * norms)
-            if not count:
+    c, n, moving, norms = weight.shape[1], z.shape[1], s != 0, left.norm(dim=1)
+    lengths, spans = right.norm(dim=0), _largest(between)
+    for group, reference in alike(torch.cat([z, z_next], 1) > 0):
+        first, second = reference[:n].to(z), reference[n:]
+        basis, behind = (right * first) @ between, between @ (weight * second[:, None])
+        for samples in _split(moving, group, c):
+            at, at_next = z[samples], z_next[samples]
+            sample, candidates, shares = _low_rank_tiles(s[samples], left, norms)
+            if not len(sample):
                 continue
-            apart = (at > 0).to(z) - first[index].to(z)
+            apart = (at > 0).to(z) - first
             units = apart.any(0).nonzero()[:, 0]
             own = (right[:, units] * apart[:, None, units]).flatten(0, 1) @ between[units]
-            own = own.unflatten(0, (len(samples), -1)) + basis[index]  # b x r x l
-            reference = second[index]
-            linear = (own * reference) @ after
-            out = z.new_empty(len(samples), len(order) // TILE, after.shape[1], TILE)
+            own = own.unflatten(0, (len(samples), -1)) + basis  # b x r x l
+            linear = (own * second) @ weight
+            out = z.new_empty(len(sample), c, TILE)
             _run(
-                "two_layers", at, turned, lengths, _ended(behind, 0), between, at_next, reference, own,
-                own.square().sum(1).sqrt_(), spans, after.T, _scaled(moves, order, count), left[order].T, linear.mT, out,
+                "two_layers", at, right.T, lengths, behind, between, at_next, second, own,
+                own.square().sum(1).sqrt_(), spans, weight, linear.mT, sample, shares, out,
             )  # fmt: skip
-            yield samples, order, out[:, :, :c].mT
+            yield samples[sample], candidates, out.mT

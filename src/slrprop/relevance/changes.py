@@ -198,10 +198,10 @@ class Walk:
         """Sum over samples of the loss changes, from those of pre-activation ``level``: (candidates,)."""
         total = torch.zeros(count, dtype=torch.float64)
         for samples, candidates, d in parts:
-            tiles = max(1, IN_FLIGHT // d[:, 0].numel())
-            for some, moved in zip(candidates.split(tiles * alike.TILE), d.split(tiles, 1), strict=True):
-                change = self.push(moved, level, (samples, None, None))
-                total.index_add_(0, some, change.double().sum(0).flatten())
+            tiles = max(1, IN_FLIGHT // d[0].numel())
+            for some, which, moved in zip(*(x.split(tiles) for x in (samples, candidates, d)), strict=True):
+                change = self.push(moved, level, (some, None))
+                total.index_add_(0, which.flatten(), change.double().flatten())
         return total
 
     def wide(self, level: int) -> bool:
@@ -220,7 +220,7 @@ class Walk:
         if not steps:
             return self.outputs(s, left @ right)
         if self.wide(0) and alike.usable(s):
-            return self.alike(alike.behind_one(self.z[0], s, left @ right, steps[0].weight), len(left), 1)
+            return self.alike(alike.behind_one_low_rank(self.z[0], s, left, right, steps[0].weight), len(left), 1)
         if self._wide_steps(0) > 1 and self.wide(1) and alike.usable(s):
             weights = steps[0].weight, steps[1].weight
             return self.alike(alike.behind_two(self.z[0], self.z[1], s, left, right, *weights), len(left), 2)
