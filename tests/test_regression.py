@@ -338,12 +338,13 @@ class TestLockstep:
         return [(open_network(model, data), data) for model in models]
 
     @staticmethod
-    def walked(network, data, together, planned):
-        """Every layer's regression behind the planned ones before it."""
+    def walked(network, data, together, planned, kept=True):
+        """Every layer's regression behind the planned ones before it; ``kept``: with the original outputs at hand."""
         found = Calibration(network, data)
         found.prepare(network.order)
         assert found._together
         found._together = together
+        found._outputs = found._outputs if kept else {}
         before, tasks = {}, []
         for place, name in enumerate(network.order):
             tasks.append(found.regression(name, dict(before)))
@@ -367,11 +368,22 @@ class TestLockstep:
         (network, data), _, (file, _) = self.networks(blocks, tmp_path, 17)
         calls.clear()
         self.walked(network, data, True, range(7))
-        # each of three batches: metrics, rows, moments, the head's own metric and inputs; then once through
-        assert len(calls) == 3 * 5 + 3
+        # each of three batches: metrics, rows, moments, the head's own metric; then once through the original and the compressed
+        assert len(calls) == 3 * 4 + 3 + 3
         self.walked(file, data, True, range(7))
         run = [piece.nodes for piece in file.pieces.values()]
         assert sum(map(len, run)) == len(frozenset().union(*run)) < len(file.graph.nodes)
+
+    def test_outputs_that_are_too_many_to_keep_are_computed_on_the_way(self, blocks, tmp_path, monkeypatch):
+        calls, real = [], TorchNetwork.call
+        monkeypatch.setattr(TorchNetwork, "call", lambda self, batch: calls.append(1) or real(self, batch))
+        for network, data in self.networks(blocks, tmp_path, 17):
+            want = self.walked(network, data, True, range(7))
+            calls.clear()
+            for one, other in zip(want, self.walked(network, data, True, range(7), kept=False), strict=True):
+                assert_same_task(one, other)
+            # no more than above, where the head's take one more run each already
+            assert len(calls) == (3 * 4 + 3 + 3 if isinstance(network, TorchNetwork) else 0)
 
     def test_going_back_begins_anew(self, blocks, tmp_path):
         for network, data in self.networks(blocks, tmp_path, 17):

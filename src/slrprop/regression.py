@@ -159,7 +159,7 @@ class Calibration:
         self._inputs: dict[str, list[Tensor] | None] = {}
         self._outputs: dict[str, list[Tensor]] = {}  # original pre-activations
         self._together = False  # whether all batches may go through the network at once
-        self._lockstep: Lockstep | None = None
+        self._locksteps: dict[bool, Lockstep] = {}  # through the original network, and behind compressed layers
         self._metrics: dict[str, tuple[Tensor, Tensor] | None] = {}
         self._first: dict[tuple[str, bool], Regression] = {}  # of layers whose inputs are the original ones
 
@@ -277,32 +277,46 @@ class Calibration:
         if name in self._outputs:
             yield from self._outputs[name]
             return
+        found = self._standing(name, {})
+        if found is not None:
+            weight, bias = self.network.weight(name), self.network.bias(name)
+            yield from (x.to(weight) @ weight if bias is None else x.to(weight) @ weight + bias for x in found)
+            return
         for flow in self.network.stream((name,), self.data, whole=False):
             yield from (z for _, z in flow.calls[name])
 
     def _inputs_now(self, name: str, compressed: Mapping[str, Compressed]) -> Iterator[Tensor]:
-        """A layer's inputs behind the compressed layers; where all batches can be held at once, what lies before is not run again."""
-        if self._together:
-            if self._lockstep is None or not self._lockstep.reaches(name, compressed):
-                self.rest()
-                self._lockstep = in_lockstep(self.network, self.data)
-            found = self._lockstep.inputs(name, compressed)
-            if found is not None:
-                yield from found
-                return
-            self.rest()
-            self._together = False
+        """A layer's inputs behind the compressed layers."""
+        found = self._standing(name, compressed)
+        if found is not None:
+            yield from found
+            return
         weights = {key: value.weight.to(self.network.weight(key)) for key, value in compressed.items()}
         biases = {key: value.bias.to(self.network.weight(key)) for key, value in compressed.items()}
         for flow in self.network.with_weights(weights, None, biases).stream((name,), self.data, whole=False):
             for x, _ in flow.calls[name]:
                 yield x
 
+    def _standing(self, name: str, compressed: Mapping[str, Compressed]) -> list[Tensor] | None:
+        """A layer's inputs where all batches can be held at once, so that what lies before is not run again."""
+        if not self._together:
+            return None
+        known = self._locksteps.get(bool(compressed))
+        if known is None or not known.reaches(name, compressed):
+            if known is not None:
+                known.close()
+            known = self._locksteps[bool(compressed)] = in_lockstep(self.network, self.data)
+        found = known.inputs(name, compressed)
+        if found is None:
+            self.rest()
+            self._together = False
+        return found
+
     def rest(self) -> None:
         """Let go of the batches that are on their way through the network."""
-        if self._lockstep is not None:
-            self._lockstep.close()
-            self._lockstep = None
+        for lockstep in self._locksteps.values():
+            lockstep.close()
+        self._locksteps.clear()
 
     def _entry(self, name: str, compressed: Mapping[str, Compressed]) -> str | None:
         """The first layer from which a plain chain leads over all compressed layers to this one, its inputs kept."""
