@@ -55,9 +55,9 @@ def _largest(x: Tensor) -> Tensor:
     return torch.cat([norms[:, levels].T, x.norm(dim=0, keepdim=True)])
 
 
-def _split(moving: Tensor, samples: Tensor, outputs: int) -> Iterator[Tensor]:
-    """Samples in parts, whose moving candidates (p x m) have no more than ``NUMBERS`` changed outputs."""
-    filled = -(-moving[samples].sum(1) // TILE) * TILE * outputs
+def _split(moving: Tensor, samples: Tensor, each: int) -> Iterator[Tensor]:
+    """Samples in parts, whose moving candidates (p x m) have no more than ``NUMBERS`` numbers at ``each``."""
+    filled = -(-moving[samples].sum(1) // TILE) * TILE * each
     part = filled.cumsum(0) // NUMBERS
     return (samples[part == index] for index in part.unique().tolist())
 
@@ -164,7 +164,7 @@ def behind_one_low_rank(z: Tensor, s: Tensor, left: Tensor, right: Tensor, weigh
     """
     c, moving, norms, lengths = weight.shape[1], s != 0, left.norm(dim=1), right.norm(dim=0)
     for rows in torch.arange(len(s)).split(PER_REFERENCE):
-        for samples in _split(moving, rows, c):
+        for samples in _split(moving, rows, max(c, len(right))):
             at = z[samples]
             sample, candidates, shares = _low_rank_tiles(s[samples], left, norms)
             if not len(sample):
@@ -192,7 +192,7 @@ def behind_two(
     for group, reference in alike(torch.cat([z, z_next], 1) > 0):
         first, second = reference[:n].to(z), reference[n:]
         basis, behind = (right * first) @ between, between @ (weight * second[:, None])
-        for samples in _split(moving, group, c):
+        for samples in _split(moving, group, max(c, len(right))):
             at, at_next = z[samples], z_next[samples]
             sample, candidates, shares = _low_rank_tiles(s[samples], left, norms)
             if not len(sample):
