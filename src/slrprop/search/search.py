@@ -137,14 +137,14 @@ class Search:
 
     def _within_file(self, at: int, limit: int) -> int:
         """A better plan of a point's size or a little more: what the file may take beyond the point's goes to its layers."""
-        point = self.measured(at)
-        if point.bytes > limit or self.spare < 2:
-            return at
-        found = self.shares.within(
-            self.shares.stored(self.final_at(at)) + limit - point.bytes,
-            min(REFINEMENTS + 1, self.spare),
-            self.spare > 8 + LIKELY * self.shares.wide,
-        )
+        point, found = self.measured(at), None
+        target = self.shares.stored(self.final_at(at)) + limit - point.bytes
+        while point.bytes <= limit and self.spare >= 2:
+            every = self.spare > 8 + LIKELY * self.shares.wide
+            found = self.shares.within(target, min(REFINEMENTS + 1, self.spare), every)
+            if found is None or found[1].bytes <= limit:
+                break
+            target -= found[1].bytes - limit  # the file takes more around them than was predicted
         better = found is not None and found[1].bytes <= limit and self.trials.better(found[1], point)
         return self._insert(*found) if found is not None and better else at
 
