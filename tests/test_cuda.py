@@ -67,15 +67,6 @@ def test_compress(level, trained, digits):
     assert slrprop.measure(found.model, (x[1200:], y[1200:])).accuracy > 90
 
 
-def test_layers_in_lockstep(trained, calibration):
-    """Batches that wait before a layer on CUDA get there what the CPU's get."""
-    model = there(trained)
-    data = Data(calibration, 64)
-    plans = [slrprop.plan(each, data, method="low_rank", rank=6) for each in (trained, model)]
-    for here, other in zip(plans[0].layers, plans[1].layers, strict=True):
-        torch.testing.assert_close(other.factors.dense().cpu(), here.factors.dense(), rtol=1e-2, atol=1e-3)
-
-
 def test_training(images, tmp_path, monkeypatch):  # noqa: F811
     """A killed training goes on, and its weights are the CPU's to read."""
     from slrprop.paper.experiments import trained
