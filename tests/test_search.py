@@ -23,10 +23,10 @@ import slrprop
 from slrprop import BudgetError, SlrpropError, cli, compress
 from slrprop.data import Data
 from slrprop.plan import Plan
-from slrprop.search import Candidate, hull, shares
+from slrprop.search import Candidate, hull, search, shares
 from slrprop.search.compress import parse_size
 from slrprop.search.judge import Door, interval_of
-from slrprop.search.path import ranks_for
+from slrprop.search.path import MANY_LAYERS, ranks_for
 from slrprop.search.result import most_evaluations
 
 
@@ -141,6 +141,22 @@ def test_few_evaluations_for_eight_layers(fresh):
     one = nn.Sequential(nn.Linear(64, 10)).eval()
     assert compress(one, fresh[0], max_drop=5.0, methods={"svd": {}, "slr": {"criterion": "weight"}}).evaluations <= 6
     assert compress(one, fresh[0], max_drop=5.0).evaluations <= 4 + 2 * 8
+
+
+def test_many_layers_are_fitted_in_order_only_around_the_edge(fresh, monkeypatch):
+    """Between the edge of layers fitted alone and that of layers fitted in order lie few points."""
+    torch.manual_seed(0)
+    wide = [part for _ in range(12) for part in (nn.Linear(48, 48), nn.ReLU())]
+    model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), *wide, nn.Linear(48, 10)).eval()
+    fits, real = [], shares.fitted
+    monkeypatch.setattr(shares, "fitted", lambda *given: fits.append(given[1]) or real(*given))
+    near = compress(model, fresh[0], max_drop=5.0)
+    of_near, fits[:] = len(fits), []
+    monkeypatch.setattr(search, "MANY_LAYERS", 99)
+    whole = compress(model, fresh[0], max_drop=5.0)
+    assert len(near.curves) == 14 > MANY_LAYERS and near.drop <= 5
+    assert of_near < len(fits) and near.evaluations <= most_evaluations(14)
+    assert near.bytes[1] < 1.05 * whole.bytes[1]
 
 
 def test_few_evaluations_where_the_head_is_refitted_beside_what_was_asked(trained, fresh):

@@ -19,7 +19,7 @@ from slrprop.paper import bench, datasets, training
 from slrprop.paper.bench import Bench
 from slrprop.paper.datasets import Dataset, cifar
 from slrprop.paper.experiments import EXPERIMENTS, train_missing, trained, weights_of
-from slrprop.paper.networks import VGG16, Headed
+from slrprop.paper.networks import VGG16, Convolution, Headed
 from slrprop.paper.training import Recipe, Trainer, cropped, cut_out, device_of
 
 needs_cifar = pytest.mark.skipif(
@@ -230,6 +230,24 @@ def test_the_command_trains_and_tells_the_digest(images, tmp_path, monkeypatch):
     assert first == second and first[0]["sha256"] == training.digest(tmp_path / "tiny-seed0.safetensors")
     wrong = CliRunner().invoke(cli.app, [*called[:-2], "tpu"])
     assert "device must be one of auto, cpu, cuda, got 'tpu'" in str(wrong.exception)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 8])
+def test_small_images_are_convolved_as_products(side):
+    torch.manual_seed(0)
+    own = Convolution(6, 5)
+    usual = nn.Conv2d(6, 5, 3, padding=1, bias=False)
+    usual.load_state_dict(own.state_dict())
+    found = []
+    for layer in (own, usual):
+        x = torch.randn(3, 6, side, side + 1, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = layer(x)
+        y.square().sum().backward()
+        found.append((y, x.grad, layer.weight.grad))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    x = torch.randn(2, 6, side, side)
+    assert torch.equal(own.eval()(x), usual(x))
 
 
 @needs_cifar

@@ -78,7 +78,7 @@ EXPERIMENTS = {
         Experiment("lenet5-mnist", "mnist", LeNet5, ("fc3", "fc4"), (2, 4, 8, 16, 32), 10_000, LENET),
         Experiment("room-mlp", "room", RoomMLP, ("fc2", "fc3"), (2, 4, 8, 16), 1_000, ROOM),
         Experiment("vgg16-cifar10", "cifar10", VGG16, ("fc6", "fc7"), (2, 4, 8, 16, 32, 64), 10_000, replace(VGG, epochs=30, smoothing=0.1, augment=cut_out), 1, tuple(LEVELS)),
-        Experiment("vgg16-cifar100", "cifar100", partial(VGG16, 100), ("fc6", "fc7"), (2, 4, 8, 16, 32, 64), 10_000, replace(VGG, smoothing=0.1), 1, tuple(LEVELS)),
+        Experiment("vgg16-cifar100", "cifar100", partial(VGG16, 100), ("fc6", "fc7"), (2, 4, 8, 16, 32, 64), 10_000, replace(VGG, epochs=36, smoothing=0.1, augment=cut_out), 1, tuple(LEVELS)),
     )
 }  # fmt: skip
 LENET300 = Experiment(

@@ -1,5 +1,6 @@
 """The articles' networks (Garmendia-Orbegozo et al. 2023, Table 1 and section 4; LeCun et al. 1998)."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -97,6 +98,25 @@ class LeNet300(Headed):
         return x[..., 2:30, 2:30].flatten(1)
 
 
+class Convolution(nn.Conv2d):
+    """A 3 x 3 convolution with a border of 1 and no bias; images of up to 4 x 4 are trained as products of unfolded patches.
+
+    On processors such a bfloat16 product and its gradients take half the time of a convolution's or less.
+    """
+
+    def __init__(self, channels: int, wide: int) -> None:
+        super().__init__(channels, wide, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        if not self.training or x.device.type != "cpu" or height * width > 16:
+            return super().forward(x)
+        padded = nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        patches = [padded[:, top : top + height, left : left + width] for top in range(3) for left in range(3)]
+        product = nn.functional.linear(torch.cat(patches, -1), self.weight.permute(0, 2, 3, 1).flatten(1))
+        return product.permute(0, 3, 1, 2)
+
+
 class VGG16(Headed):
     """VGG16 for 3 x 32 x 32 images: 13 convolutions with batch norm, then dense 512-4096-4096-classes with ReLU.
 
@@ -112,7 +132,7 @@ class VGG16(Headed):
         channels = 3
         for wide, count in self.stages:
             for _ in range(count):
-                layers += [nn.Conv2d(channels, wide, 3, padding=1, bias=False), nn.BatchNorm2d(wide), nn.ReLU()]
+                layers += [Convolution(channels, wide), nn.BatchNorm2d(wide), nn.ReLU()]
                 channels = wide
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers, nn.Flatten())

@@ -194,8 +194,9 @@ class Trainer:
         total = self.steps * recipe.epochs
         with tqdm(total=total, initial=len(self.log) * self.steps, desc=label, unit="step", mininterval=1) as bar:
             while len(self.log) < recipe.epochs:
-                start, losses, right = time.perf_counter(), 0.0, 0
-                for chosen in torch.randperm(len(images)).split(recipe.batch):
+                start, count = time.perf_counter(), len(images)
+                losses, right = torch.zeros(2, dtype=torch.float64, device=self.device)  # summed where they are made
+                for chosen in torch.randperm(count).to(self.device).split(recipe.batch):
                     x, y = images[chosen], labels[chosen]
                     x = recipe.augment(x) if recipe.augment else x
                     x = x.to(memory_format=self.layout) if recipe.convolutional else x
@@ -207,13 +208,13 @@ class Trainer:
                     rate = float(self.schedule.get_last_lr()[0])
                     self.optimizer.step()
                     self.schedule.step()
-                    losses += float(loss.detach()) * len(y)
-                    right += int((output.argmax(1) == y).sum())
+                    losses += loss.detach() * len(y)
+                    right += (output.argmax(1) == y).sum()
                     bar.update()
-                count = len(images)
+                mean, accuracy = float(losses) / count, 100 * float(right) / count
                 spent = time.perf_counter() - start
-                self.log.append(Epoch(len(self.log) + 1, rate, losses / count, 100 * right / count, spent, self.device))
-                bar.set_postfix_str(f"loss {losses / count:.3f}, {100 * right / count:.1f} % of training samples")
+                self.log.append(Epoch(len(self.log) + 1, rate, mean, accuracy, spent, self.device))
+                bar.set_postfix_str(f"loss {mean:.3f}, {accuracy:.1f} % of training samples")
                 self.keep()
         self._place("cpu", torch.contiguous_format)
         self.model.eval()

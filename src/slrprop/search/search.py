@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from slrprop.api import feeds_between
 from slrprop.plan import Plan
-from slrprop.search.path import Evaluation, Point, path_of
+from slrprop.search.path import MANY_LAYERS, Evaluation, Point, path_of
 from slrprop.search.result import Budget, most_evaluations
 from slrprop.search.shares import LIKELY, Shares
 
@@ -69,9 +69,12 @@ class Search:
 
     def drop(self, at: int) -> float:
         """How much worse than the original a point is on the search part; where asked, the upper end of that."""
+        return self._drop(self.measured(at)) if self.points[at].plan.layers else 0.0
+
+    def _drop(self, measured: Evaluation) -> float:
         if self.confident:
-            return self.measured(at).upper if self.points[at].plan.layers else 0.0
-        change = self.measured(0).quality - self.measured(at).quality
+            return measured.upper
+        change = self.measured(0).quality - measured.quality
         return -change if self.trials.judge.lower_is_better else change
 
     def fits(self, at: int, budget: Budget) -> bool:
@@ -91,9 +94,8 @@ class Search:
         """The point to promise, and whether it is in the budget on the search part."""
         last = len(self.points) - 1
         if budget.max_drop is not None:
-            steps = max(STEPS, 1 + len(self.shares.curves))
             allowed = float(budget.max_drop)
-            at = self._bisect(0, last, lambda i: self.drop(i) <= allowed, steps)
+            at = self._edge(allowed)
             at = self._between(at, allowed) if at < last else at
             return at, self.fits(at, budget)
         at = 0
@@ -114,15 +116,38 @@ class Search:
             at = max(at, min(slow + 1, last))
         return at, self.fits(at, budget)
 
+    def _edge(self, allowed: float) -> int:
+        """The last point that holds. Where many layers are to be fitted in order, sought around the last one that holds with every layer fitted for itself."""
+        last, steps = len(self.points) - 1, max(STEPS, 1 + len(self.shares.curves))
+
+        def holds(at: int) -> bool:
+            return self.drop(at) <= allowed
+
+        def holds_alone(at: int) -> bool:
+            return at == 0 or self._drop(self.trials.evaluate(self.points[at].plan)) <= allowed
+
+        if len(self.shares.curves) <= MANY_LAYERS:
+            return self._bisect(0, last, holds, steps)
+        low = self._bisect(0, last, holds_alone, steps)
+        high, width = low, 1
+        while high < last and holds(high):
+            low, high, width = high, min(high + width, last), 2 * width
+        while not holds(low):
+            low, high, width = max(low - width, 0), low - 1, 2 * width
+        return self._bisect(low, high, holds, steps)
+
     @property
     def spare(self) -> int:
         """Evaluations that are left before the check."""
         return most_evaluations(len(self.shares.curves)) - self.trials.evaluations - 3
 
     def _between(self, at: int, allowed: float) -> int:
-        """Between a point that holds and the next, which does not: smaller networks that hold, their bytes halved in logarithm."""
+        """Between a point that holds and the next, which does not: smaller networks that hold, their bytes halved in logarithm.
+
+        Where layers are many the next is near enough.
+        """
         high, low = self.shares.stored(self.final_at(at)), self.shares.stored(self.points[at + 1].plan)
-        for _ in range(min(REFINEMENTS, self.spare)):
+        for _ in range(min(REFINEMENTS, self.spare) if len(self.shares.curves) <= MANY_LAYERS else 0):
             middle = math.isqrt(low * high)
             found = self.shares.within(middle, 1)
             if found is None or self.shares.stored(found[0]) >= high:
