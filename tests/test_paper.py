@@ -44,9 +44,12 @@ def test_a_killed_run_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "measured", lambda *args: measured.append(args[1:3]) or real(*args))
     store = paper_store(tmp_path / "results.sqlite")
     assert len(store.results()) == 11
-    assert run.run(experiment, data, tmp_path, 1, store) == 6
+    assert run.run(experiment, data, tmp_path, 1, store, methods=["svd", "slr cost"]) == 1
+    with pytest.raises(SlrpropError, match="method must be one of svd, slr weight, slr"):
+        run.run(experiment, data, tmp_path, 1, store, methods=["slr costs"])
+    assert run.run(experiment, data, tmp_path, 1, store) == 5
     assert len(set(measured)) == 17  # 8 methods x 2 ranks and the original
-    assert len(measured) == 18  # the original once more: is it the same network?
+    assert len(measured) == 19  # the original twice more: is it the same network?
     assert run.run(experiment, data, tmp_path, 1, store) == 0
 
     lines = results.table(experiment, store.results(experiment.name))

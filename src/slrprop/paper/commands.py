@@ -72,6 +72,9 @@ def paper_train(
 def paper_run(
     name: Name,
     seeds: Seeds = 10,
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", help="Only this one, like 'slr cost'; can be given several times.")
+    ] = None,
     data: DataFolder = None,
     run_dir: RunFolder = Path("runs/paper"),
     database: Database = None,
@@ -80,17 +83,17 @@ def paper_run(
     cluster: Cluster = None,
     as_json: Json = False,
 ) -> None:
-    """Train and sweep all methods and ranks; a second call goes on where the first one stopped.
+    """Train, and sweep methods and ranks; a second call goes on where the first one stopped.
 
     Example: slrprop paper run lenet5-mnist --seeds 10 --workers 4
     """
     store = _store(run_dir, database)
     experiment = importlib.import_module("slrprop.paper.experiments").find_experiment(name)
+    sweep = importlib.import_module("slrprop.paper.run")
+    named = sweep.methods_of(experiment, methods or ())
     if rows is not None:
         store.take_in(rows, name)
-    new = importlib.import_module("slrprop.paper.run").run(
-        experiment, experiment.load_data(data), run_dir, seeds, store, workers, cluster
-    )
+    new = sweep.run(experiment, experiment.load_data(data), run_dir, seeds, store, workers, cluster, named)
     count = len(store.results(name))
     told = {"experiment": name, "new": new, "rows": count, "database": store.name}
     typer.echo(json.dumps(told) if as_json else f"{new} new rows; all {count} of {name} are in {store.name}")

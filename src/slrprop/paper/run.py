@@ -1,7 +1,7 @@
 """The sweep of Garmendia-Orbegozo et al. 2023, section 4: seeds x methods x ranks on the two consecutive layers."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from slrprop.api import apply, plan_problem
+from slrprop.checks import require_choice
 from slrprop.files import require_seen
 from slrprop.measure import file_bytes, measure
 from slrprop.methods.slr import CRITERIA
@@ -30,15 +31,22 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def methods_of(experiment: Experiment) -> tuple[str, ...]:
-    """All that its sweep compares."""
-    return *METHODS, *(f"{AUTO}{level}" for level in experiment.levels)
+def methods_of(experiment: Experiment, named: Sequence[str] = ()) -> tuple[str, ...]:
+    """What its sweep compares; of that, those that are named if any are.
+
+    Raises:
+        SlrpropError: a name is of none.
+    """
+    every = (*METHODS, *(f"{AUTO}{level}" for level in experiment.levels))
+    for name in named:
+        require_choice("method", name, every)
+    return tuple(method for method in every if method in named or not named)
 
 
-def _cells(experiment: Experiment) -> Iterator[tuple[str, int]]:
+def _cells(experiment: Experiment, methods: Sequence[str]) -> Iterator[tuple[str, int]]:
     yield ORIGINAL, 0
     for rank in experiment.ranks:
-        for method in methods_of(experiment):
+        for method in methods:
             yield method, rank
 
 
@@ -65,16 +73,21 @@ def measured(bench: Bench, method: str, rank: int, plan: Plan, seconds: float) -
 
 def run(
     experiment: Experiment, data: Dataset, folder: Path, seeds: int, store: Store[Result],
-    workers: int = 1, cluster: str | None = None,
+    workers: int = 1, cluster: str | None = None, methods: Sequence[str] = (),
 ) -> int:  # fmt: skip
     """Compute every missing row; returns how many were computed.
 
     Args:
+        methods: only these, all if none is named.
         workers: processes, and ``cluster`` a Ray cluster, that share the seeds (:func:`slrprop.parallel.each`).
+
+    Raises:
+        SlrpropError: the sweep has no method of that name.
     """
+    wanted = methods_of(experiment, methods)
     done, folder = {store.key(result) for result in store.results(experiment.name)}, folder.absolute()
     missing = {
-        seed: [cell for cell in _cells(experiment) if (experiment.name, seed, *cell) not in done]
+        seed: [cell for cell in _cells(experiment, wanted) if (experiment.name, seed, *cell) not in done]
         for seed in range(seeds)
     }
     tasks = [(seed, cells) for seed, cells in missing.items() if cells]
