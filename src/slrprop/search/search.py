@@ -126,7 +126,7 @@ class Search:
         def holds_alone(at: int) -> bool:
             return at == 0 or self._drop(self.trials.evaluate(self.points[at].plan)) <= allowed
 
-        if len(self.shares.curves) <= MANY_LAYERS:
+        if not self.many:
             return self._bisect(0, last, holds, steps)
         low = self._bisect(0, last, holds_alone, steps)
         high, width = low, 1
@@ -135,6 +135,11 @@ class Search:
         while not holds(low):
             low, high, width = max(low - width, 0), low - 1, 2 * width
         return self._bisect(low, high, holds, steps)
+
+    @property
+    def many(self) -> bool:
+        """Whether fitting all layers in order takes long."""
+        return len(self.shares.curves) > MANY_LAYERS
 
     @property
     def spare(self) -> int:
@@ -147,7 +152,7 @@ class Search:
         Where layers are many the next is near enough.
         """
         high, low = self.shares.stored(self.final_at(at)), self.shares.stored(self.points[at + 1].plan)
-        for _ in range(min(REFINEMENTS, self.spare) if len(self.shares.curves) <= MANY_LAYERS else 0):
+        for _ in range(min(REFINEMENTS, self.spare) if not self.many else 0):
             middle = math.isqrt(low * high)
             found = self.shares.within(middle, 1)
             if found is None or self.shares.stored(found[0]) >= high:
