@@ -127,7 +127,7 @@ def behind_one(z: Tensor, s: Tensor, direction: Tensor, weight: Tensor) -> Itera
     c, moving = weight.shape[1], s != 0
     turned, highest = direction.T.contiguous(), direction.abs().amax(0) * SLACK
     for group, reference in alike(z > 0):
-        active = reference.nonzero()[:, 0]
+        through = (weight * reference[:, None]).T @ turned
         for samples in _split(moving, group, c):
             often = moving[samples].sum(0)
             some = often.argsort(descending=True)[: int((often > 0).sum())]  # those of many samples side by side
@@ -139,15 +139,13 @@ def behind_one(z: Tensor, s: Tensor, direction: Tensor, weight: Tensor) -> Itera
             turn = tiles[1][:, 0].argsort()
             tiles = tiles[0][turn], tiles[1][turn], tiles[2][turn]
             reach = moves.abs().amax(1)[:, None]
-            outside = torch.where(reference, -at, at)
-            units = (outside + reach * highest >= 0).any(0).nonzero()[:, 0]
-            near = _gathered(turned, units, some)
-            peaks = near.abs().amax((0, 2)) * SLACK
-            likely = outside[:, units] + reach * peaks >= 0
-            linear = weight[active].T @ _gathered(turned, active, some)
+            likely = torch.where(reference, -at, at) + reach * highest >= 0
+            units = likely.any(0).nonzero()[:, 0]
+            likely, near = likely[:, units], _gathered(turned, units, some)
+            linear = _gathered(through, torch.arange(c), some)
             out = z.new_empty(len(tiles[0]), c, TILE)
             _run(
-                "one_layer", at[:, units], reference[units], likely.sum(1).cumsum(0), likely.nonzero()[:, 1], near, peaks,
+                "one_layer", at[:, units], reference[units], likely.sum(1).cumsum(0), likely.nonzero()[:, 1], near, highest[units],
                 weight[units], linear, *tiles, out,
             )  # fmt: skip
             yield samples[tiles[0]], some[tiles[1]], out.mT
