@@ -152,7 +152,7 @@ class Search:
         Where layers are many the next is near enough.
         """
         high, low = self.shares.stored(self.final_at(at)), self.shares.stored(self.points[at + 1].plan)
-        for _ in range(min(REFINEMENTS, self.spare) if not self.many else 0):
+        for _ in range(0 if self.many else min(REFINEMENTS, self.spare)):
             middle = math.isqrt(low * high)
             found = self.shares.within(middle, 1)
             if found is None or self.shares.stored(found[0]) >= high:
