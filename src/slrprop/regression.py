@@ -263,13 +263,18 @@ class Calibration:
 
     def _outputs_along(self, entry: str, name: str) -> Iterable[Tensor]:
         """The original pre-activations of a layer of a chain; kept where they fit."""
-        if name not in self._outputs:
-            inputs = self._inputs[entry] or []
-            made = (self._passed(self._along(entry, x, name, {}), name) for x in inputs)
-            kept = sum(z.nbytes for parts in self._outputs.values() for z in parts)
-            if kept + 4 * sum(map(len, inputs)) * self.network.shape(name)[1] > KEPT_BYTES:
-                return made
-            self._outputs[name] = list(made)
+        if name in self._outputs:
+            return self._outputs[name]
+        inputs = self._inputs[entry] or []
+        made = (self._passed(self._along(entry, x, name, {}), name) for x in inputs)
+        return self._kept(name, made, sum(map(len, inputs)))
+
+    def _kept(self, name: str, made: Iterable[Tensor], rows: int) -> Iterable[Tensor]:
+        """A layer's original pre-activations, from now on kept where they fit."""
+        kept = sum(z.nbytes for parts in self._outputs.values() for z in parts)
+        if kept + 4 * rows * self.network.shape(name)[1] > KEPT_BYTES:
+            return made
+        self._outputs[name] = list(made)
         return self._outputs[name]
 
     def _outputs_then(self, name: str) -> Iterator[Tensor]:
@@ -280,7 +285,8 @@ class Calibration:
         found = self._standing(name, {})
         if found is not None:
             weight, bias = self.network.weight(name), self.network.bias(name)
-            yield from (x.to(weight) @ weight if bias is None else x.to(weight) @ weight + bias for x in found)
+            made = (x.to(weight) @ weight if bias is None else x.to(weight) @ weight + bias for x in found)
+            yield from self._kept(name, made, sum(map(len, found)))
             return
         for flow in self.network.stream((name,), self.data, whole=False):
             yield from (z for _, z in flow.calls[name])

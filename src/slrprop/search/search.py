@@ -12,6 +12,7 @@ from slrprop.search.shares import LIKELY, Shares
 
 STEPS = 5  # on the path at least; more come nearer to the edge, where the promise fails on fresh data
 REFINEMENTS = 3  # evaluations beyond those on the path
+GRAINS = 64  # parts of the path that are told apart where every look at it takes long
 
 
 class Search:
@@ -82,9 +83,9 @@ class Search:
         small = budget.max_bytes is None or self.measured(at).bytes <= budget.max_bytes
         return small and (budget.max_latency is None or self.timed(at) <= budget.max_latency)
 
-    def _bisect(self, low: int, high: int, holds: Callable[[int], bool], steps: int) -> int:
-        """The last index from ``low`` (holds) to ``high`` for which ``holds``, as far as ``steps`` trials can tell."""
-        while low < high and steps:
+    def _bisect(self, low: int, high: int, holds: Callable[[int], bool], steps: int, grain: int = 1) -> int:
+        """The last index from ``low`` (holds) to ``high`` for which ``holds``, as far as ``steps`` trials can tell; less than ``grain`` before it is near enough."""
+        while high - low >= grain and steps:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if holds(middle) else (low, middle - 1)
             steps -= 1
@@ -128,13 +129,13 @@ class Search:
 
         if not self.many:
             return self._bisect(0, last, holds, steps)
-        low = self._bisect(0, last, holds_alone, steps)
-        high, width = low, 1
+        low, grain = self._bisect(0, last, holds_alone, steps), 1 + last // GRAINS
+        high, width = low, grain
         while high < last and holds(high):
             low, high, width = high, min(high + width, last), 2 * width
         while not holds(low):
             low, high, width = max(low - width, 0), low - 1, 2 * width
-        return self._bisect(low, high, holds, steps)
+        return self._bisect(low, high, holds, steps, grain)
 
     @property
     def many(self) -> bool:
