@@ -121,10 +121,12 @@ def test_many_sign_flips(kernels):
     assert compare(model, x * 1e-3, y, "second") < 1e-12
 
 
+@pytest.mark.parametrize("rows", [10, alike.ROWS])
 @pytest.mark.parametrize("widths", [(300, 200, 7), (130, 65, 64, 2)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_compiled_loops_equal_one_neuron_after_the_other(widths, dtype):
-    """Several references, tiles and groups of units; inputs that are zero, or all are."""
+def test_compiled_loops_equal_one_neuron_after_the_other(widths, dtype, rows, monkeypatch):
+    """Several references, alone and together, tiles and groups of units; inputs that are zero, or all are."""
+    monkeypatch.setattr(alike, "ROWS", rows)
     torch.manual_seed(1)
     x = torch.randn(150, 140, dtype=dtype).relu()
     x[:, 3] = 0

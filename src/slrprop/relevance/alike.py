@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import torch
-from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 PER_REFERENCE = 64  # samples, in the mean
@@ -15,6 +14,7 @@ ROUNDS = 4  # of k-means
 LARGEST = 256  # numbers of a column by which a sparse product with it is bounded
 SLACK = 1 + 1e-4  # bounds are rounded up by this much
 NUMBERS = 1 << 24  # that the changes of some samples may be
+ROWS = 1024  # of a product with a layer's whole weight: fewer wait for the memory
 TILE = 64  # candidates that the loops take side by side
 RUNNING = threading.Lock()  # some of numba's thread pools take one call at a time
 Part = tuple[Tensor, Tensor, Tensor]
@@ -86,13 +86,8 @@ def _low_rank_tiles(s: Tensor, left: Tensor, norms: Tensor) -> tuple[Tensor, Ten
     return samples, candidates, (left[candidates] * moves[:, :, None]).mT
 
 
-@functools.cache
-def _pools() -> ThreadpoolController:
-    return ThreadpoolController()
-
-
 def _run(name: str, *tensors: Tensor) -> None:
-    """One of the compiled loops, in as many threads as torch has; the products in each of them are not shared out again."""
+    """One of the compiled loops, in as many threads as torch has."""
     import numba
 
     most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
@@ -101,8 +96,7 @@ def _run(name: str, *tensors: Tensor) -> None:
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
         try:
-            with _pools().limit(limits=1, user_api="blas"):
-                getattr(loops(), name)(*(tensor.contiguous().numpy() for tensor in tensors), threads)
+            getattr(loops(), name)(*(tensor.contiguous().numpy() for tensor in tensors), threads)
         finally:
             numba.set_num_threads(before)
 
@@ -112,6 +106,16 @@ def _gathered(source: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     out = source.new_empty(-(-len(columns) // TILE), len(rows), TILE)
     _run("gathered", source, rows, columns, out)
     return out
+
+
+def _through(groups: list[tuple[Tensor, Tensor]], turned: Tensor, weight: Tensor) -> Iterator[Part]:
+    """Groups and references of :func:`alike`, with what the outputs move by for ``turned`` (n x m) by that reference (c x m); several by one product."""
+    count = max(1, ROWS // weight.shape[1])
+    for first in range(0, len(groups), count):
+        some = groups[first : first + count]
+        masks = torch.stack([reference for _, reference in some])
+        found = ((masks[:, None] * weight.T).flatten(0, 1) @ turned).unflatten(0, (len(some), -1))
+        yield from ((samples, reference, out) for (samples, reference), out in zip(some, found, strict=True))
 
 
 def behind_one(z: Tensor, s: Tensor, direction: Tensor, weight: Tensor) -> Iterator[Part]:
@@ -126,8 +130,7 @@ def behind_one(z: Tensor, s: Tensor, direction: Tensor, weight: Tensor) -> Itera
     """
     c, moving = weight.shape[1], s != 0
     turned, highest = direction.T.contiguous(), direction.abs().amax(0) * SLACK
-    for group, reference in alike(z > 0):
-        through = (weight * reference[:, None]).T @ turned
+    for group, reference, through in _through(alike(z > 0), turned, weight):
         for samples in _split(moving, group, c):
             often = moving[samples].sum(0)
             some = often.argsort(descending=True)[: int((often > 0).sum())]  # those of many samples side by side
@@ -169,7 +172,7 @@ def behind_one_low_rank(z: Tensor, s: Tensor, left: Tensor, right: Tensor, weigh
                 continue
             linear = ((right * (at > 0).to(z)[:, None]).flatten(0, 1) @ weight).unflatten(0, (len(samples), -1))
             out = z.new_empty(len(sample), c, TILE)
-            _run("one_layer_low_rank", at, right.T, lengths, weight, linear.mT, sample, shares, out)
+            _run("one_layer_low_rank", at, right.T, lengths, weight, linear, sample, shares, out)
             yield samples[sample], candidates, out.mT
 
 
@@ -203,6 +206,6 @@ def behind_two(
             out = z.new_empty(len(sample), c, TILE)
             _run(
                 "two_layers", at, right.T, lengths, behind, between, at_next, second, own,
-                own.square().sum(1).sqrt_(), spans, weight, linear.mT, sample, shares, out,
+                own.square().sum(1).sqrt_(), spans, weight, linear, sample, shares, out,
             )  # fmt: skip
             yield samples[sample], candidates, out.mT

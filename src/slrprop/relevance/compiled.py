@@ -10,24 +10,37 @@ from numba import njit, prange
 
 from slrprop.relevance.alike import SLACK, TILE
 
-BLOCK = 128  # units whose weights are gathered for one product
 FAST = {"contract", "nsz", "reassoc"}
+LINE = 64  # bytes of a cache line: what lies across two takes twice as long to read
+
+
+@njit(cache=True)
+def _rows_of_tiles(count, dtype):  # type: ignore[no-untyped-def]
+    """An empty array (count x TILE) that begins with a cache line."""
+    whole = np.empty(count * TILE + LINE, dtype)
+    first = -whole.ctypes.data % LINE // whole.itemsize
+    return whole[first : first + count * TILE].reshape(count, TILE)
 
 
 @njit(fastmath=FAST, cache=True)
-def _add(total, weight, rows, columns, moved, space):  # type: ignore[no-untyped-def]
-    """``total[k] += sum_i weight[rows[i], columns[k]] * moved[i]``, with ``space`` for (BLOCK + TILE) times the columns."""
-    wide = len(columns)
-    part, rest = space[: wide * TILE].reshape(wide, TILE), space[wide * TILE :]
-    for first in range(0, len(rows), BLOCK):
-        some = min(BLOCK, len(rows) - first)
-        chosen = rest[: some * wide].reshape(some, wide)
-        for i in range(some):
-            source = weight[rows[first + i]]
-            for k in range(wide):
-                chosen[i, k] = source[columns[k]]
-        np.dot(chosen.T, moved[first : first + some], part)
-        total += part
+def _add(total, weight, rows, columns, moved):  # type: ignore[no-untyped-def]
+    """``total[k] += sum_i weight[rows[i], columns[k]] * moved[i]``, eight rows at once: a BLAS takes longer for products so small."""
+    whole = len(rows) // 8 * 8
+    for first in range(0, whole, 8):
+        r, m = rows[first : first + 8], moved[first : first + 8]
+        for k in range(len(columns)):
+            c, one = columns[k], total[k]
+            w0, w1, w2, w3 = weight[r[0], c], weight[r[1], c], weight[r[2], c], weight[r[3], c]
+            w4, w5, w6, w7 = weight[r[4], c], weight[r[5], c], weight[r[6], c], weight[r[7], c]
+            for j in range(TILE):
+                one[j] += (w0 * m[0, j] + w1 * m[1, j] + w2 * m[2, j] + w3 * m[3, j]) + (
+                    w4 * m[4, j] + w5 * m[5, j] + w6 * m[6, j] + w7 * m[7, j]
+                )
+    for i in range(whole, len(rows)):
+        for k in range(len(columns)):
+            w, one = weight[rows[i], columns[k]], total[k]
+            for j in range(TILE):
+                one[j] += w * moved[i, j]
 
 
 @njit(parallel=True, cache=True)
@@ -54,13 +67,13 @@ def _places(here, rows, places):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=FAST, cache=True)
 def _picked(row, blocks, u, places, together):  # type: ignore[no-untyped-def]
-    """Sets ``row`` to a row's numbers at these places."""
-    first = u * TILE
+    """A row's numbers at these places: part of the blocks, or put together in ``row``."""
+    first = u * TILE + places[0]
     if together:
-        row[:] = blocks[first + places[0] : first + places[0] + TILE]
-    else:
-        for j in range(TILE):
-            row[j] = blocks[first + places[j]]
+        return blocks[first : first + TILE]
+    for j in range(TILE):
+        row[j] = blocks[u * TILE + places[j]]
+    return row
 
 
 @njit(parallel=True, fastmath=FAST, cache=True)
@@ -81,14 +94,15 @@ def one_layer(z, reference, ends, likely, near, peaks, weight, linear, samples, 
     every, c, zero = len(peaks), weight.shape[1], z.dtype.type(0)
     columns, near_blocks, linear_blocks = np.arange(c), near.reshape(-1), linear.reshape(-1)
     for thread in prange(threads):
-        places, space = np.empty(TILE, np.int64), np.empty((BLOCK + TILE) * c, z.dtype)
-        moved, chosen, row = np.empty((every, TILE), z.dtype), np.empty(every, np.int64), np.empty(TILE, z.dtype)
+        places = np.empty(TILE, np.int64)
+        moved, row, chosen = _rows_of_tiles(every, z.dtype), _rows_of_tiles(1, z.dtype)[0], np.empty(every, np.int64)
         for tile in range(thread, len(samples), threads):
             p, here, scale, total = samples[tile], candidates[tile], moves[tile], out[tile]
             together = _places(here, c, places)
             for k in range(c):
-                _picked(row, linear_blocks, k, places, together)
-                total[k] = scale * row
+                one, by = total[k], _picked(row, linear_blocks, k, places, together)
+                for j in range(TILE):
+                    one[j] = scale[j] * by[j]
             _places(here, every, places)
             reach, count = np.abs(scale).max(), 0
             for place in range(ends[p - 1] if p else 0, ends[p]):
@@ -97,14 +111,15 @@ def one_layer(z, reference, ends, likely, near, peaks, weight, linear, samples, 
                 if (-at if reference[u] else at) + reach * peaks[u] < 0:
                     continue
                 base, kept, most = max(at, zero), z.dtype.type(reference[u]), zero
-                _picked(row, near_blocks, u, places, together)
+                by = _picked(row, near_blocks, u, places, together)
                 for j in range(TILE):
-                    d = scale[j] * row[j]
-                    one[j] = max(at + d, zero) - base - kept * d
+                    d = scale[j] * by[j]
+                    now = at + d
+                    one[j] = (now if now > zero else zero) - base - kept * d
                     most += abs(one[j])
                 chosen[count] = u
                 count += most > 0
-            _add(total, weight, chosen[:count], columns, moved, space)
+            _add(total, weight, chosen[:count], columns, moved)
 
 
 @njit(fastmath=FAST, cache=True)
@@ -144,21 +159,20 @@ def one_layer_low_rank(z, right, lengths, weight, linear, samples, shares, out, 
         z: pre-activations (b x n).
         right: n x r; ``lengths``: their norms (n,).
         weight: outgoing (n x c).
-        linear: the change for each component while no unit flips (b x c x r).
+        linear: the change for each component while no unit flips (b x r x c).
         samples: of each tile (t,); ``shares``: t x r x TILE.
         out: the changes (t x c x TILE).
         threads: each takes every so many tiles.
     """
-    n, c = z.shape[1], weight.shape[1]
-    columns = np.arange(c)
+    n, columns, components = z.shape[1], np.arange(weight.shape[1]), np.arange(right.shape[1])
     for thread in prange(threads):
-        flip, chosen = np.empty((n, TILE), z.dtype), np.empty(n, np.int64)
-        space = np.empty((BLOCK + TILE) * c, z.dtype)
+        flip, chosen = _rows_of_tiles(n, z.dtype), np.empty(n, np.int64)
         for tile in range(thread, len(samples), threads):
-            p = samples[tile]
-            count, _ = _flips(shares[tile], z[p], right, lengths, chosen, flip)
-            np.dot(linear[p], shares[tile], out[tile])
-            _add(out[tile], weight, chosen[:count], columns, flip, space)
+            p, share, total = samples[tile], shares[tile], out[tile]
+            count, _ = _flips(share, z[p], right, lengths, chosen, flip)
+            total[:] = 0
+            _add(total, linear[p], components, columns, share)
+            _add(total, weight, chosen[:count], columns, flip)
 
 
 @njit(parallel=True, fastmath=FAST, cache=True)
@@ -193,7 +207,7 @@ def two_layers(  # type: ignore[no-untyped-def]
         reaches: norms of that over the components (b x m).
         spans: norms of the 1, 2, 4, ... largest numbers in each column of ``between`` (levels x m).
         weight: outgoing of the second layer (m x c).
-        linear: the change for each component while no unit flips and the second layer is the reference (b x c x r).
+        linear: the change for each component while no unit flips and the second layer is the reference (b x r x c).
         samples: of each tile (t,); ``shares``: t x r x TILE.
         out: the changes (t x c x TILE).
         threads: each takes every so many tiles.
@@ -201,15 +215,15 @@ def two_layers(  # type: ignore[no-untyped-def]
     n, m, r, c = z.shape[1], z_next.shape[1], shares.shape[1], weight.shape[1]
     zero, slack, columns, components = z.dtype.type(0), z.dtype.type(SLACK), np.arange(c), np.arange(r)
     for thread in prange(threads):
-        flip, shift = np.empty((n, TILE), z.dtype), np.empty((m, TILE), z.dtype)
+        flip, shift = _rows_of_tiles(n, z.dtype), _rows_of_tiles(m, z.dtype)
         chosen, later = np.empty(n, np.int64), np.empty(m, np.int64)
-        space = np.empty((BLOCK + TILE) * max(m, c), z.dtype)
         size, flipped = np.zeros(TILE, z.dtype), np.zeros(TILE, np.int64)
         for tile in range(thread, len(samples), threads):
             p, total, share = samples[tile], out[tile], shares[tile]
             count, reach = _flips(share, z[p], right, lengths, chosen, flip)
-            np.dot(linear[p], share, total)
-            _add(total, behind, chosen[:count], columns, flip, space)
+            total[:] = 0
+            _add(total, linear[p], components, columns, share)
+            _add(total, behind, chosen[:count], columns, flip)
             size[:], flipped[:] = 0, 0
             for i in range(count):
                 for j in range(TILE):
@@ -226,11 +240,11 @@ def two_layers(  # type: ignore[no-untyped-def]
                 needed += outside + reach * reaches[p, v] + length * span[v] >= 0
             units, moved = later[:needed], shift[:needed]
             moved[:] = 0
-            _add(moved, basis[p], components, units, share, space)
-            _add(moved, between, chosen[:count], units, flip, space)
+            _add(moved, basis[p], components, units, share)
+            _add(moved, between, chosen[:count], units, flip)
             for i in range(needed):
                 v = units[i]
                 at, base, kept = z_next[p, v], max(z_next[p, v], zero), z.dtype.type(reference[v])
                 for j in range(TILE):
                     moved[i, j] = max(at + moved[i, j], zero) - base - kept * moved[i, j]
-            _add(total, weight, units, columns, moved, space)
+            _add(total, weight, units, columns, moved)
