@@ -56,7 +56,7 @@ def seconds(images: torch.Tensor, layers: int, width: int, samples: int, workers
         return result
 
     timed("calibration", lambda: [problem.calibration.regression(name, {}) for name in names])
-    shared = problem, layer_inputs(problem, names), LEVELS["calibrated"]
+    shared = problem, layer_inputs(problem, names), dict.fromkeys(names, LEVELS["calibrated"])
     timed("candidates", lambda: list(each(candidates_of, names, shared, workers)))
     plan = timed("a plan", lambda: plan_problem(problem, "low_rank", list(names), rank=width // 8, bits=4))
     timed("an evaluation", lambda: judge.divergence(judge.outputs(door.realise(plan))))

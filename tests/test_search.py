@@ -170,6 +170,14 @@ def test_same_seed_same_data_same_plan(trained, fresh):
     assert first == second
 
 
+def test_the_benchmark_of_growth_times_every_part_of_a_search():
+    """It takes a search apart, so that it breaks where a part is called differently."""
+    from benchmarks.scaling import PARTS, seconds
+
+    found = seconds(torch.rand(64, 784), layers=2, width=16, samples=64, workers=1)
+    assert list(found) == list(PARTS) and all(found.values())
+
+
 @pytest.mark.parametrize("door", ["torch", "onnx"])
 def test_workers_find_the_same_plan(door, trained, fresh, files):
     """Candidates made in two processes are those of one, up to the last digits of their factors."""
