@@ -11,7 +11,7 @@ from numba import njit, prange
 from slrprop.relevance.alike import SLACK, TILE
 
 FAST = {"contract", "nsz", "reassoc"}
-LINE = 64  # bytes of a cache line: what lies across two takes twice as long to read
+LINE = 64  # bytes of a cache line: what lies across two is read from both
 
 
 @njit(cache=True)
