@@ -207,6 +207,21 @@ def test_the_published_archives_are_read(tmp_path, monkeypatch, classes):
     torch.testing.assert_close(found.x_test[7], want)
 
 
+def test_a_download_that_fails_says_what_to_do(monkeypatch):
+    import pooch
+
+    def fails(*_, **__):
+        raise ConnectionError("no such host")
+
+    monkeypatch.delenv("SLRPROP_DATA", raising=False)
+    monkeypatch.setattr(pooch, "retrieve", fails)
+    for dataset in datasets.DATASETS.values():
+        with pytest.raises(
+            SlrpropError, match=r"can't be downloaded \(ConnectionError\); .*SLRPROP_DATA: no such host"
+        ):
+            dataset()
+
+
 def test_a_local_file_with_other_images_is_refused(tmp_path):
     blank, labels = np.zeros((10, 3, 32, 32), np.uint8), np.zeros(10, np.int64)
     np.savez(tmp_path / "cifar10.npz", x_train=blank, y_train=labels, x_test=blank, y_test=labels)

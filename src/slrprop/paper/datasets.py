@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from slrprop.checks import need_extra
 from slrprop.errors import SlrpropError, first_line
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -68,9 +69,14 @@ def _local(folder: str | Path | None, name: str) -> bytes | None:
 
 
 def _download(url: str, known_hash: str | None) -> Path:
-    import pooch
-
-    return Path(pooch.retrieve(url, known_hash, path=pooch.os_cache("slrprop"), progressbar=True))
+    pooch = need_extra("pooch", "paper")
+    try:
+        return Path(pooch.retrieve(url, known_hash, path=pooch.os_cache("slrprop"), progressbar=True))
+    except (OSError, ValueError) as error:  # no connection; another digest
+        raise SlrpropError(
+            f"{url} can't be downloaded ({type(error).__name__}); try again, or name a folder that holds the data set, "
+            f"with --data or in $SLRPROP_DATA: {first_line(error)}"
+        ) from error
 
 
 def _idx(raw: bytes, header: int) -> np.ndarray:
