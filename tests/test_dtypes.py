@@ -8,9 +8,9 @@ from torch import nn
 
 import slrprop
 from slrprop import SlrpropError, compress
+from slrprop.calibration import Calibration
 from slrprop.data import Data
 from slrprop.network import open_network
-from slrprop.regression import Calibration
 from slrprop.tune import TuneSettings, distilled
 
 SHORT = TuneSettings(epochs=4, batch=64, learning_rate=2e-3)

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slrprop import SlrpropError
+from slrprop.calibration import Calibration
 from slrprop.data import Data
 from slrprop.network import TorchNetwork
 from slrprop.paper import run
@@ -28,7 +29,6 @@ from slrprop.paper.datasets import Dataset
 from slrprop.paper.experiments import EXPERIMENTS, train_missing
 from slrprop.paper.store import paper_store
 from slrprop.parallel import each
-from slrprop.regression import Calibration
 from slrprop.statistics import Moments, moments
 from tests.tasks import ROWS, fails, meet, square, write
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import slrprop
 from slrprop import SlrpropError
+from slrprop.calibration import Calibration
 from slrprop.data import Data
 from slrprop.factors import Dense, LowRank, Quantized, SparseLowRank, restored
 from slrprop.factors.blocks import pack_levels, unpack_levels
@@ -16,7 +17,7 @@ from slrprop.factors.quantized import CODES, packed, unpacked
 from slrprop.linalg import truncated_svd
 from slrprop.network import TorchNetwork
 from slrprop.quantize import compensating, quantised, rounded, scales_of, with_bias
-from slrprop.regression import ROUNDING_DAMPING, Calibration, Spread
+from slrprop.regression import ROUNDING_DAMPING, Spread
 
 BITS = [4, 8]
 

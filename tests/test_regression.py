@@ -14,6 +14,7 @@ from torch.func import functional_call, jacrev, vmap
 
 import slrprop
 from slrprop import SlrpropError
+from slrprop.calibration import METRIC_DAMPING, Calibration
 from slrprop.data import Data
 from slrprop.factors import members
 from slrprop.linalg import truncated_svd
@@ -26,8 +27,8 @@ from slrprop.methods.nested import fit as fit_nested
 from slrprop.methods.refit import Refit, WideRefit, refit_of
 from slrprop.methods.slr_refit import SLRRefitSettings, refitted
 from slrprop.network import OnnxNetwork, TorchNetwork, open_network
+from slrprop.pairs import Compressed
 from slrprop.plan import Plan
-from slrprop.regression import METRIC_DAMPING, Calibration, Compressed
 from tests.test_reduced_rank import random_matrix, weighted_error
 
 
@@ -154,10 +155,10 @@ class TestMoments:
     def test_chains_and_whole_runs_give_the_same(self, name, trained, calibration, monkeypatch):
         before = {"0": narrowed_by(trained, "0", 7)}
         chain = calibration_of(trained, calibration[0])
-        assert chain._entry(name, before) == "0"
+        assert chain.pairs._entry(name, before) == "0"
         short = chain.regression(name, before)
         whole = calibration_of(trained, calibration[0])
-        monkeypatch.setattr(whole, "_entry", lambda *given: None)
+        monkeypatch.setattr(whole.pairs, "_entry", lambda *given: None)
         long = whole.regression(name, before)
         for field in ("weight", "mean", "covariance", "target_mean", "metric"):
             torch.testing.assert_close(getattr(short, field), getattr(long, field), rtol=1e-4, atol=1e-5)
@@ -168,7 +169,7 @@ class TestMoments:
         model[1].running_mean.uniform_(-1, 1)
         before = {"0": narrowed_by(model, "0", 5)}
         found = calibration_of(model, calibration[0])
-        assert found._entry("3", before) is None
+        assert found.pairs._entry("3", before) is None
         task = found.regression("3", before)
         inputs, _ = seen(put(model, before), "3", calibration[0])
         torch.testing.assert_close(task.mean, inputs.mean(0), rtol=1e-4, atol=1e-5)
@@ -275,7 +276,7 @@ class TestManyLayers:
 
     @pytest.mark.parametrize("kept", [1 << 30, 0])
     def test_prepared_together_they_are_as_one_by_one(self, kept, blocks, monkeypatch):
-        monkeypatch.setattr("slrprop.regression.KEPT_BYTES", kept)
+        monkeypatch.setattr("slrprop.pairs.KEPT_BYTES", kept)
         plain, _, x = blocks
         alone, together = (calibration_of(plain, x, 17) for _ in range(2))
         together.prepare(self.NAMES)
@@ -342,9 +343,9 @@ class TestLockstep:
         """Every layer's regression behind the planned ones before it; ``kept``: with the original outputs at hand."""
         found = Calibration(network, data)
         found.prepare(network.order)
-        assert found._together
-        found._together = together
-        found._outputs = found._outputs if kept else {}
+        assert found.pairs.together
+        found.pairs.together = together
+        found.pairs.outputs = found.pairs.outputs if kept else {}
         before, tasks = {}, []
         for place, name in enumerate(network.order):
             tasks.append(found.regression(name, dict(before)))
@@ -405,10 +406,10 @@ class TestLockstep:
         data = Data((x, None), 8)  # the last batch has 4
         found, alone = (Calibration(TorchNetwork(model, data), data) for _ in range(2))
         found.prepare(("a", "b", "c"))
-        found._together = True
+        found.pairs.together = True
         before = {"a": narrowed_by(model, "a", 2)}
         assert_same_task(found.regression("b", before), alone.regression("b", before))
-        assert not found._together
+        assert not found.pairs.together
 
     def test_a_sequence_across_a_layer_is_seen_one_by_one(self, tmp_path):
         rng = np.random.default_rng(0)
@@ -438,11 +439,11 @@ class TestLockstep:
         found.prepare(network.order)
         first, second, third = network.order
         before = {first: Compressed(network.weight(first).double() * 0.5, torch.zeros(6, dtype=torch.float64))}
-        assert found._together
+        assert found.pairs.together
         assert_same_task(found.regression(second, before), alone.regression(second, before))
         before[second] = Compressed(network.weight(second).double() * 0.7, torch.zeros(6, dtype=torch.float64))
         assert_same_task(found.regression(third, before), alone.regression(third, before))
-        assert not found._together
+        assert not found.pairs.together
 
     def test_no_thread_stays(self, blocks, monkeypatch):
         threads = set(threading.enumerate())
@@ -549,7 +550,7 @@ def residual(**given):
 
 class TestMetric:
     def test_too_many_outputs_weigh_alike(self, trained, calibration, monkeypatch):
-        monkeypatch.setattr("slrprop.regression.METRIC_OUTPUTS", 79)
+        monkeypatch.setattr("slrprop.calibration.METRIC_OUTPUTS", 79)
         found = calibration_of(trained, calibration[0])
         found.prepare(("0", "2", "4"))
         assert [found.regression(name, {}).metric is None for name in ("0", "2", "4")] == [True, True, False]

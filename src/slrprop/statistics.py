@@ -110,7 +110,7 @@ def moments(
 ) -> dict[str, Moments]:
     """Moments of the named layers' inputs and pre-activations, each part of the data streamed by one worker.
 
-    Hand them to :class:`slrprop.regression.Calibration` as what is known of the original network.
+    Hand them to :class:`slrprop.calibration.Calibration` as what is known of the original network.
 
     Args:
         model: a torch module, or the path of an ONNX file that every worker sees.

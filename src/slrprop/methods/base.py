@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
+from slrprop.calibration import Calibration
 from slrprop.checks import require_choice, require_rank
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
@@ -17,7 +18,6 @@ from slrprop.linalg import SOLVERS, SVD, Solver, truncated_svd
 from slrprop.losses import LOSSES, LossName
 from slrprop.network.base import Network
 from slrprop.plan import LayerPlan
-from slrprop.regression import Calibration
 from slrprop.relevance.cost import Baseline, CostScores, cost_scores
 from slrprop.relevance.simple import Scores, weight_scores
 from slrprop.statistics import collect

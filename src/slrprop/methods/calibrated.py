@@ -10,9 +10,10 @@ from torch import Tensor
 from slrprop.checks import require_flag
 from slrprop.factors import Dense, Factors, Quantized
 from slrprop.methods.base import Decision, Method, Problem, Settings
+from slrprop.pairs import Compressed
 from slrprop.plan import LayerPlan
 from slrprop.quantize import quantised, with_bias
-from slrprop.regression import Compressed, Regression
+from slrprop.regression import Regression
 
 
 class Fitted(NamedTuple):
