@@ -29,7 +29,9 @@ Rows = Annotated[
         "--rows", help="Go on from the rows in a NAME.csv that --output wrote; the networks must be the same."
     ),
 ]
-Seeds = Annotated[int, typer.Option("--seeds", min=1, help="How many training seeds.")]
+Seeds = Annotated[
+    int, typer.Option("--seeds", min=1, help="How many: each draws its samples and trains (VGG16: once).")
+]
 FIGURES = {
     "lenet5-mnist": ("figure4", "LeNet-5 on MNIST (Figure 4)"),
     "room-mlp": ("figure5", "Room occupancy, MLP (Figure 5)"),
