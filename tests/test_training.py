@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +221,21 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch):
             SlrpropError, match=r"can't be downloaded \(ConnectionError\); .*SLRPROP_DATA: no such host"
         ):
             dataset()
+
+
+def test_another_file_than_the_room_archive_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "room.zip"
+    monkeypatch.delenv("SLRPROP_DATA", raising=False)
+    monkeypatch.setattr(datasets, "_download", lambda url, known: path)
+    path.write_text("<html>log in first</html>")
+    with pytest.raises(
+        SlrpropError, match=r"room\.zip is not the room-occupancy archive: .*; delete it, and try again"
+    ):
+        datasets.room()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("other.csv", "")
+    with pytest.raises(SlrpropError, match=r"no item named 'Occupancy_Estimation\.csv'"):
+        datasets.room()
 
 
 def test_a_local_file_with_other_images_is_refused(tmp_path):

@@ -170,8 +170,14 @@ def room(folder: str | Path | None = None) -> Dataset:
     """
     raw = _local(folder, "room_occupancy.csv")
     if raw is None:
-        with zipfile.ZipFile(_download(ROOM_URL, None)) as archive:
-            raw = archive.read("Occupancy_Estimation.csv")
+        path = _download(ROOM_URL, None)  # has no published digest, so it may be anything
+        try:
+            with zipfile.ZipFile(path) as archive:
+                raw = archive.read("Occupancy_Estimation.csv")
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise SlrpropError(
+                f"{path} is not the room-occupancy archive: {first_line(error)}; delete it, and try again"
+            ) from error
     try:
         rows = list(csv.reader(io.StringIO(raw.decode())))[1:]
         x = np.array([[float(value) for value in row[2:18]] for row in rows])
