@@ -1,5 +1,9 @@
 """slrprop: smaller and faster neural networks by rewriting their dense weights."""
 
+import os
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reads it when it is loaded, so before all imports
+
 from slrprop import permuted, relevance
 from slrprop.api import apply, inspect, plan
 from slrprop.errors import SlrpropError

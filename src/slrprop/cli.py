@@ -11,7 +11,7 @@ import typer
 
 from slrprop.checks import need_extra
 from slrprop.comparison.commands import compare
-from slrprop.errors import SlrpropError
+from slrprop.errors import SlrpropError, printable
 from slrprop.paper.commands import paper
 from slrprop.terminal import Cluster, Json, Output, Workers, show_table
 
@@ -95,7 +95,7 @@ def inspect(model: OnnxFile, as_json: Json = False) -> None:
     else:
         typer.echo("no dense layer: no Gemm or MatMul has a constant matrix of real numbers as its right factor")
     if told := api.other_numbers(model):
-        typer.echo(f"other numbers, by what uses them: {told}")
+        typer.echo(printable(f"other numbers, by what uses them: {told}"))
 
 
 @app.command()
@@ -123,7 +123,7 @@ def plan(
         model, calibration, method, layers or None, rank, sparsity_rate, reduction_rate, **parsed(settings or [])
     )
     made.save(output)
-    typer.echo(made.to_json() if as_json else f"{made}\nWritten: {output}")
+    typer.echo(made.to_json() if as_json else f"{made}\n" + printable(f"Written: {output}"))
 
 
 OPTIONS = ("model", "data", "method", "layers", "rank", "sparsity_rate", "reduction_rate")  # of plan
@@ -166,12 +166,11 @@ def apply_plan(
         typer.echo(json.dumps(asdict(parity) | {"bytes": after, "bytes_before": before, "file": str(output)}))
         return
     for name, apart in parity.outputs.items():
-        typer.echo(
-            f"output '{name}': at most {apart:.1e} from the factors' values (allowed: {parity.tolerance:.0e} of the largest)"
-        )
+        told = f"output '{name}': at most {apart:.1e} from the factors' values (allowed: {parity.tolerance:.0e} of the largest)"
+        typer.echo(printable(told))
     if calibration is None:
         typer.echo("(on made-up inputs, which may not reach every part of a network; --calibration compares on yours)")
-    typer.echo(f"Written: {output}, {after:,} bytes instead of {before:,}")
+    typer.echo(printable(f"Written: {output}, {after:,} bytes instead of {before:,}"))
 
 
 @app.command()
@@ -291,11 +290,13 @@ def compress(
         str(found.plan)
         or "every layer stays as it is: nothing smaller that was tried is within the budget, the file is a copy"
     )
-    typer.echo("\n".join(f"why {reason}" for reason in found.reasons()), nl=bool(found.plan.layers))
+    typer.echo("\n".join(printable(f"why {reason}") for reason in found.reasons()), nl=bool(found.plan.layers))
     typer.echo(str(found))
-    typer.echo(f"Written: {output}; it computes what the plan says to within {max(parity.outputs.values()):.1e}")
+    typer.echo(
+        printable(f"Written: {output}; it computes what the plan says to within {max(parity.outputs.values()):.1e}")
+    )
     if report is not None:
-        typer.echo(f"Report: {report}")
+        typer.echo(printable(f"Report: {report}"))
 
 
 @app.command()
@@ -358,7 +359,7 @@ def main() -> None:
     try:
         app()
     except (SlrpropError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {printable(str(error))}", err=True)
         sys.exit(1)
     except SystemExit as end:
         if end.code == 130:  # what typer makes of Ctrl-C

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from slrprop.errors import SlrpropError
+from slrprop.errors import SlrpropError, printable
 from slrprop.factors import Factors, restored
 from slrprop.files import replacing
 
@@ -149,7 +149,8 @@ class Plan:
             + "".join(f", {key} {value:.3g}" for key, value in layer.notes.items())
             for layer in self.layers
         ]
-        return "\n".join(lines + [f"{name}: left dense ({reason})" for name, reason in self.left_dense.items()])
+        lines += [f"{name}: left dense ({reason})" for name, reason in self.left_dense.items()]
+        return "\n".join(map(printable, lines))
 
     def to_json(self) -> str:
         """The plan as JSON: the same plan gives the same text."""

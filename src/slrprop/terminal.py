@@ -7,6 +7,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from slrprop.errors import printable
 
 Output = Annotated[Path, typer.Option("--output", help="Folder to write to.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -18,7 +21,7 @@ Cluster = Annotated[
 
 
 def show_table(header: list[str], rows: list[list[str]], title: str = "", wrap: tuple[str, ...] = ()) -> None:
-    """Print a table; columns in ``wrap`` may break their lines."""
+    """Print a table, its cells as they are (no markup, nothing invisible); columns in ``wrap`` may break their lines."""
     grid = Table(*[], title=title or None, title_justify="left")
     for index, name in enumerate(header):
         grid.add_column(
@@ -27,6 +30,6 @@ def show_table(header: list[str], rows: list[list[str]], title: str = "", wrap: 
             no_wrap=name not in wrap,
         )
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*(Text(printable(cell)) for cell in row))
     width = None if sys.stdout.isatty() else 200
     Console(width=width).print(grid)

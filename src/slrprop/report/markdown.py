@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
+from slrprop.errors import printable
 from slrprop.report.words import LAYER_COLUMNS, quality, short_size
 
 
@@ -28,7 +29,7 @@ def text(facts: dict[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     """Text that Markdown takes as it is."""
-    return re.sub(r"([\\`*<>\[\]|]|(?<!\w)_|_(?!\w))", r"\\\1", str(value)).replace("\n", " ")
+    return re.sub(r"([\\`*<>\[\]|]|(?<!\w)_|_(?!\w))", r"\\\1", printable(str(value)))
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
