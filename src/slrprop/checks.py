@@ -1,6 +1,7 @@
 """One sentence for every kind of bad setting, and for an extra that is not installed."""
 
 import importlib
+import sys
 from collections.abc import Collection
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -9,35 +10,34 @@ from typing import Any
 from slrprop.errors import SlrpropError
 
 
-def require_rank(rank: Any) -> None:
-    """A rank is a whole number from 1."""
-    require_count("rank", rank, 1)
-
-
-def require_count(what: str, value: Any, least: int) -> None:
-    """A count is a whole number from ``least``."""
+def require_count(what: str, value: Any, least: int) -> int:
+    """A count is a whole number from ``least``; numpy's are made Python's, which JSON takes."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise SlrpropError(f"{what} must be a whole number from {least}, got {value!r}")
+    return int(value)
 
 
-def require_rate(what: str, rate: Any) -> None:
+def require_rate(what: str, rate: Any) -> float:
     """A rate is a number in [0, 1)."""
     if isinstance(rate, bool) or not isinstance(rate, Real) or rate < 0 or not rate < 1:
         raise SlrpropError(f"{what} must be at least 0 and below 1, got {rate!r}")
+    return float(rate)
 
 
-def require_flag(what: str, value: Any) -> None:
+def require_flag(what: str, value: Any) -> bool:
     """True or False."""
     if not isinstance(value, bool):
         raise SlrpropError(f"{what} must be True or False, got {value!r}")
+    return value
 
 
-def require_choice(what: str, value: Any, choices: Collection[str]) -> None:
+def require_choice(what: str, value: Any, choices: Collection[str]) -> str:
     """A word out of a list."""
     if not isinstance(value, str) or value not in choices:
         raise SlrpropError(
             f"{what} must be one of {', '.join(choices)}, got {value!r}" + suggestion(str(value), choices)
         )
+    return value
 
 
 def suggestion(name: str, known: Collection[str]) -> str:
@@ -51,10 +51,18 @@ def share(count: int, rate: float) -> int:
     return int(count * rate + 1e-9)
 
 
-def require_density(what: str, density: Any) -> None:
+def require_density(what: str, density: Any) -> float:
     """A density, or a share that stays, is a number above 0, at most 1."""
     if isinstance(density, bool) or not isinstance(density, Real) or density <= 0 or not density <= 1:
         raise SlrpropError(f"{what} must be above 0 and at most 1, got {density!r}")
+    return float(density)
+
+
+def require_positive(what: str, value: Any) -> float:
+    """A number above 0 that float64 holds."""
+    if isinstance(value, bool) or not isinstance(value, Real) or value <= 0 or not value <= sys.float_info.max:
+        raise SlrpropError(f"{what} must be a number above 0, got {value!r}")
+    return float(value)
 
 
 def need_extra(module: str, extra: str) -> Any:

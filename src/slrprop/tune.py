@@ -8,7 +8,6 @@ again after a few epochs, so that the original, which is much slower than the pl
 """
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from slrprop.checks import require_count
+from slrprop.checks import require_count, require_flag, require_positive
 from slrprop.data import Data, open_data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Factors, Quantized
@@ -65,12 +64,9 @@ class TuneSettings:
         for name, least in (("epochs", 1), ("batch", 1), ("seed", 0)):
             if (name, getattr(self, name)) != ("epochs", None):
                 require_count(name, getattr(self, name), least)
-        if not isinstance(self.mixup, bool):
-            raise SlrpropError(f"mixup must be True or False, got {self.mixup!r}")
+        require_flag("mixup", self.mixup)
         for name in ("learning_rate", "temperature"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise SlrpropError(f"{name} must be a positive number, got {value!r}")
+            require_positive(name, getattr(self, name))
 
 
 class Tunable(nn.Module):

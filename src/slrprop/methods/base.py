@@ -2,14 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from slrprop.calibration import Calibration
-from slrprop.checks import require_choice, require_rank
+from slrprop.checks import require_choice, require_count, require_flag
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Factors
@@ -22,12 +23,26 @@ from slrprop.relevance.cost import Baseline, CostScores, cost_scores
 from slrprop.relevance.simple import Scores, weight_scores
 from slrprop.statistics import collect
 
+Check = Callable[[str, Any], Any]  # of a setting: its name and value to the value kept
 WIDEST = 1024  # neurons on a side, beyond which a fit to data takes seconds
+
+
+def _bits(what: str, bits: Any) -> int:
+    if isinstance(bits, bool) or not isinstance(bits, Integral) or bits not in (32, *BITS):
+        raise SlrpropError(f"{what} must be 32, 8 or 4, got {bits!r}")
+    return int(bits)
+
+
+def _solver(what: str, solver: Any) -> Any:
+    return solver if callable(solver) else require_choice(what, solver, ("auto", *SOLVERS))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(ABC):
     """Settings that every method has.
+
+    ``checks`` of a class say what its own settings may be: functions of a setting's name and value that give the value
+    to keep, or raise. Those of its bases hold too, and a bool must be one.
 
     Args:
         bits: of every stored number: 32 (as the layer's own), 8 or 4.
@@ -36,11 +51,13 @@ class Settings(ABC):
     bits: int = 32
 
     source: ClassVar[str]
+    checks: ClassVar[dict[str, Check]] = {"bits": _bits}
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, Integral) or self.bits not in (32, *BITS):
-            raise SlrpropError(f"bits must be 32, 8 or 4, got {self.bits!r}")
-        object.__setattr__(self, "bits", int(self.bits))  # numpy's numbers are no JSON
+        flags = {field.name: require_flag for field in fields(self) if field.type is bool}
+        for checks in (flags, *(vars(kind).get("checks", {}) for kind in reversed(type(self).__mro__))):
+            for name, check in checks.items():
+                object.__setattr__(self, name, check(name, getattr(self, name)))
 
     @abstractmethod
     def stored_numbers(self, m: int, n: int) -> int | None:
@@ -74,10 +91,7 @@ class RankSettings(Settings):
 
     rank: int = 16
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_rank(self.rank)
-        object.__setattr__(self, "rank", int(self.rank))  # numpy's numbers are no JSON
+    checks: ClassVar[dict[str, Check]] = {"rank": partial(require_count, least=1)}
 
     def refusal(self, m: int, n: int) -> str:
         return f"rank {self.rank} is above its smaller side {min(m, n)}" if self.rank > min(m, n) else ""
@@ -97,10 +111,7 @@ class SVDBasedSettings(RankSettings):
 
     solver: Solver = "auto"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not callable(self.solver):
-            require_choice("solver", self.solver, ("auto", *SOLVERS))
+    checks: ClassVar[dict[str, Check]] = {"solver": _solver}
 
 
 COARSE_ABOVE = 1024  # neurons on a side: half as many ranks from 16 on are tried
@@ -245,7 +256,6 @@ class Method:
         return self.settings().needs()
 
 
-def require_loss(loss: str | None) -> None:
+def require_loss(what: str, loss: str | None) -> str | None:
     """A loss by name, or None to find it."""
-    if loss is not None:
-        require_choice("loss", loss, LOSSES)
+    return loss if loss is None else require_choice(what, loss, LOSSES)

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from slrprop.checks import require_flag
 from slrprop.factors import Dense, Factors, Quantized
 from slrprop.methods.base import Decision, Method, Problem, Settings
 from slrprop.pairs import Compressed
@@ -41,11 +40,6 @@ class CalibratedSettings(Settings, ABC):
     sequential: bool = True
     bias_correction: bool = True
     refit_head: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("sequential", "bias_correction", "refit_head"):
-            require_flag(name, getattr(self, name))
 
     @property
     def weighted(self) -> bool:

@@ -1,15 +1,14 @@
 """What Net-Trim and DDLR share: settings, and the fit of one layer under constraints on its response."""
 
-import sys
 from abc import ABC
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 from slrprop.admm import Programme, Proximal, Solution, solve
-from slrprop.checks import require_count
-from slrprop.errors import SlrpropError
+from slrprop.checks import require_count, require_positive
 from slrprop.factors import Factors
+from slrprop.methods.base import Check
 from slrprop.methods.calibrated import CalibratedSettings, Fitted
 from slrprop.regression import Regression
 
@@ -36,15 +35,11 @@ class ConstrainedSettings(CalibratedSettings, ABC):
     bias_correction: bool = False
     refit_head: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("gain", "rho"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real) or value <= 0 or not value <= sys.float_info.max:
-                raise SlrpropError(f"{name} must be a number above 0, got {value!r}")
-            object.__setattr__(self, name, float(value))  # numpy's numbers are no JSON
-        require_count("iterations", self.iterations, 1)
-        object.__setattr__(self, "iterations", int(self.iterations))
+    checks: ClassVar[dict[str, Check]] = {
+        "gain": require_positive,
+        "rho": require_positive,
+        "iterations": partial(require_count, least=1),
+    }
 
     def stored_numbers(self, m: int, n: int) -> None:
         """Not known before the data are seen."""

@@ -2,11 +2,11 @@
 
 from abc import ABC
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import slrprop.sparse_rounding  # noqa: F401  (registers how sparse values are rounded)
 from slrprop.checks import require_density
-from slrprop.methods.base import Settings
+from slrprop.methods.base import Check, Settings
 from slrprop.sparsity import whole_share
 
 
@@ -20,10 +20,7 @@ class DensitySettings(Settings, ABC):
 
     density: float = 0.1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_density("density", self.density)
-        object.__setattr__(self, "density", float(self.density))
+    checks: ClassVar[dict[str, Check]] = {"density": require_density}
 
     def stored_numbers(self, m: int, n: int) -> int:
         return whole_share(m * n, self.density)

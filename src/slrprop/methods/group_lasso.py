@@ -6,7 +6,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from slrprop.checks import require_flag
 from slrprop.factors import Narrowed
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.methods.density import DensitySettings
@@ -29,10 +28,6 @@ class GroupLassoSettings(DensitySettings, CalibratedSettings):
     refit: bool = True
 
     source: ClassVar[str] = "Yuan, Lin, J. Royal Statistical Society B 68, 2006"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_flag("refit", self.refit)
 
     def stored_numbers(self, m: int, n: int) -> int:
         return n * whole_share(m, self.density)

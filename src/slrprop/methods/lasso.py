@@ -8,7 +8,6 @@ import torch
 from sklearn.linear_model import lasso_path
 from torch import Tensor
 
-from slrprop.checks import require_flag
 from slrprop.factors import Sparse
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.methods.density import DensitySettings
@@ -29,10 +28,6 @@ class LassoSettings(DensitySettings, CalibratedSettings):
     refit: bool = True
 
     source: ClassVar[str] = "Tibshirani, J. Royal Statistical Society B 58, 1996"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_flag("refit", self.refit)
 
 
 def lasso(weight: Tensor, hessian: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,12 @@
 """Low rank fitted to calibration data."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from slrprop.checks import require_choice
 from slrprop.factors import LowRank
-from slrprop.methods.base import RankSettings
+from slrprop.methods.base import Check, RankSettings
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.regression import Regression
 
@@ -25,9 +26,7 @@ class LowRankSettings(RankSettings, CalibratedSettings):
         "Chen et al., DRONE, NeurIPS 2021; Wang et al., SVD-LLM, ICLR 2025; Hsu et al., FWSVD, ICLR 2022"
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_choice("metric", self.metric, ("two_sided", "inputs"))
+    checks: ClassVar[dict[str, Check]] = {"metric": partial(require_choice, choices=("two_sided", "inputs"))}
 
     @property
     def weighted(self) -> bool:

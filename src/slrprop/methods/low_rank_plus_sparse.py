@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from slrprop.checks import require_choice, require_flag, require_rate
+from slrprop.checks import require_choice, require_rate
 from slrprop.factors import LowRank, LowRankPlusSparse, Sparse
 from slrprop.linalg import reduced_rank
 from slrprop.methods import obs
-from slrprop.methods.base import RankSettings, ranks_for
+from slrprop.methods.base import Check, RankSettings, ranks_for
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.regression import Regression
 from slrprop.sparsity import DAMPING, SupportedSquares, damped, largest, largest_per_output, squared_error, whole_share
@@ -42,12 +43,7 @@ class LowRankPlusSparseSettings(RankSettings, CalibratedSettings):
         "hassle: Makni, Behdin, Xu, Ponomareva, Mazumder, ICML 2025; grebdec: Yu, Liu, Wang, Tao, CVPR 2017; oats: Zhang, Papyan, ICLR 2025"
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_rate("density", self.density)
-        object.__setattr__(self, "density", float(self.density))
-        require_choice("variant", self.variant, VARIANTS)
-        require_flag("sensitivity", self.sensitivity)
+    checks: ClassVar[dict[str, Check]] = {"density": require_rate, "variant": partial(require_choice, choices=VARIANTS)}
 
     @property
     def weighted(self) -> bool:

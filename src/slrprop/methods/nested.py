@@ -1,6 +1,7 @@
 """Nested sparse low rank: every neuron has one of several ranks, every block is refitted."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from slrprop.checks import require_choice, require_count
 from slrprop.factors import SparseLowRank
-from slrprop.methods.base import WIDEST, RankSettings, grid
+from slrprop.methods.base import WIDEST, Check, RankSettings, grid
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.methods.refit import refit_of, thin
 from slrprop.regression import Regression
@@ -50,11 +51,10 @@ class NestedSettings(RankSettings, CalibratedSettings):
 
     source: ClassVar[str] = "slrprop, 2026; from SLR (Swaminathan et al. 2020) and reduced-rank regression"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_choice("shape", self.shape, SHAPES)
-        require_count("sweeps", self.sweeps, 0)
-        object.__setattr__(self, "sweeps", int(self.sweeps))  # numpy's numbers are no JSON
+    checks: ClassVar[dict[str, Check]] = {
+        "shape": partial(require_choice, choices=SHAPES),
+        "sweeps": partial(require_count, least=0),
+    }
 
     @property
     def weighted(self) -> bool:

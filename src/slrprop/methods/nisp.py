@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -9,7 +10,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from slrprop.checks import require_choice
-from slrprop.methods.base import Problem
+from slrprop.methods.base import Check, Problem
 from slrprop.methods.removal import RemovalSettings, removal
 from slrprop.relevance.simple import propagated
 
@@ -31,9 +32,7 @@ class NISPSettings(RemovalSettings):
 
     source: ClassVar[str] = "Yu et al., CVPR 2018; Roffo, Melzi, Cristani, ICCV 2015"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_choice("start", self.start, ("responses", "outputs"))
+    checks: ClassVar[dict[str, Check]] = {"start": partial(require_choice, choices=("responses", "outputs"))}
 
 
 def infinite_selection(x: Tensor) -> Tensor:

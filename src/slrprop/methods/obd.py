@@ -5,7 +5,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from slrprop.checks import require_flag
 from slrprop.factors import Sparse
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.methods.density import DensitySettings
@@ -26,10 +25,6 @@ class OBDSettings(DensitySettings, CalibratedSettings):
     sensitivity: bool = True
 
     source: ClassVar[str] = "LeCun, Denker, Solla, NIPS 1989, Eq 5"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_flag("sensitivity", self.sensitivity)
 
     @property
     def weighted(self) -> bool:

@@ -1,14 +1,16 @@
 """OBS: weights are removed by what their removal costs once the others have made up for it."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from slrprop.checks import require_choice, require_flag
+from slrprop.checks import require_choice
 from slrprop.errors import SlrpropError
 from slrprop.factors import Sparse
+from slrprop.methods.base import Check
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.methods.density import DensitySettings
 from slrprop.regression import Regression
@@ -38,10 +40,7 @@ class OBSSettings(DensitySettings, CalibratedSettings):
         "Hassibi, Stork, NIPS 1992, Eq 5; layer-wise: Dong, Chen, Pan, NIPS 2017; sparsegpt: Frantar, Alistarh, ICML 2023"
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_choice("variant", self.variant, VARIANTS)
-        require_flag("sensitivity", self.sensitivity)
+    checks: ClassVar[dict[str, Check]] = {"variant": partial(require_choice, choices=VARIANTS)}
 
     @property
     def weighted(self) -> bool:

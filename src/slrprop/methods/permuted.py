@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slrprop.checks import require_count
 from slrprop.factors import Shared
+from slrprop.methods.base import Check
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.regression import Regression
 
@@ -35,10 +36,7 @@ class PermutedSettings(CalibratedSettings):
         "Nagaraju, Chandrachoodan, IET Computers & Digital Techniques, 2023 (idea; scales, offsets and fit are ours)"
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_count("refine", self.refine, 0)
-        object.__setattr__(self, "refine", int(self.refine))
+    checks: ClassVar[dict[str, Check]] = {"refine": partial(require_count, least=0)}
 
     def stored_numbers(self, m: int, n: int) -> int:
         return m + 2 * n  # the packed permutations are bytes, not numbers

@@ -7,16 +7,16 @@ layer's weights anew, by least squares; what the removed ones gave on average go
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from slrprop.checks import require_density, require_flag
+from slrprop.checks import require_density
 from slrprop.errors import SlrpropError
 from slrprop.factors import Narrowed
 from slrprop.losses import rows_of
-from slrprop.methods.base import Decision, Method, Problem
+from slrprop.methods.base import Check, Decision, Method, Problem
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
 from slrprop.network.base import Network
 from slrprop.network.chain import Chain
@@ -38,11 +38,7 @@ class RemovalSettings(CalibratedSettings):
     keep: float = 0.5
     refit: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_density("keep", self.keep)
-        object.__setattr__(self, "keep", float(self.keep))
-        require_flag("refit", self.refit)
+    checks: ClassVar[dict[str, Check]] = {"keep": require_density}
 
     def stored_numbers(self, m: int, n: int) -> int:
         return m * kept_count(n, self.keep)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from slrprop.checks import require_choice, require_rate, share
 from slrprop.factors import Factors, SparseLowRank
 from slrprop.linalg import truncated_svd
 from slrprop.losses import LossName
-from slrprop.methods.base import Decision, Method, Problem, SVDBasedSettings, require_loss
+from slrprop.methods.base import Check, Decision, Method, Problem, SVDBasedSettings, require_loss
 from slrprop.plan import LayerPlan, unpack
 from slrprop.relevance.cost import Baseline, CostScores
 from slrprop.relevance.simple import Scores, combined
@@ -39,14 +40,13 @@ class ShortenSettings(SVDBasedSettings):
     order: str = "independent"
     loss: LossName | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("sparsity_rate", "reduction_rate"):
-            require_rate(name, getattr(self, name))
-            object.__setattr__(self, name, float(getattr(self, name)))
-        require_choice("baseline", self.baseline, ("truncated", "original"))
-        require_choice("order", self.order, ORDERS)
-        require_loss(self.loss)
+    checks: ClassVar[dict[str, Check]] = {
+        "sparsity_rate": require_rate,
+        "reduction_rate": require_rate,
+        "baseline": partial(require_choice, choices=("truncated", "original")),
+        "order": partial(require_choice, choices=ORDERS),
+        "loss": require_loss,
+    }
 
     @property
     def reduced_rank(self) -> int:
@@ -73,9 +73,7 @@ class SLRSettings(ShortenSettings):
 
     source: ClassVar[str] = "Swaminathan, Garg, Kannan, Andres, Neurocomputing 398, 2020"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_choice("criterion", self.criterion, CRITERIA)
+    checks: ClassVar[dict[str, Check]] = {"criterion": partial(require_choice, choices=CRITERIA)}
 
     def needs(self) -> tuple[str, ...]:
         cost = ("cost",) if "cost" in self.criterion else ()

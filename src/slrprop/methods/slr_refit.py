@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from slrprop.checks import require_choice, require_count
 from slrprop.factors import Quantized, SparseLowRank
-from slrprop.methods.base import Decision, Problem
+from slrprop.methods.base import Check, Decision, Problem
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, Fit, in_order
 from slrprop.methods.refit import refit_of
 from slrprop.methods.slr import SLRSettings, kept, scores_of
@@ -31,11 +32,10 @@ class SLRRefitSettings(SLRSettings, CalibratedSettings):
         "Swaminathan, Garg, Kannan, Andres, Neurocomputing 398, 2020, for the pattern; refit: slrprop, 2026"
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_count("sweeps", self.sweeps, 0)
-        require_choice("order", self.order, ("independent",))  # costs are of the original network
-        object.__setattr__(self, "sweeps", int(self.sweeps))  # numpy's numbers are no JSON
+    checks: ClassVar[dict[str, Check]] = {
+        "sweeps": partial(require_count, least=0),
+        "order": partial(require_choice, choices=("independent",)),  # costs are of the original network
+    }
 
     @property
     def weighted(self) -> bool:

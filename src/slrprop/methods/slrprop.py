@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from slrprop.checks import require_choice
 from slrprop.errors import SlrpropError
 from slrprop.factors import Factors
-from slrprop.methods.base import Decision, Method, Problem
+from slrprop.methods.base import Check, Decision, Method, Problem
 from slrprop.methods.slr import ShortenSettings, build, cost_of, shortened
 from slrprop.network.base import Network
 from slrprop.relevance.simple import Scores, propagated
@@ -31,9 +32,7 @@ class SLRPropSettings(ShortenSettings):
 
     source: ClassVar[str] = "Garmendia-Orbegozo, Nunez-Gonzalez, Anton, Sensors 23(5):2718, 2023"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_choice("propagate", self.propagate, ("original", "truncated"))
+    checks: ClassVar[dict[str, Check]] = {"propagate": partial(require_choice, choices=("original", "truncated"))}
 
     def eligible(self, network: Network) -> tuple[str, ...]:
         return response_layers(network, self.frl)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional
 
 from slrprop.checks import require_choice
 from slrprop.losses import check_labels, goal_of, pick_loss
-from slrprop.methods.base import Problem
+from slrprop.methods.base import Check, Problem
 from slrprop.methods.removal import ChainedSettings, chained, removal
 
 
@@ -31,9 +32,7 @@ class TaylorSettings(ChainedSettings):
 
     source: ClassVar[str] = "Molchanov, Tyree, Karras, Aila, Kautz, ICLR 2017"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_choice("absolute", self.absolute, ("sample", "mean"))
+    checks: ClassVar[dict[str, Check]] = {"absolute": partial(require_choice, choices=("sample", "mean"))}
 
 
 def loss_of(outputs: Tensor, targets: Tensor | None) -> Tensor:

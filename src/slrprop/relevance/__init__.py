@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from slrprop.checks import require_choice, require_rank, require_rate, share
+from slrprop.checks import require_choice, require_count, require_rate, share
 from slrprop.data import open_data
 from slrprop.linalg import Solver, truncated_svd
 from slrprop.losses import LossName
@@ -58,7 +58,7 @@ def cost(
     Raises:
         SlrpropError: unknown layer, rank or rate out of range, unusable data.
     """
-    require_rank(rank)
+    require_count("rank", rank, 1)
     require_rate("reduction_rate", reduction_rate)
     require_choice("baseline", baseline, ("truncated", "original"))
     opened = open_data(data)
