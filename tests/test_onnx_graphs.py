@@ -296,7 +296,7 @@ def test_external_data(tmp_path):
         slrprop.apply(path, plan, tmp_path / "out" / "small.onnx")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"small.onnx", "small.onnx.data"}
     small = {tensor.name: tensor for tensor in onnx.load(tmp_path / "out" / "small.onnx").graph.initializer}
-    assert small.keys() == {"p", "b", "one/left", "one/right"}
+    assert sorted(tuple(tensor.dims) for name, tensor in small.items() if name not in ("p", "b")) == [(4, 50), (40, 4)]
     np.testing.assert_array_equal(numpy_helper.to_array(small["b"]), numbers(50, 30))
     assert run(tmp_path / "out" / "small.onnx", {"x": numbers(3, 40)})[0].shape == (3, 30)
     assert slrprop.measure(tmp_path / "out" / "small.onnx", (numbers(9, 40), np.arange(9))).bytes < before.bytes

@@ -22,7 +22,7 @@ from slrprop.permutations import require_seed
 class _InGraph:
     """Nodes in a graph that torch exports."""
 
-    def tensor(self, what: str, value: np.ndarray) -> Tensor:
+    def tensor(self, value: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(value))
 
     def add(

@@ -5,9 +5,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
+from onnx import GraphProto, TensorProto
 
 from slrprop.network.onnx_constants import attribute, standard
+from slrprop.network.onnx_tensors import graphs_of
 
 REAL = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16}
 FEW_BITS = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT8E4M3FN}
@@ -56,10 +57,3 @@ def elsewhere(graph: GraphProto, dense: set[str]) -> Counter[str]:
 
     visit(graph, {}, "")
     return found
-
-
-def graphs_of(node: NodeProto) -> list[GraphProto]:
-    """The bodies of If, Loop and Scan."""
-    return [
-        graph for item in node.attribute for graph in ([item.g] if item.type == AttributeProto.GRAPH else item.graphs)
-    ]

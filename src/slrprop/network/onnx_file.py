@@ -33,6 +33,7 @@ from slrprop.network.onnx_tensors import (
     Stored,
     copy,
     external,
+    graphs_of,
     mark,
     reading,
     refuse_hidden_external,
@@ -146,6 +147,7 @@ class OnnxFile:
         proto.CopyFrom(self.proto)
         before = _read_names(proto.graph)
         new = edit(proto.graph)
+        bare(proto.graph)
         _drop_unread(proto.graph, before)
         gone = {tensor.name for tensor in proto.graph.initializer} & (before - _read_names(proto.graph))
         kept = [tensor for tensor in proto.graph.initializer if tensor.name not in gone]
@@ -320,16 +322,23 @@ class Session:
 
 def node_reads(node: onnx.NodeProto) -> list[str]:
     """The tensors a node reads, its subgraphs' included."""
-    names = [name for name in node.input if name]
-    for attribute in node.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            names += _read_names(graph)
-    return names
+    return [*filter(None, node.input), *(name for graph in graphs_of(node) for name in _read_names(graph))]
 
 
 def _read_names(graph: GraphProto) -> set[str]:
     """All tensors that nodes or outputs of the graph read."""
     return {name for node in graph.node for name in node_reads(node)} | {value.name for value in graph.output}
+
+
+def bare(graph: GraphProto) -> None:
+    """Take out what means nothing to a runtime: exporters' notes on nodes and tensors (stack traces, paths) and the shapes between nodes."""
+    del graph.value_info[:]
+    for part in (graph, *graph.node, *graph.initializer):
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")
+    for node in graph.node:
+        for body in graphs_of(node):
+            bare(body)
 
 
 def _drop_unread(graph: GraphProto, before: set[str]) -> None:

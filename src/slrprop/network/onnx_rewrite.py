@@ -5,22 +5,22 @@ from functools import singledispatch
 
 import numpy as np
 import torch
-from onnx import GraphProto, NodeProto
+from onnx import GraphProto, NodeProto, TensorProto
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense, Factors, LowRank, Narrowed, Quantized, SparseLowRank, members
 from slrprop.network.onnx_file import OnnxFile
 from slrprop.network.onnx_graph import Graph
-from slrprop.network.onnx_writer import Writer
+from slrprop.network.onnx_writer import FOUR_BITS, Additions, Writer
 
 MERGED = 40_000  # zeros that may be multiplied to save nodes: python -m benchmarks.quantisation
 GATHERED = 50  # zeros more for every number that blocks would gather
+SPREAD = 300  # bytes of the nodes that put zeros between numbers
 INTEGER = (
     100_000  # numbers from which the runtime's integer products are the faster ones: python -m benchmarks.wide_layers
 )
 INTEGER_FACTORS = 1_000_000  # the same of low-rank layers
-INTEGER_OPSET = 21  # the first with whole numbers of 4 bits
 
 
 @singledispatch
@@ -41,7 +41,11 @@ def _(form: LowRank, writer: Writer, x: str, y: str) -> None:
 
 @product_of.register
 def _(form: SparseLowRank, writer: Writer, x: str, y: str) -> None:
-    if writer.opset >= 11 and form.merged_zeros <= MERGED + GATHERED * form.gathered:
+    few = (
+        form.numbers >= sum(left.shape[1] for left in form.left)
+        and form.merged_zeros <= MERGED + GATHERED * form.gathered
+    )
+    if writer.opset >= 11 and few:
         _merged(form, writer, x, y)
     else:
         _blocks(form, writer, x, y)
@@ -54,7 +58,7 @@ def _(form: Narrowed, writer: Writer, x: str, y: str) -> None:
         writer.product(seen, writer.number("block", form.block), y)
         return
     made = writer.product(seen, writer.number("block", form.block))
-    zero = writer.product(writer.slice(made, slice(0, 1)), writer.tensor("zero", form.block.new_zeros(1, 1)))
+    zero = writer.product(writer.slice(made, slice(0, 1)), writer.tensor(form.block.new_zeros(1, 1)))
     count = form.block.shape[1]
     writer.gather(writer.join([made, zero]), torch.where(form.columns, form.columns.cumsum(0) - 1, count), y)
 
@@ -64,42 +68,55 @@ def _(form: Quantized, writer: Writer, x: str, y: str) -> None:
     codes, scales = form.codes, form.scales
     whole = writer.integers and writer.dtype == np.float32
     if whole and isinstance(codes, Dense) and form.numbers >= INTEGER:
-        writer.integer_product(x, "weight", codes.weight, scales["weight"], form.bits, y)
+        writer.integer_product(x, codes.weight, scales["weight"], form.bits, y)
     elif whole and isinstance(codes, LowRank) and form.numbers >= INTEGER_FACTORS:
         # the first product has both scales of a component but for one number: another for every layer, because the runtime
         # lets equal constants be shared, and merges a shared one into no product
         rest = torch.tensor(1 + writer.layer.index / 1024)
         joined = scales["left"].float() * scales["right"].float() / rest
-        hidden = writer.integer_product(x, "left", codes.left, joined, form.bits)
-        writer.integer_product(hidden, "right", codes.right, rest, form.bits, y)
+        hidden = writer.integer_product(x, codes.left, joined, form.bits)
+        writer.integer_product(hidden, codes.right, rest, form.bits, y)
     else:
-        writer.quantized = form
+        writer.bits, writer.axes, writer.scales = form.bits, codes.scale_axes(), dict(scales)
+        for right in [name for name in scales if name.startswith("right") and writer.dtype != np.float16]:
+            left = right.replace(
+                "right", "left"
+            )  # both scales of a component in one place; float16 does not reach so far
+            writer.scales[left] = scales[left].float() * writer.scales.pop(right).float()
         product_of(codes, writer, x, y)
 
 
 def _merged(form: SparseLowRank, writer: Writer, x: str, y: str) -> None:
     """Two products (one, where that is less work) of matrices that the runtime puts together when it loads the file.
 
-    The blocks are stored as they are; padded with zeros, side by side, and brought into the neurons' order, they are
-    the factors of one product. Zeros are multiplied, but that takes less time than more nodes on a small layer, or
-    than gathering (docs/quantisation.md).
+    Both factors with zeros where a neuron takes no part in a block, one below the other (m + n, k): their rows begin with as many
+    numbers as the neuron's level says. Zeros are multiplied, but that takes less time than more nodes on a small layer,
+    or than gathering; a few are stored, where that takes fewer bytes than these nodes (docs/quantisation.md).
     """
-    orders = [levels.long().argsort(descending=True, stable=True) for levels in (form.row_levels, form.column_levels)]
-    ordered = form.permuted(*orders)
-    sides = []
-    for axis, (name, blocks) in enumerate((("left", ordered.left), ("right", ordered.right))):
-        parts = []
-        for level, block in enumerate(blocks):
-            part = writer.raised(writer.number(f"{name}_{level}", block))
-            missing = form.shape[axis] - block.shape[axis]
-            pads = np.array([0, 0, *((missing, 0) if axis == 0 else (0, missing))])
-            parts.append(writer.add("Pad", [part, writer.tensor("pads", pads)]) if missing else part)
-        whole = parts[0] if len(parts) == 1 else writer.add("Concat", parts, axis=1 - axis)
-        back = orders[axis].argsort()
-        if not bool((back.diff() == 1).all()):
-            whole = writer.add("Gather", [whole, writer.places(back)], axis=axis)
-        sides.append(writer.settled(whole))
-    if form.spread_numbers > form.shape[0] * form.shape[1]:
+    (m, n), add = form.shape, writer.add
+    left, right = form.padded()
+    levels = torch.cat([form.row_levels, form.column_levels]).cpu().int()
+    scales = [writer.scale_of(*(f"{side}_{level}" for level in range(len(form.left)))) for side in ("left", "right")]
+    zeros, few = form.spread_numbers - form.numbers, 4 if writer.opset >= FOUR_BITS or writer.bits == 4 else 8
+    if writer.bits < 32 and zeros * writer.bits <= 8 * SPREAD + few * len(levels):
+        writer.scales |= {
+            side: scale for side, scale in zip(("left", "right"), scales, strict=True) if scale is not None
+        }
+        writer.axes |= {"left": 0, "right": 1}
+        sides = [writer.number("left", left), writer.number("right", right)]
+    else:
+        widths = torch.tensor([0, *(block.shape[1] for block in form.left)]).cumsum(0).int()
+        rows, there = torch.cat([left, right.T]).flip(0), torch.arange(left.shape[1]) < widths[levels.flip(0), None]
+        packed = rows[there.to(rows.device)]  # from the last row to the first, as places count from the end
+        numbers = writer.raised(writer.tensor(packed)) if writer.bits == 32 else writer.whole(packed, writer.bits)
+        width = add("Gather", [writer.tensor(widths), writer.whole(levels[:, None], few, TensorProto.INT32)], axis=0)
+        component = writer.places(torch.arange(left.shape[1]), TensorProto.INT32)
+        place = add("Sub", [component, add("CumSum", [width, writer.tensor(np.array(0, np.int32))])])
+        mask = writer.cast(add("Less", [component, width]), writer.unpacks)
+        both = writer.split(add("Mul", [add("Gather", [numbers, place], axis=0), mask]), [m, n])
+        sides = [writer.settled(writer.times(side, scale)) for side, scale in zip(both, scales, strict=True)]
+        sides[1] = add("Transpose", [sides[1]], perm=[1, 0])
+    if form.spread_numbers > m * n:
         writer.product(x, writer.product(*sides), y)
     else:
         writer.product(writer.product(x, sides[0]), sides[1], y)
@@ -120,7 +137,7 @@ def _blocks(form: SparseLowRank, writer: Writer, x: str, y: str) -> None:
             source, right = writer.join(hidden[: segment.level]), writer.number("right", segment.right, names)
         else:
             source = writer.slice(hidden[0], slice(0, 1))
-            right = writer.tensor("right", form.left[0].new_zeros(1, len(segment.columns)))
+            right = writer.tensor(form.left[0].new_zeros(1, len(segment.columns)))
         parts.append(writer.product(source, right, y if only else None))
     if not only:
         joined = writer.join(parts, y if order is None else None)
@@ -133,22 +150,22 @@ def _dense(form: Dense, writer: Writer, bias: Tensor | None) -> None:
     node = NodeProto()
     node.CopyFrom(writer.node)
     weight = form.weight.T if writer.layer.trans_b else form.weight
-    node.input[1] = writer.tensor("weight", weight.contiguous())
+    node.input[1] = writer.tensor(weight.contiguous())
     if writer.layer.alpha != 1:
         next(item for item in node.attribute if item.name == "alpha").f = 1.0
     if bias is not None and writer.node.op_type == "Gemm":
         _gemm_bias(writer, node, bias)
     elif bias is not None and writer.layer.bias is None:
-        node.output[0] = writer.fresh("product")
+        node.output[0] = next(writer.additions.names)
         writer.nodes.append(node)
-        writer.add("Add", [node.output[0], writer.tensor("bias", bias)], writer.node.output[0])
+        writer.add("Add", [node.output[0], writer.tensor(bias)], writer.node.output[0])
         return
     writer.nodes.append(node)
 
 
 def _gemm_bias(writer: Writer, node: NodeProto, bias: Tensor) -> None:
     """Put a bias into a Gemm."""
-    inputs = [*node.input[:2], writer.tensor("bias", bias)]
+    inputs = [*node.input[:2], writer.tensor(bias)]
     del node.input[:]
     node.input.extend(inputs)
     for item in node.attribute:
@@ -162,20 +179,15 @@ def _factored(form: Factors, writer: Writer, bias: Tensor | None) -> None:
     x = writer.add("Transpose", [layer.x], perm=[1, 0]) if layer.trans_a else layer.x
     has_adder = layer.adder is not None and layer.adder != layer.index
     added = "" if has_adder or (bias is None and layer.bias is None) else writer.bias_tensor(form, bias)
-    y = writer.fresh("product") if added else out
+    y = next(writer.additions.names) if added else out
     product_of(form, writer, x, y)
-    if added:
+    last = writer.nodes[-1]
+    last.name = writer.node.name
+    if added and writer.rank == 2 and last.op_type == "MatMul" and writer.adds == "Add":
+        last.op_type, last.output[0] = "Gemm", out  # which adds, too
+        last.input.append(added)
+    elif added:
         writer.add(writer.adds, [y, added], out)
-
-
-def _forget_sizes(graph: GraphProto, layers: Graph, forms: Mapping[str, Factors]) -> None:
-    """Drop what the file says about the shapes of tensors behind layers that lose outputs."""
-    smaller = [layers.layers[name] for name, form in forms.items() if form.shape[1] != layers.layers[name].shape[1]]
-    starts = {layers.nodes[layer.index].output[0] for layer in smaller}
-    changed = starts | {name for index in layers.after(starts) for name in layers.nodes[index].output}
-    kept = [value for value in graph.value_info if value.name not in changed]
-    del graph.value_info[:]
-    graph.value_info.extend(kept)
 
 
 def rewritten(
@@ -190,18 +202,16 @@ def rewritten(
     Raises:
         SlrpropError: ``integers``, and the file's operator set has no whole numbers of 4 bits.
     """
-    if integers and file.opset < INTEGER_OPSET:
+    if integers and file.opset < FOUR_BITS:
         raise SlrpropError(
-            f"integer products need an ONNX file of opset {INTEGER_OPSET} or later, and '{file.path}' has {file.opset}; convert it, or leave them out"
+            f"integer products need an ONNX file of opset {FOUR_BITS} or later, and '{file.path}' has {file.opset}; convert it, or leave them out"
         )
 
     def edit(graph: GraphProto) -> dict[str, np.ndarray]:
-        taken = {name for node in graph.node for name in (node.name, *node.input, *node.output)}
-        taken |= {tensor.name for tensor in graph.initializer} | {value.name for value in graph.input}
-        new: dict[str, np.ndarray] = {}
+        additions = Additions(graph, file.opset)
         nodes: dict[int, list[NodeProto]] = {}
         for name, form in forms.items():
-            writer, bias = Writer(layers, name, file.opset, taken, new, integers), biases.get(name)
+            writer, bias = Writer(layers, name, additions, integers), biases.get(name)
             if isinstance(form, Dense):
                 _dense(form, writer, bias)
             else:
@@ -217,11 +227,10 @@ def rewritten(
                     added.input[place] = writer.bias_tensor(form, bias)
                 nodes[adder] = [*writer.nodes[count:], added]
                 del writer.nodes[count:]
-        _forget_sizes(graph, layers, forms)
         result = [new_node for i, node in enumerate(graph.node) for new_node in nodes.get(i, [node])]
-        copies = [NodeProto.FromString(node.SerializeToString()) for node in result]
+        copies = [NodeProto.FromString(node.SerializeToString()) for node in (*additions.unpacking(), *result)]
         del graph.node[:]
         graph.node.extend(copies)
-        return new
+        return additions.tensors
 
     return file.edited(edit)

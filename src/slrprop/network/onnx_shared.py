@@ -23,7 +23,7 @@ T = TypeVar("T")
 class Nodes(Protocol[T]):
     """What adds nodes to a graph and returns what stands for their output, of the given type and shape."""
 
-    def tensor(self, what: str, value: np.ndarray) -> T: ...
+    def tensor(self, value: np.ndarray) -> T: ...
 
     def add(
         self, op: str, inputs: list[T], dtype: int, shape: tuple[int, ...], output: int = 0, **attributes: Any
@@ -32,7 +32,7 @@ class Nodes(Protocol[T]):
 
 def zeros(nodes: Nodes[T], count: int, kind: int) -> T:
     """Zeros that exporters do not work out before they write a file, as they would a small Range or constant."""
-    found = nodes.add("ConstantOfShape", [nodes.tensor("count", np.array([count]))], TensorProto.FLOAT, (count,))
+    found = nodes.add("ConstantOfShape", [nodes.tensor(np.array([count]))], TensorProto.FLOAT, (count,))
     return nodes.add("Cast", [found], kind, (count,), to=kind)
 
 
@@ -40,26 +40,26 @@ def unpacked_nodes(nodes: Nodes[T], packed: T, m: int, n: int) -> T:
     """Nodes that unpack permutations (n x m, int32, or int64 from m = 131 073) from their bytes."""
     bits, count = entry_bits(m), packed_bytes(m, n)
     if not bits:
-        return nodes.tensor("places", np.zeros((n, m), np.int32))
+        return nodes.tensor(np.zeros((n, m), np.int32))
     where, shifts = windows(bits)
     kind, whole = (TensorProto.INT32, np.int32) if where.shape[1] < 4 else (TensorProto.INT64, np.int64)
     missing = bits - count % bits
     packed = nodes.add("Concat", [packed, zeros(nodes, missing, TensorProto.UINT8)], TensorProto.UINT8, (count + missing,), axis=0)  # fmt: skip
     shape = ((count + missing) // bits, 8)
-    sides = nodes.tensor("groups", np.array([shape[0], bits]))
+    sides = nodes.tensor(np.array([shape[0], bits]))
     stored = nodes.add("Reshape", [packed, sides], TensorProto.UINT8, (shape[0], bits))
-    base, value = nodes.tensor("base", np.array(256, whole)), None
+    base, value = nodes.tensor(np.array(256, whole)), None
     for column in where.T:
-        part = nodes.add("Gather", [stored, nodes.tensor("byte", column.astype(np.int64))], TensorProto.UINT8, shape, axis=1)  # fmt: skip
+        part = nodes.add("Gather", [stored, nodes.tensor(column.astype(np.int64))], TensorProto.UINT8, shape, axis=1)  # fmt: skip
         part = nodes.add("Cast", [part], kind, shape, to=kind)
         value = part if value is None else nodes.add("Add", [nodes.add("Mul", [value, base], kind, shape), part], kind, shape)  # fmt: skip
     assert value is not None
-    value = nodes.add("Div", [value, nodes.tensor("shift", (1 << shifts).astype(whole))], kind, shape)
-    value = nodes.add("Mod", [value, nodes.tensor("entries", np.array(1 << bits, whole))], kind, shape)
-    value = nodes.add("Reshape", [value, nodes.tensor("flat", np.array([-1]))], kind, (8 * shape[0],))
-    bounds = [nodes.tensor(what, np.array([at])) for what, at in (("start", 0), ("stop", m * n), ("axis", 0))]
+    value = nodes.add("Div", [value, nodes.tensor((1 << shifts).astype(whole))], kind, shape)
+    value = nodes.add("Mod", [value, nodes.tensor(np.array(1 << bits, whole))], kind, shape)
+    value = nodes.add("Reshape", [value, nodes.tensor(np.array([-1]))], kind, (8 * shape[0],))
+    bounds = [nodes.tensor(np.array([at])) for at in (0, m * n, 0)]
     value = nodes.add("Slice", [value, *bounds], kind, (m * n,))
-    return nodes.add("Reshape", [value, nodes.tensor("shape", np.array([n, m]))], kind, (n, m))
+    return nodes.add("Reshape", [value, nodes.tensor(np.array([n, m]))], kind, (n, m))
 
 
 def seeded_nodes(nodes: Nodes[T], seed: T, m: int, n: int) -> T:
@@ -69,24 +69,24 @@ def seeded_nodes(nodes: Nodes[T], seed: T, m: int, n: int) -> T:
     """
     flat, kind = (m * n,), TensorProto.INT64
 
-    def constant(what: str, value: Any) -> T:
-        return nodes.tensor(what, np.array(value, np.uint64).astype(np.int64))
+    def constant(value: Any) -> T:
+        return nodes.tensor(np.array(value, np.uint64).astype(np.int64))
 
     def mixed(z: T, shift: int) -> T:
         word = nodes.add("Cast", [z], TensorProto.UINT64, flat, to=TensorProto.UINT64)
-        count = nodes.tensor("shift", np.array(shift, np.uint64))
+        count = nodes.tensor(np.array(shift, np.uint64))
         moved = nodes.add("BitShift", [word, count], TensorProto.UINT64, flat, direction="RIGHT")
         word = nodes.add("BitwiseXor", [word, moved], TensorProto.UINT64, flat)
         return nodes.add("Cast", [word], kind, flat, to=kind)
 
-    z = nodes.add("Add", [zeros(nodes, m * n, kind), constant("one", 1)], kind, flat)
-    z = nodes.add("CumSum", [z, nodes.tensor("axis", np.array(0))], kind, flat)
-    z = nodes.add("Mul", [z, constant("golden", GOLDEN)], kind, flat)
+    z = nodes.add("Add", [zeros(nodes, m * n, kind), constant(1)], kind, flat)
+    z = nodes.add("CumSum", [z, nodes.tensor(np.array(0))], kind, flat)
+    z = nodes.add("Mul", [z, constant(GOLDEN)], kind, flat)
     z = mixed(nodes.add("Add", [z, seed], kind, flat), 30)
-    z = mixed(nodes.add("Mul", [z, constant("mix", MIX_1)], kind, flat), 27)
-    z = mixed(nodes.add("Mul", [z, constant("mix", MIX_2)], kind, flat), 31)
-    words = nodes.add("Reshape", [z, nodes.tensor("shape", np.array([n, m]))], kind, (n, m))
-    return nodes.add("TopK", [words, nodes.tensor("count", np.array([m]))], kind, (n, m), output=1, axis=1, largest=0, sorted=1)  # fmt: skip
+    z = mixed(nodes.add("Mul", [z, constant(MIX_1)], kind, flat), 27)
+    z = mixed(nodes.add("Mul", [z, constant(MIX_2)], kind, flat), 31)
+    words = nodes.add("Reshape", [z, nodes.tensor(np.array([n, m]))], kind, (n, m))
+    return nodes.add("TopK", [words, nodes.tensor(np.array([m]))], kind, (n, m), output=1, axis=1, largest=0, sorted=1)  # fmt: skip
 
 
 class _InFile:
@@ -95,15 +95,15 @@ class _InFile:
     def __init__(self, writer: Writer) -> None:
         self.writer = writer
 
-    def tensor(self, what: str, value: np.ndarray) -> str:
-        return self.writer.tensor(what, value)
+    def tensor(self, value: np.ndarray) -> str:
+        return self.writer.tensor(value)
 
     def add(
         self, op: str, inputs: list[str], dtype: int, shape: tuple[int, ...], output: int = 0, **attributes: Any
     ) -> str:
         if not output:
             return self.writer.add(op, inputs, **attributes)
-        names = [self.writer.passing() for _ in range(output + 1)]
+        names = [next(self.writer.additions.names) for _ in range(output + 1)]
         self.writer.nodes.append(helper.make_node(op, inputs, names, **attributes))
         return names[output]
 
@@ -117,16 +117,16 @@ def _(form: Shared, writer: Writer, x: str, y: str) -> None:
         )
     (m, n), nodes = form.shape, _InFile(writer)
     if form.seed is not None and writer.opset >= SEED_OPSET:
-        places = seeded_nodes(nodes, nodes.tensor("seed", np.array([form.seed])), m, n)
+        places = seeded_nodes(nodes, nodes.tensor(np.array([form.seed])), m, n)
     else:
         packed = pack(form.places.cpu().numpy()) if form.packed is None else form.packed.cpu().numpy()
-        places = unpacked_nodes(nodes, nodes.tensor("packed", packed), m, n)
+        places = unpacked_nodes(nodes, nodes.tensor(packed), m, n)
 
     def part(name: str, value: Tensor) -> str:
         return writer.raised(writer.number(name, value))
 
     spread = writer.add("Gather", [part("sequence", form.sequence), places], axis=0)
-    column = writer.tensor("column", np.array([n, 1]))
+    column = writer.tensor(np.array([n, 1]))
     weight = writer.add("Mul", [spread, writer.add("Reshape", [part("scale", form.scale), column])])
     if form.offset is not None:
         weight = writer.add("Add", [weight, writer.add("Reshape", [part("offset", form.offset), column])])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from onnx import GraphProto, TensorProto, helper
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, helper
 
 from slrprop.errors import SlrpropError, first_line
 from slrprop.network.wire import fields, head
@@ -119,6 +119,13 @@ def external(tensor: TensorProto, path: Path) -> Stored:
         raise SlrpropError(f"tensor '{tensor.name}' of '{path}' does not fit its external data; the file is damaged")
     dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
     return Stored(length, tuple(tensor.dims), dtype, target, offset, external=True)
+
+
+def graphs_of(node: NodeProto) -> list[GraphProto]:
+    """The bodies of If, Loop and Scan."""
+    return [
+        graph for item in node.attribute for graph in ([item.g] if item.type == AttributeProto.GRAPH else item.graphs)
+    ]
 
 
 def refuse_hidden_external(graph: GraphProto, path: Path, top: bool = True) -> None:

@@ -1,19 +1,92 @@
-"""Nodes and initializers of an ONNX model that take the place of one layer."""
+"""Nodes and initializers of an ONNX model that take the place of layers."""
 
 import itertools
+import string
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
-from onnx import NodeProto, TensorProto, helper
+from onnx import GraphProto, NodeProto, TensorProto, helper
 from torch import Tensor
 
 from slrprop.factors import Factors, Quantized, span
 from slrprop.network.onnx_graph import Graph
+from slrprop.network.onnx_tensors import graphs_of
 
-SHARED = 4  # numbers at most of a constant that is stored once
-CAST = 24  # scales from which float16 and a node to cast them take fewer bytes than float32
+SHARED = 16  # numbers at most of a constant that is stored once
+FEW = 24  # numbers up to which the nodes that unpack them would take more bytes than few bits save
+FOUR_BITS = 21  # the first operator set with whole numbers of 4 bits
+
+
+def _names(graph: GraphProto) -> Iterator[str]:
+    """All names of tensors, those inside bodies of nodes included."""
+    yield from (tensor.name for tensor in graph.initializer)
+    yield from (value.name for value in (*graph.input, *graph.output))
+    for node in graph.node:
+        yield from (*node.input, *node.output)
+        for body in graphs_of(node):
+            yield from _names(body)
+
+
+class Additions:
+    """What a file gets for all of its new layers together: short names, initializers, and what unpacking needs once."""
+
+    def __init__(self, graph: GraphProto, opset: int) -> None:
+        self.opset = opset
+        self.tensors: dict[str, np.ndarray] = {}
+        taken, letters = set(_names(graph)), string.ascii_lowercase
+        tails = (tail for size in itertools.count() for tail in itertools.product(letters + string.digits, repeat=size))
+        names = ("".join((first, *tail)) for tail in tails for first in letters)
+        self.names = (name for name in names if name not in taken)  # in a small file names weigh
+        self._halves: dict[int, list[tuple[str, np.ndarray]]] = {}
+
+    def tensor(self, array: np.ndarray) -> str:
+        """A new initializer; a bound, a shape or an axis is stored once for all layers."""
+        for name, other in self.tensors.items() if array.size <= SHARED else ():
+            if other.dtype == array.dtype and other.shape == array.shape and np.array_equal(other, array):
+                return name
+        name = next(self.names)
+        self.tensors[name] = array
+        return name
+
+    def half(self, codes: np.ndarray, to: int) -> str:
+        """Whole numbers (c,) of 4 bits as numbers of an ONNX type, for operator sets that have none of 4 bits."""
+        name = next(self.names)
+        self._halves.setdefault(to, []).append((name, codes.astype(np.int8)))
+        return name
+
+    def unpacking(self) -> list[NodeProto]:
+        """The nodes behind :meth:`half`: two numbers in one byte, taken apart by arithmetic, once for the whole file."""
+        nodes: list[NodeProto] = []
+
+        def add(op: str, *inputs: str, **attributes: Any) -> str:
+            nodes.append(helper.make_node(op, inputs, [next(self.names)], **attributes))
+            return str(nodes[-1].output[0])
+
+        for to, parts in self._halves.items():
+            flat = np.concatenate([codes for _, codes in parts]) + 8
+            if len(flat) % 2:
+                parts.append((next(self.names), flat[:1]))
+                flat = np.append(flat, np.int8(0))
+            low, high = np.split(flat.view(np.uint8), 2)
+            dtype = helper.tensor_dtype_to_np_dtype(to)
+            both = add("Cast", self.tensor(low | high << 4), to=to)
+            sixteen, eight = (self.tensor(np.array(value, dtype)) for value in (16, 8))
+            above = add("Floor", add("Div", both, sixteen))
+            below = add("Sub", both, add("Mul", above, sixteen))
+            joined = add("Sub", add("Concat", below, above, axis=0), eight)
+            names, sizes = [name for name, _ in parts], [len(codes) for _, codes in parts]
+            nodes.append(split(self, joined, sizes, names))
+        return nodes
+
+
+def split(additions: Additions, x: str, sizes: list[int], outputs: list[str]) -> NodeProto:
+    """The node that cuts a tensor along its first axis."""
+    if additions.opset < 13:
+        return helper.make_node("Split", [x], outputs, split=sizes)
+    return helper.make_node("Split", [x, additions.tensor(np.array(sizes))], outputs)
 
 
 class Writer:
@@ -23,57 +96,33 @@ class Writer:
         integers: let the runtime multiply whole numbers where that is the faster way.
     """
 
-    def __init__(
-        self, graph: Graph, name: str, opset: int, taken: set[str], new: dict[str, np.ndarray], integers: bool = False
-    ) -> None:
+    def __init__(self, graph: Graph, name: str, additions: Additions, integers: bool = False) -> None:
         self.graph, self.name, self.layer = graph, name, graph.layers[name]
         self.node = self.graph.nodes[self.layer.index]
         self.dtype = self.graph.constants[self.layer.weight].dtype
         # the runtime computes nothing of float16 before it runs a file, it would unpack the weight at every run
         self.unpacks = np.dtype(np.float32) if self.dtype == np.float16 else self.dtype
-        self.opset, self.integers = opset, integers
+        self.additions, self.opset, self.integers = additions, additions.opset, integers
         self.nodes: list[NodeProto] = []
         self.adds = "Add"  # what adds the bias
-        self.quantized: Quantized | None = None  # the form being written, if its numbers are in few bits
-        self._taken, self._new = taken, new
+        self.bits = (
+            32  # of the form being written; where they are few, the scales and their axes by the matrices' names
+        )
+        self.scales: dict[str, Tensor] = {}
+        self.axes: dict[str, int] = {}
         self._turned: dict[str, str] = {}  # tensors whose transpose is there already
-        self._rank = 2 if self.node.op_type == "Gemm" else self.graph.rank(self.layer.x)
-        self.last_axis = -1 if self.opset >= 11 or self._rank is None else self._rank - 1
+        self.rank = 2 if self.node.op_type == "Gemm" else self.graph.rank(self.layer.x)
+        self.last_axis = -1 if self.opset >= 11 or self.rank is None else self.rank - 1
 
-    def fresh(self, what: str) -> str:
-        """A name that nothing has yet."""
-        base = name = f"{self.name}/{what}"
-        count = 1
-        while name in self._taken:
-            count += 1
-            name = f"{base}_{count}"
-        self._taken.add(name)
-        return name
-
-    def tensor(self, what: str, value: Tensor | np.ndarray, exact: bool = False) -> str:
+    def tensor(self, value: Tensor | np.ndarray, exact: bool = False) -> str:
         """A new initializer; real numbers take the layer's type unless they must stay ``exact``."""
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
         array = array.astype(self.dtype, copy=False) if array.dtype.kind == "f" and not exact else array
-        if array.size > SHARED:
-            name = self.fresh(what)
-            self._new[name] = array
-            return name
-        for name, other in self._new.items():  # a bound or an axis is stored once for all layers
-            if other.dtype == array.dtype and other.shape == array.shape and np.array_equal(other, array):
-                return name
-        name = self.passing()
-        self._new[name] = array
-        return name
-
-    def passing(self) -> str:
-        """A short name that nothing has yet, for what is only passed on: in a small file names weigh."""
-        name = next(name for number in itertools.count(len(self._taken)) if (name := f"_{number:x}") not in self._taken)
-        self._taken.add(name)
-        return name
+        return self.additions.tensor(array)
 
     def add(self, op: str, inputs: list[str], output: str | None = None, **attributes: Any) -> str:
         """A new node; the name of its output."""
-        output = output or self.passing()
+        output = output or next(self.additions.names)
         self.nodes.append(helper.make_node(op, inputs, [output], **attributes))
         return output
 
@@ -82,15 +131,19 @@ class Writer:
         axis = self.last_axis if axis is None else axis
         if self.opset < 10:
             return self.add("Slice", [x], axes=[axis], starts=[part.start], ends=[part.stop])
-        numbers = (("start", part.start), ("stop", part.stop), ("axis", axis))
-        return self.add("Slice", [x, *(self.tensor(what, np.array([number])) for what, number in numbers)])
+        return self.add("Slice", [x, *(self.tensor(np.array([number])) for number in (part.start, part.stop, axis))])
+
+    def split(self, x: str, sizes: list[int]) -> list[str]:
+        """Parts of a tensor along its first axis."""
+        self.nodes.append(split(self.additions, x, sizes, [next(self.additions.names) for _ in sizes]))
+        return list(self.nodes[-1].output)
 
     def gather(self, x: str, index: Tensor, output: str | None = None) -> str:
         """``x[..., index]``; by whole rows of the transpose where the axes are known: the runtime copies those far faster."""
         places = self.places(index)
-        if self._rank is None:
+        if self.rank is None:
             return self.add("Gather", [x, places], output, axis=self.last_axis)
-        axes = range(self._rank)
+        axes = range(self.rank)
         if x not in self._turned:
             self._turned[x] = self.add("Transpose", [x], perm=[axes[-1], *axes[:-1]])
         picked = self.add("Gather", [self._turned[x], places], axis=0)
@@ -114,67 +167,82 @@ class Writer:
     def bias_tensor(self, form: Factors, bias: Tensor | None) -> str:
         """The name of the layer's bias: a new one where given (the form's own, if it carries that), else the old one."""
         if isinstance(form, Quantized) and form.bias_codes is not None and form.bias_scale is not None:
-            return self.scaled("bias", form.bias_codes, form.bias_scale, 8, None)
+            return self.settled(self.scaled(form.bias_codes, form.bias_scale, 8))
         if bias is not None:
-            return self.tensor("bias", bias)
+            return self.tensor(bias)
         name = self.layer.bias
         assert name is not None
         if self.layer.beta == 1:
             return name
         value = self.graph.constants[name].load()
-        return self.tensor("bias", value * np.asarray(self.layer.beta, value.dtype))
+        return self.tensor(value * np.asarray(self.layer.beta, value.dtype))
 
     def number(self, what: str, value: Tensor, parts: tuple[str, ...] = ()) -> str:
         """A matrix of the form being written; where that is quantised, through its scales.
 
         Args:
-            parts: names of the form's matrices that ``value`` stacks along its first axis; ``what`` itself by default.
+            parts: names of the form's matrices that ``value`` stacks along its scales' axis; ``what`` itself by default.
         """
-        if self.quantized is None:
-            return self.tensor(what, value)
-        names, axes = parts or (what,), self.quantized.codes.scale_axes()
-        scale = torch.cat([self.quantized.scales[name] for name in names])
-        axis = None if value.ndim == 1 else 1 - axes[names[0]]
-        return self.scaled(what, value, scale, self.quantized.bits, axis)
+        if self.bits == 32:
+            return self.tensor(value)
+        scale = self.scale_of(*(parts or (what,)))
+        if scale is not None and value.ndim == 2 and self.axes[(parts or (what,))[0]] == 1:
+            scale = scale[:, None]
+        return self.settled(self.scaled(value, scale, self.bits))
 
-    def scaled(self, what: str, codes: Tensor, scale: Tensor, bits: int, axis: int | None) -> str:
-        """Whole numbers as an initializer of ``bits`` bits, and the nodes that make real numbers of them.
+    def scale_of(self, *names: str) -> Tensor | None:
+        """The scales of matrices, one after the other; None where all are one."""
+        return torch.cat([self.scales[name] for name in names]) if names[0] in self.scales else None
+
+    def scaled(self, codes: Tensor, scale: Tensor | None, bits: int) -> str:
+        """Whole numbers times scales that spread over them, in the type that unpacking computes in.
 
         The nodes have constant inputs only, so the runtime runs them once, when it loads the file. DequantizeLinear would be
         merged into its product instead, which rounds the inputs to 8 bits too: see :meth:`integer_product`.
-
-        Args:
-            scale: float16, one for all (axis None) or one for each entry along ``axis``.
         """
-        whole = codes.cpu().numpy().astype(np.int8)
-        to = helper.np_dtype_to_tensor_dtype(self.unpacks)
-        if bits == 4 and self.opset < 21:
-            number = self._halves(what, whole)
-        else:
-            number = self.add(
-                "Cast", [self.tensor(what, whole.astype(ml_dtypes.int4 if bits == 4 else np.int8))], to=to
+        if codes.numel() <= FEW:
+            return self.tensor(
+                (codes if scale is None else codes * scale).cpu().numpy().astype(self.unpacks), exact=True
             )
-        wide = scale if axis is None or axis == codes.ndim - 1 else scale[:, None]
-        short = wide.numel() > CAST  # fewer scales take less than the node that casts them
-        factor = self.tensor(
-            f"{what}_scale", wide.cpu().numpy().astype(np.float16 if short else self.unpacks), exact=True
-        )
-        if short:
-            factor = self.add("Cast", [factor], to=to)
-        return self.settled(self.add("Mul", [number, factor]))
+        return self.times(self.whole(codes, bits), scale)
 
-    def raised(self, numbers: str) -> str:
-        """Constants of the layer's type in the type that unpacking computes in."""
-        return numbers if self.unpacks == self.dtype else self._cast(numbers, self.unpacks)
+    def whole(self, codes: Tensor, bits: int, to: int | None = None) -> str:
+        """Whole numbers out of a constant of 8 or 4 ``bits``, as numbers of an ONNX type (the one that unpacking computes in)."""
+        unpacks = helper.np_dtype_to_tensor_dtype(self.unpacks)
+        array, to = codes.cpu().numpy().astype(np.int8), to or unpacks
+        if bits == 8 or self.opset >= FOUR_BITS:
+            return self.add("Cast", [self.tensor(array.astype(ml_dtypes.int4) if bits == 4 else array)], to=to)
+        name = self.additions.half(array.reshape(-1), unpacks)
+        name = name if codes.ndim == 1 else self.add("Reshape", [name, self.tensor(np.array(array.shape))])
+        return name if to == unpacks else self.add("Cast", [name], to=to)
+
+    def times(self, whole: str, scale: Tensor | None) -> str:
+        """Whole numbers times their scales: divided by the inverse ones, which every runtime computes once.
+
+        OpenVINO takes a Mul for weights that are to stay whole numbers: it rounds the inputs too, and crashes in 4 bits where a
+        scale goes with an input (docs/quantisation.md).
+        """
+        if scale is None:
+            return whole
+        half = scale.half()
+        if scale.numel() > FEW and bool((half == scale).all()):  # float16 takes fewer bytes, two more nodes included
+            inverse = self.add("Reciprocal", [self.raised(self.tensor(half, exact=True), np.dtype(np.float16))])
+        else:
+            inverse = self.tensor((1 / scale.double()).cpu().numpy().astype(self.unpacks), exact=True)
+        return self.add("Div", [whole, inverse])
+
+    def raised(self, numbers: str, dtype: np.dtype[Any] | None = None) -> str:
+        """Constants of a type (the layer's) in the type that unpacking computes in."""
+        return numbers if self.unpacks == (dtype or self.dtype) else self.cast(numbers, self.unpacks)
 
     def settled(self, unpacked: str) -> str:
         """Unpacked numbers in the layer's type."""
-        return unpacked if self.unpacks == self.dtype else self._cast(unpacked, self.dtype)
+        return unpacked if self.unpacks == self.dtype else self.cast(unpacked, self.dtype)
 
-    def _cast(self, x: str, dtype: np.dtype[Any]) -> str:
+    def cast(self, x: str, dtype: np.dtype[Any]) -> str:
         return self.add("Cast", [x], to=helper.np_dtype_to_tensor_dtype(dtype))
 
-    def integer_product(self, x: str, what: str, codes: Tensor, scale: Tensor, bits: int, y: str | None = None) -> str:
+    def integer_product(self, x: str, codes: Tensor, scale: Tensor, bits: int, y: str | None = None) -> str:
         """``x`` times whole numbers (r x c), the runtime's own: it rounds ``x`` to 8 bits, row by row.
 
         A bias is added by Sum then: with Add the runtime would make a Gemm of both, and real numbers at every run.
@@ -182,31 +250,15 @@ class Writer:
         Args:
             scale: one for all (), or one for each column (c,).
         """
-        whole = self.tensor(what, codes.cpu().numpy().astype(ml_dtypes.int4 if bits == 4 else np.int8))
+        whole = self.tensor(codes.cpu().numpy().astype(ml_dtypes.int4 if bits == 4 else np.int8))
         axis: dict[str, Any] = {"axis": 1} if scale.ndim else {}
         self.adds = "Sum"
-        real = self.add("DequantizeLinear", [whole, self.tensor(f"{what}_scale", scale.float())], **axis)
+        real = self.add("DequantizeLinear", [whole, self.tensor(scale.float())], **axis)
         return self.product(x, real, y)
 
-    def _halves(self, what: str, whole: np.ndarray) -> str:
-        """Whole numbers of 4 bits for operator sets that have none: two in one byte, taken apart by arithmetic."""
-        flat = whole.reshape(-1) + 8
-        count = -(-len(flat) // 2)
-        later = np.concatenate([flat[count:], np.zeros(2 * count - len(flat), np.int8)])
-        stored = self.tensor(what, (flat[:count] | later << 4).view(np.uint8))
-        both = self.add("Cast", [stored], to=helper.np_dtype_to_tensor_dtype(self.unpacks))
-        sixteen, eight = (self.tensor(str(value), np.array(value, self.unpacks), exact=True) for value in (16, 8))
-        high = self.add("Floor", [self.add("Div", [both, sixteen])])
-        low = self.add("Sub", [both, self.add("Mul", [high, sixteen])])
-        if len(later) > len(flat) - count:
-            high = self.slice(high, slice(0, len(flat) - count), axis=0)
-        joined = self.add("Concat", [low, high], axis=0)
-        shaped = self.add("Reshape", [joined, self.tensor("shape", np.array(whole.shape, np.int64))])
-        return self.add("Sub", [shaped, eight])
-
-    def places(self, index: Tensor) -> str:
+    def places(self, index: Tensor, to: int = TensorProto.INT64) -> str:
         """Whole numbers from 0 as a constant of few bytes, cast when the runtime loads the file."""
         kinds = (np.uint8, np.uint16, np.int32, np.int64)
         small = next(kind for kind in kinds if len(index) == 0 or int(index.max()) <= np.iinfo(kind).max)
-        name = self.tensor("order", index.cpu().numpy().astype(small))
-        return self.add("Cast", [name], to=TensorProto.INT64) if small in (np.uint8, np.uint16) else name
+        name = self.tensor(index.cpu().numpy().astype(small))
+        return self.add("Cast", [name], to=to) if small in (np.uint8, np.uint16) else name
