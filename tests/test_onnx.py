@@ -102,7 +102,7 @@ def test_what_was_not_chosen_stays_byte_for_byte(exported, tmp_path):
     assert not after.graph.value_info and not any(node.metadata_props or node.doc_string for node in after.graph.node)
     for file in (before, after):  # what exporters note, and the shapes between nodes, say nothing to a runtime
         del file.graph.value_info[:], file.graph.metadata_props[:]
-        for part in (file.graph, *file.graph.node, *file.graph.initializer):
+        for part in (file.graph, *file.graph.node, *file.graph.initializer, *file.graph.input, *file.graph.output):
             part.ClearField("metadata_props")
             part.ClearField("doc_string")
     layer = network.layer(name)

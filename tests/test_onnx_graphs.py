@@ -237,7 +237,7 @@ def test_where_other_numbers_are_is_told(tmp_path):
     ]
     tensors = {"a": numbers(20, 30).astype(np.int8), "s": np.float32(0.1), "b": numbers(30, 10), "c": np.array(True)}
     path = graph_file(tmp_path / "m.onnx", nodes, tensors, ["b", 20])
-    told = "MatMul behind DequantizeLinear 67 %, MatMul in If 33 %"
+    told = "MatMul in If 67 %, MatMul behind DequantizeLinear 33 %"
     assert slrprop.inspect(path) == [] and other_numbers(path) == told
     with pytest.raises(SlrpropError, match=f"no dense layer .* on this data; its numbers are elsewhere: {told}"):
         slrprop.plan(path, None, method="svd")

@@ -32,7 +32,7 @@ Model = nn.Module | str | Path
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """A dense layer: ``shape`` (m, n) inputs x outputs, its weight's ``numbers``, their ``share`` of the model.
+    """A dense layer: ``shape`` (m, n) inputs x outputs, its weight's ``numbers``, their ``share`` of the bytes of all.
 
     ``break_even_rank`` is the highest rank at which a low-rank form stores fewer numbers (0: none does).
     ``tied_to`` names parameters elsewhere that are the same tensor.
@@ -49,11 +49,12 @@ class LayerInfo:
 def inspect(model: Model) -> list[LayerInfo]:
     """The dense layers of a torch module or an ONNX file, in the order of its modules or nodes."""
     network = open_network(model, None)
-    total, found = max(1, network.numbers), []
+    total, found = max(1, network.number_bytes), []
     for name in network.names:
         m, n = network.shape(name)
         tied = tuple(network.tied[name])
-        found.append(LayerInfo(name, (m, n), m * n, m * n / total, (m * n - 1) // (m + n), tied))
+        share = m * n * network.itemsize(name) / total
+        found.append(LayerInfo(name, (m, n), m * n, share, (m * n - 1) // (m + n), tied))
     return found
 
 
@@ -112,10 +113,7 @@ def plan_problem(
         problem.collect(wanted, tuple(need for need in choices.needs() if need in QUANTITIES))
         for decision in chosen.decide(problem, wanted, choices):
             layer = planned_layer(problem, decision, chosen, choices)
-            bias = network.bias(layer.name)
-            assert layer.factors is not None
-            size = stored_bytes(layer.factors, bias if layer.bias is None else layer.bias)
-            before = stored_bytes(network.weight(layer.name), bias)
+            size, before = network.stored(layer.name, layer.factors, layer.bias), network.stored(layer.name)
             if size < before or layer.name not in wanted:
                 planned[layer.name] = layer
                 left_dense.pop(layer.name, None)  # a head that is refitted
@@ -148,7 +146,7 @@ def planned_layer(problem: Problem, decision: Decision, method: Method, settings
         method=decision.method or method.name,
         settings={field.name: getattr(settings, field.name) for field in fields(settings)},
         numbers=factors.numbers,
-        bytes=factors.bytes,
+        bytes=stored_bytes(factors, None, network.itemsize(decision.name)),
         kept_rows="" if decision.kept_rows is None else pack(decision.kept_rows),
         kept_columns="" if decision.kept_columns is None else pack(decision.kept_columns),
         notes=decision.notes or {},

@@ -22,6 +22,7 @@ from slrprop.files import replacing
 from slrprop.layers import FactoredLinear
 from slrprop.network.base import fingerprint
 from slrprop.network.onnx import OnnxNetwork
+from slrprop.network.onnx_file import bare
 from slrprop.network.onnx_rewrite import rewritten
 from slrprop.network.torch import device_of, evaluating, swapped
 
@@ -80,9 +81,8 @@ def _repack(path: Path, packed: Mapping[str, FactoredLinear], plain: Mapping[str
 def _strip(path: Path) -> None:
     """Take out what the exporter notes on every node: stack traces of kilobytes, with this machine's paths."""
     model = onnx.load(path)
-    graph = model.graph
-    for part in (model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
-        del part.metadata_props[:]
+    del model.metadata_props[:]
+    bare(model.graph)
     onnx.save(model, path)
 
 

@@ -67,7 +67,7 @@ def _why_dense(network: Network, name: str, settings: Settings, must: bool) -> s
         if must:
             raise SlrpropError(f"layer '{name}' ({m} x {n}) can't be treated: {reason}; choose other settings")
         return reason
-    numbers, own = settings.stored_numbers(m, n), 8 * network.weight(name).itemsize
+    numbers, own = settings.stored_numbers(m, n), 8 * network.itemsize(name)
     if numbers is None or numbers * min(settings.bits, own) < m * n * own:
         return ""
     size = ", ".join(f"{key} {getattr(settings, key)}" for key in ("rank", "density") if hasattr(settings, key))

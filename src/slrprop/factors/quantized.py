@@ -158,7 +158,9 @@ class Quantized(Factors):
         return replace(self, codes=self.codes.permuted(rows, columns), scales=scales, bias_codes=bias)
 
 
-def stored_bytes(weight: Tensor | Factors, bias: Tensor | None) -> int:
-    """Bytes of a weight or its factors, and of the bias where the factors do not hold it."""
-    size = weight.bytes if isinstance(weight, Factors) else weight.nbytes
-    return size + (0 if bias is None or (isinstance(weight, Quantized) and weight.bias is not None) else bias.nbytes)
+def stored_bytes(form: Factors, bias: Tensor | None, itemsize: int) -> int:
+    """Bytes of a form, and of the bias where the form does not hold it, with real numbers of ``itemsize`` bytes."""
+    arrays = [*form.arrays().values()]
+    if bias is not None and not (isinstance(form, Quantized) and form.bias is not None):
+        arrays.append(bias)
+    return sum(array.numel() * (itemsize if array.is_floating_point() else array.itemsize) for array in arrays)

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
@@ -12,6 +13,7 @@ from torch import Tensor
 from slrprop.checks import suggestion
 from slrprop.data import Batch, Data
 from slrprop.errors import SlrpropError
+from slrprop.factors import Dense, Factors, stored_bytes
 from slrprop.losses import pick_loss, rows_of
 from slrprop.network.chain import ACTIVATIONS, Affine, Chain, Element, Linear, Path
 
@@ -58,11 +60,15 @@ class Network(ABC):
 
     @abstractmethod
     def elsewhere(self) -> Mapping[str, int]:
-        """Numbers the model stores beside the dense layers' weights, by the kind of module or node that uses them."""
+        """Bytes of numbers beside the dense layers' weights, by the kind of module or node that uses them."""
 
     @abstractmethod
     def weight(self, name: str) -> Tensor:
         """The layer's weight in the articles' orientation, m x n (inputs x outputs)."""
+
+    @abstractmethod
+    def itemsize(self, name: str) -> int:
+        """Bytes that the model stores a number of the layer's weight in."""
 
     @abstractmethod
     def bias(self, name: str) -> Tensor | None:
@@ -99,13 +105,25 @@ class Network(ABC):
     def other_numbers(self) -> str:
         """:meth:`elsewhere` in words, what is 1 % of all and more."""
         parts = sorted(self.elsewhere().items(), key=lambda part: -part[1])
-        total = sum(count for _, count in parts) + sum(m * n for m, n in map(self.shape, self.names))
-        return ", ".join(f"{kind} {100 * count / total:.0f} %" for kind, count in parts if 100 * count >= total)
+        return ", ".join(
+            f"{kind} {100 * part / self.number_bytes:.0f} %" for kind, part in parts if 100 * part >= self.number_bytes
+        )
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of all numbers."""
+        dense = sum(math.prod(self.shape(name)) * self.itemsize(name) for name in self.names)
+        return dense + sum(self.elsewhere().values())
 
     def shape(self, name: str) -> tuple[int, int]:
         """(m, n) of a layer's weight."""
         m, n = self.weight(name).shape
         return m, n
+
+    def stored(self, name: str, form: Factors | None = None, bias: Tensor | None = None) -> int:
+        """Bytes of a layer in a form and with another bias, if these are given, in the type that its numbers are stored in."""
+        form, bias = form or Dense(self.weight(name)), self.bias(name) if bias is None else bias
+        return stored_bytes(form, bias, self.itemsize(name))
 
     def fingerprint(self, name: str) -> str:
         """SHA-256 of the layer's weight: the same for equal weights of any network."""

@@ -107,6 +107,9 @@ class OnnxNetwork(Network):
     def numbers(self) -> int:
         return self.file.numbers
 
+    def itemsize(self, name: str) -> int:
+        return self.graph.constants[self.layer(name).weight].dtype.itemsize
+
     def elsewhere(self) -> Mapping[str, int]:
         weights = {self.graph.constants[layer.weight].root for layer in self.graph.layers.values()}
         return elsewhere(self.file.proto.graph, weights)

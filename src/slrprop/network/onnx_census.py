@@ -5,13 +5,14 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from onnx import GraphProto, TensorProto
+from onnx import GraphProto, TensorProto, helper
 
 from slrprop.network.onnx_constants import attribute, standard
 from slrprop.network.onnx_tensors import graphs_of
 
 REAL = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16}
-FEW_BITS = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT8E4M3FN}
+FOUR_BITS = {TensorProto.INT4, TensorProto.UINT4}
+FEW_BITS = {TensorProto.INT8, TensorProto.UINT8, TensorProto.FLOAT8E4M3FN} | FOUR_BITS
 PASSED_ON = ("Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "DequantizeLinear")
 
 
@@ -21,12 +22,12 @@ class Kept(NamedTuple):
     root: (
         object  # what stores them: an initializer's name, in a body an object of its own, since names there may repeat
     )
-    numbers: int
+    bytes: int
     by: str = ""  # what is done to it before it is used
 
 
 def elsewhere(graph: GraphProto, dense: set[str]) -> Counter[str]:
-    """Stored numbers by the operator that uses them first, dense layers' weights (``dense``: their initializers) left out."""
+    """Bytes of stored numbers by the operator that uses them first, dense layers' weights (``dense``: their initializers) left out."""
     found: Counter[str] = Counter()
     seen: set[object] = set(dense)
 
@@ -47,13 +48,16 @@ def elsewhere(graph: GraphProto, dense: set[str]) -> Counter[str]:
                 part = known.get(name)
                 if part is not None and part.root not in seen:
                     seen.add(part.root)
-                    found[f"{node.op_type}{part.by}{where}"] += part.numbers
+                    found[f"{node.op_type}{part.by}{where}"] += part.bytes
             for inner in graphs_of(node):
                 visit(inner, known, f" in {node.op_type}")
 
     def keep(known: dict[str, Kept], tensor: TensorProto, name: str, where: str) -> None:
         if tensor.data_type in REAL | FEW_BITS:
-            known[name] = Kept(object() if where else name, math.prod(tensor.dims))
+            bits = (
+                4 if tensor.data_type in FOUR_BITS else 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+            )
+            known[name] = Kept(object() if where else name, math.prod(tensor.dims) * bits // 8)
 
     visit(graph, {}, "")
     return found

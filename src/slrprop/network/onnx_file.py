@@ -333,7 +333,7 @@ def _read_names(graph: GraphProto) -> set[str]:
 def bare(graph: GraphProto) -> None:
     """Take out what means nothing to a runtime: exporters' notes on nodes and tensors (stack traces, paths) and the shapes between nodes."""
     del graph.value_info[:]
-    for part in (graph, *graph.node, *graph.initializer):
+    for part in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
         part.ClearField("doc_string")
         part.ClearField("metadata_props")
     for node in graph.node:

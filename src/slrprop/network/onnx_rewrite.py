@@ -5,7 +5,7 @@ from functools import singledispatch
 
 import numpy as np
 import torch
-from onnx import GraphProto, NodeProto, TensorProto
+from onnx import GraphProto, NodeProto
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
@@ -31,21 +31,23 @@ def product_of(form: Factors, writer: Writer, x: str, y: str) -> None:
 
 @product_of.register
 def _(form: Dense, writer: Writer, x: str, y: str) -> None:
-    writer.product(x, writer.number("weight", form.weight), y)
+    writer.product(x, writer.number(form.weight, "weight"), y)
 
 
 @product_of.register
 def _(form: LowRank, writer: Writer, x: str, y: str) -> None:
-    writer.product(writer.product(x, writer.number("left", form.left)), writer.number("right", form.right), y)
+    writer.product(writer.product(x, writer.number(form.left, "left")), writer.number(form.right, "right"), y)
 
 
 @product_of.register
 def _(form: SparseLowRank, writer: Writer, x: str, y: str) -> None:
-    few = (
-        form.numbers >= sum(left.shape[1] for left in form.left)
-        and form.merged_zeros <= MERGED + GATHERED * form.gathered
-    )
-    if writer.opset >= 11 and few:
+    merged = form.merged_zeros <= MERGED + GATHERED * form.gathered
+    if (
+        merged
+        and writer.opset >= 11
+        and sum(left.shape[1] for left in form.left) <= form.numbers
+        and len(form.left) < 128
+    ):
         _merged(form, writer, x, y)
     else:
         _blocks(form, writer, x, y)
@@ -55,9 +57,9 @@ def _(form: SparseLowRank, writer: Writer, x: str, y: str) -> None:
 def _(form: Narrowed, writer: Writer, x: str, y: str) -> None:
     seen = writer.some(x, form.rows.nonzero()[:, 0], form.shape[0])
     if form.columns.all():
-        writer.product(seen, writer.number("block", form.block), y)
+        writer.product(seen, writer.number(form.block, "block"), y)
         return
-    made = writer.product(seen, writer.number("block", form.block))
+    made = writer.product(seen, writer.number(form.block, "block"))
     zero = writer.product(writer.slice(made, slice(0, 1)), writer.tensor(form.block.new_zeros(1, 1)))
     count = form.block.shape[1]
     writer.gather(writer.join([made, zero]), torch.where(form.columns, form.columns.cumsum(0) - 1, count), y)
@@ -77,12 +79,11 @@ def _(form: Quantized, writer: Writer, x: str, y: str) -> None:
         hidden = writer.integer_product(x, codes.left, joined, form.bits)
         writer.integer_product(hidden, codes.right, rest, form.bits, y)
     else:
-        writer.bits, writer.axes, writer.scales = form.bits, codes.scale_axes(), dict(scales)
+        axes = codes.scale_axes()
+        writer.bits, writer.scales = form.bits, {name: s[:, None] if axes[name] else s for name, s in scales.items()}
         for right in [name for name in scales if name.startswith("right") and writer.dtype != np.float16]:
-            left = right.replace(
-                "right", "left"
-            )  # both scales of a component in one place; float16 does not reach so far
-            writer.scales[left] = scales[left].float() * writer.scales.pop(right).float()
+            left = right.replace("right", "left")  # both scales of a component at once; float16 does not reach so far
+            writer.scales[left] = scales[left].float() * writer.scales.pop(right).flatten().float()
         product_of(codes, writer, x, y)
 
 
@@ -93,29 +94,28 @@ def _merged(form: SparseLowRank, writer: Writer, x: str, y: str) -> None:
     numbers as the neuron's level says. Zeros are multiplied, but that takes less time than more nodes on a small layer,
     or than gathering; a few are stored, where that takes fewer bytes than these nodes (docs/quantisation.md).
     """
-    (m, n), add = form.shape, writer.add
+    (m, n), add, blocks = form.shape, writer.add, range(len(form.left))
     left, right = form.padded()
     levels = torch.cat([form.row_levels, form.column_levels]).cpu().int()
-    scales = [writer.scale_of(*(f"{side}_{level}" for level in range(len(form.left)))) for side in ("left", "right")]
+    names = [tuple(f"{side}_{level}" for level in blocks) for side in ("left", "right")]
     zeros, few = form.spread_numbers - form.numbers, 4 if writer.opset >= FOUR_BITS or writer.bits == 4 else 8
     if writer.bits < 32 and zeros * writer.bits <= 8 * SPREAD + few * len(levels):
-        writer.scales |= {
-            side: scale for side, scale in zip(("left", "right"), scales, strict=True) if scale is not None
-        }
-        writer.axes |= {"left": 0, "right": 1}
-        sides = [writer.number("left", left), writer.number("right", right)]
+        sides = [writer.number(side, *parts) for side, parts in zip((left, right), names, strict=True)]
     else:
         widths = torch.tensor([0, *(block.shape[1] for block in form.left)]).cumsum(0).int()
         rows, there = torch.cat([left, right.T]).flip(0), torch.arange(left.shape[1]) < widths[levels.flip(0), None]
         packed = rows[there.to(rows.device)]  # from the last row to the first, as places count from the end
         numbers = writer.raised(writer.tensor(packed)) if writer.bits == 32 else writer.whole(packed, writer.bits)
-        width = add("Gather", [writer.tensor(widths), writer.whole(levels[:, None], few, TensorProto.INT32)], axis=0)
-        component = writer.places(torch.arange(left.shape[1]), TensorProto.INT32)
+        level = writer.whole(levels[:, None], few if len(blocks) < 8 else 8, np.dtype(np.int32))
+        width = add("Gather", [writer.tensor(widths), level], axis=0)
+        component = writer.places(torch.arange(left.shape[1]), np.int32)
         place = add("Sub", [component, add("CumSum", [width, writer.tensor(np.array(0, np.int32))])])
         mask = writer.cast(add("Less", [component, width]), writer.unpacks)
         both = writer.split(add("Mul", [add("Gather", [numbers, place], axis=0), mask]), [m, n])
-        sides = [writer.settled(writer.times(side, scale)) for side, scale in zip(both, scales, strict=True)]
-        sides[1] = add("Transpose", [sides[1]], perm=[1, 0])
+        both[1] = add("Transpose", [both[1]], perm=[1, 0])
+        sides = [
+            writer.settled(writer.times(side, writer.scale(*parts))) for side, parts in zip(both, names, strict=True)
+        ]
     if form.spread_numbers > m * n:
         writer.product(x, writer.product(*sides), y)
     else:
@@ -127,14 +127,14 @@ def _blocks(form: SparseLowRank, writer: Writer, x: str, y: str) -> None:
     hidden = []
     for level, left in enumerate(form.left):
         index = members(form.row_levels, level)
-        hidden.append(writer.product(writer.some(x, index, form.shape[0]), writer.number(f"left_{level}", left)))
+        hidden.append(writer.product(writer.some(x, index, form.shape[0]), writer.number(left, f"left_{level}")))
     segments, order = form.segments()
     parts = []
     only = len(segments) == 1 and order is None
     for segment in segments:
         if segment.level:
             names = tuple(f"right_{level}" for level in range(segment.level))
-            source, right = writer.join(hidden[: segment.level]), writer.number("right", segment.right, names)
+            source, right = writer.join(hidden[: segment.level]), writer.number(segment.right, *names)
         else:
             source = writer.slice(hidden[0], slice(0, 1))
             right = writer.tensor(form.left[0].new_zeros(1, len(segment.columns)))
@@ -227,8 +227,9 @@ def rewritten(
                     added.input[place] = writer.bias_tensor(form, bias)
                 nodes[adder] = [*writer.nodes[count:], added]
                 del writer.nodes[count:]
+        first = Writer(layers, next(iter(forms)), additions).unpacked() if forms else []
         result = [new_node for i, node in enumerate(graph.node) for new_node in nodes.get(i, [node])]
-        copies = [NodeProto.FromString(node.SerializeToString()) for node in (*additions.unpacking(), *result)]
+        copies = [NodeProto.FromString(node.SerializeToString()) for node in (*first, *result)]
         del graph.node[:]
         graph.node.extend(copies)
         return additions.tensors

@@ -123,7 +123,7 @@ def _(form: Shared, writer: Writer, x: str, y: str) -> None:
         places = unpacked_nodes(nodes, nodes.tensor(packed), m, n)
 
     def part(name: str, value: Tensor) -> str:
-        return writer.raised(writer.number(name, value))
+        return writer.raised(writer.number(value, name))
 
     spread = writer.add("Gather", [part("sequence", form.sequence), places], axis=0)
     column = writer.tensor(np.array([n, 1]))

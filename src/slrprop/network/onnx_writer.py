@@ -2,13 +2,12 @@
 
 import itertools
 import string
-from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
-from onnx import GraphProto, NodeProto, TensorProto, helper
+from onnx import GraphProto, NodeProto, helper
 from torch import Tensor
 
 from slrprop.factors import Factors, Quantized, span
@@ -20,14 +19,10 @@ FEW = 24  # numbers up to which the nodes that unpack them would take more bytes
 FOUR_BITS = 21  # the first operator set with whole numbers of 4 bits
 
 
-def _names(graph: GraphProto) -> Iterator[str]:
+def _names(graph: GraphProto) -> set[str]:
     """All names of tensors, those inside bodies of nodes included."""
-    yield from (tensor.name for tensor in graph.initializer)
-    yield from (value.name for value in (*graph.input, *graph.output))
-    for node in graph.node:
-        yield from (*node.input, *node.output)
-        for body in graphs_of(node):
-            yield from _names(body)
+    found = {tensor.name for tensor in (*graph.initializer, *graph.input, *graph.output)}
+    return found.union(*({*node.input, *node.output}.union(*map(_names, graphs_of(node))) for node in graph.node))
 
 
 class Additions:
@@ -36,11 +31,10 @@ class Additions:
     def __init__(self, graph: GraphProto, opset: int) -> None:
         self.opset = opset
         self.tensors: dict[str, np.ndarray] = {}
-        taken, letters = set(_names(graph)), string.ascii_lowercase
-        tails = (tail for size in itertools.count() for tail in itertools.product(letters + string.digits, repeat=size))
-        names = ("".join((first, *tail)) for tail in tails for first in letters)
-        self.names = (name for name in names if name not in taken)  # in a small file names weigh
-        self._halves: dict[int, list[tuple[str, np.ndarray]]] = {}
+        taken, letters = _names(graph), string.ascii_lowercase
+        words = (word for size in itertools.count(1) for word in itertools.product(letters, repeat=size))
+        self.names = (name for name in map("".join, words) if name not in taken)  # short: in a small file names weigh
+        self.halves: dict[np.dtype[Any], list[tuple[str, np.ndarray]]] = {}  # to be unpacked, by what they become
 
     def tensor(self, array: np.ndarray) -> str:
         """A new initializer; a bound, a shape or an axis is stored once for all layers."""
@@ -50,43 +44,6 @@ class Additions:
         name = next(self.names)
         self.tensors[name] = array
         return name
-
-    def half(self, codes: np.ndarray, to: int) -> str:
-        """Whole numbers (c,) of 4 bits as numbers of an ONNX type, for operator sets that have none of 4 bits."""
-        name = next(self.names)
-        self._halves.setdefault(to, []).append((name, codes.astype(np.int8)))
-        return name
-
-    def unpacking(self) -> list[NodeProto]:
-        """The nodes behind :meth:`half`: two numbers in one byte, taken apart by arithmetic, once for the whole file."""
-        nodes: list[NodeProto] = []
-
-        def add(op: str, *inputs: str, **attributes: Any) -> str:
-            nodes.append(helper.make_node(op, inputs, [next(self.names)], **attributes))
-            return str(nodes[-1].output[0])
-
-        for to, parts in self._halves.items():
-            flat = np.concatenate([codes for _, codes in parts]) + 8
-            if len(flat) % 2:
-                parts.append((next(self.names), flat[:1]))
-                flat = np.append(flat, np.int8(0))
-            low, high = np.split(flat.view(np.uint8), 2)
-            dtype = helper.tensor_dtype_to_np_dtype(to)
-            both = add("Cast", self.tensor(low | high << 4), to=to)
-            sixteen, eight = (self.tensor(np.array(value, dtype)) for value in (16, 8))
-            above = add("Floor", add("Div", both, sixteen))
-            below = add("Sub", both, add("Mul", above, sixteen))
-            joined = add("Sub", add("Concat", below, above, axis=0), eight)
-            names, sizes = [name for name, _ in parts], [len(codes) for _, codes in parts]
-            nodes.append(split(self, joined, sizes, names))
-        return nodes
-
-
-def split(additions: Additions, x: str, sizes: list[int], outputs: list[str]) -> NodeProto:
-    """The node that cuts a tensor along its first axis."""
-    if additions.opset < 13:
-        return helper.make_node("Split", [x], outputs, split=sizes)
-    return helper.make_node("Split", [x, additions.tensor(np.array(sizes))], outputs)
 
 
 class Writer:
@@ -105,11 +62,8 @@ class Writer:
         self.additions, self.opset, self.integers = additions, additions.opset, integers
         self.nodes: list[NodeProto] = []
         self.adds = "Add"  # what adds the bias
-        self.bits = (
-            32  # of the form being written; where they are few, the scales and their axes by the matrices' names
-        )
-        self.scales: dict[str, Tensor] = {}
-        self.axes: dict[str, int] = {}
+        self.bits = 32  # of the form being written
+        self.scales: dict[str, Tensor] = {}  # of its matrices by name, spread over them; none where all are one
         self._turned: dict[str, str] = {}  # tensors whose transpose is there already
         self.rank = 2 if self.node.op_type == "Gemm" else self.graph.rank(self.layer.x)
         self.last_axis = -1 if self.opset >= 11 or self.rank is None else self.rank - 1
@@ -135,8 +89,15 @@ class Writer:
 
     def split(self, x: str, sizes: list[int]) -> list[str]:
         """Parts of a tensor along its first axis."""
-        self.nodes.append(split(self.additions, x, sizes, [next(self.additions.names) for _ in sizes]))
-        return list(self.nodes[-1].output)
+        return self._split(x, [(next(self.additions.names), size) for size in sizes])
+
+    def _split(self, x: str, parts: list[tuple[str, int]]) -> list[str]:
+        names, sizes = [name for name, _ in parts], [size for _, size in parts]
+        old: dict[str, Any] = {"split": sizes} if self.opset < 13 else {}
+        self.nodes.append(
+            helper.make_node("Split", [x, *([] if old else [self.tensor(np.array(sizes))])], names, **old)
+        )
+        return names
 
     def gather(self, x: str, index: Tensor, output: str | None = None) -> str:
         """``x[..., index]``; by whole rows of the transpose where the axes are known: the runtime copies those far faster."""
@@ -177,20 +138,13 @@ class Writer:
         value = self.graph.constants[name].load()
         return self.tensor(value * np.asarray(self.layer.beta, value.dtype))
 
-    def number(self, what: str, value: Tensor, parts: tuple[str, ...] = ()) -> str:
-        """A matrix of the form being written; where that is quantised, through its scales.
+    def number(self, value: Tensor, *names: str) -> str:
+        """A matrix of the form being written, by its name, or several stacked; where that is quantised, through their scales."""
+        return (
+            self.tensor(value) if self.bits == 32 else self.settled(self.scaled(value, self.scale(*names), self.bits))
+        )
 
-        Args:
-            parts: names of the form's matrices that ``value`` stacks along its scales' axis; ``what`` itself by default.
-        """
-        if self.bits == 32:
-            return self.tensor(value)
-        scale = self.scale_of(*(parts or (what,)))
-        if scale is not None and value.ndim == 2 and self.axes[(parts or (what,))[0]] == 1:
-            scale = scale[:, None]
-        return self.settled(self.scaled(value, scale, self.bits))
-
-    def scale_of(self, *names: str) -> Tensor | None:
+    def scale(self, *names: str) -> Tensor | None:
         """The scales of matrices, one after the other; None where all are one."""
         return torch.cat([self.scales[name] for name in names]) if names[0] in self.scales else None
 
@@ -201,20 +155,32 @@ class Writer:
         merged into its product instead, which rounds the inputs to 8 bits too: see :meth:`integer_product`.
         """
         if codes.numel() <= FEW:
-            return self.tensor(
-                (codes if scale is None else codes * scale).cpu().numpy().astype(self.unpacks), exact=True
-            )
+            real = codes if scale is None else codes * scale
+            return self.tensor(real.cpu().numpy().astype(self.unpacks), exact=True)
         return self.times(self.whole(codes, bits), scale)
 
-    def whole(self, codes: Tensor, bits: int, to: int | None = None) -> str:
-        """Whole numbers out of a constant of 8 or 4 ``bits``, as numbers of an ONNX type (the one that unpacking computes in)."""
-        unpacks = helper.np_dtype_to_tensor_dtype(self.unpacks)
-        array, to = codes.cpu().numpy().astype(np.int8), to or unpacks
+    def whole(self, codes: Tensor, bits: int, dtype: np.dtype[Any] | None = None) -> str:
+        """Whole numbers out of a constant of 8 or 4 ``bits``, as numbers of a type (the one that unpacking computes in)."""
+        array, dtype = codes.cpu().numpy().astype(np.int8), dtype or self.unpacks
         if bits == 8 or self.opset >= FOUR_BITS:
-            return self.add("Cast", [self.tensor(array.astype(ml_dtypes.int4) if bits == 4 else array)], to=to)
-        name = self.additions.half(array.reshape(-1), unpacks)
+            return self.cast(self.tensor(array.astype(ml_dtypes.int4) if bits == 4 else array), dtype)
+        name = next(self.additions.names)
+        self.additions.halves.setdefault(self.unpacks, []).append((name, array.reshape(-1)))
         name = name if codes.ndim == 1 else self.add("Reshape", [name, self.tensor(np.array(array.shape))])
-        return name if to == unpacks else self.add("Cast", [name], to=to)
+        return name if dtype == self.unpacks else self.cast(name, dtype)
+
+    def unpacked(self) -> list[NodeProto]:
+        """Nodes that go before all others: two numbers of 4 bits in one byte, taken apart by arithmetic, once for a file."""
+        for dtype, parts in self.additions.halves.items():
+            parts += [(next(self.additions.names), np.zeros(1, np.int8))] * (sum(len(codes) for _, codes in parts) % 2)
+            low, high = np.split((np.concatenate([codes for _, codes in parts]) + 8).view(np.uint8), 2)
+            both = self.cast(self.tensor(low | high << 4), dtype)
+            sixteen, eight = (self.tensor(np.array(value, dtype), exact=True) for value in (16, 8))
+            above = self.add("Floor", [self.add("Div", [both, sixteen])])
+            below = self.add("Sub", [both, self.add("Mul", [above, sixteen])])
+            joined = self.add("Sub", [self.add("Concat", [below, above], axis=0), eight])
+            self._split(joined, [(name, len(codes)) for name, codes in parts])
+        return self.nodes
 
     def times(self, whole: str, scale: Tensor | None) -> str:
         """Whole numbers times their scales: divided by the inverse ones, which every runtime computes once.
@@ -256,9 +222,9 @@ class Writer:
         real = self.add("DequantizeLinear", [whole, self.tensor(scale.float())], **axis)
         return self.product(x, real, y)
 
-    def places(self, index: Tensor, to: int = TensorProto.INT64) -> str:
+    def places(self, index: Tensor, dtype: type = np.int64) -> str:
         """Whole numbers from 0 as a constant of few bytes, cast when the runtime loads the file."""
-        kinds = (np.uint8, np.uint16, np.int32, np.int64)
+        kinds = (np.uint8, np.uint16, dtype)
         small = next(kind for kind in kinds if len(index) == 0 or int(index.max()) <= np.iinfo(kind).max)
         name = self.tensor(index.cpu().numpy().astype(small))
-        return self.add("Cast", [name], to=to) if small in (np.uint8, np.uint16) else name
+        return name if small == dtype else self.cast(name, np.dtype(dtype))

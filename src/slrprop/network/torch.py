@@ -77,14 +77,14 @@ def stored_numbers(model: nn.Module) -> int:
 
 
 def elsewhere(model: nn.Module, dense: Iterable[nn.Linear]) -> Counter[str]:
-    """Numbers of parameters and buffers by the kind of module they belong to, dense layers' weights left out."""
+    """Bytes of parameters and buffers by the kind of module they belong to, dense layers' weights left out."""
     seen = {module.weight.data_ptr() for module in dense}
     found: Counter[str] = Counter()
     for module in model.modules():
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if tensor.is_floating_point() and tensor.data_ptr() not in seen:
                 seen.add(tensor.data_ptr())
-                found[type(module).__name__] += tensor.numel()
+                found[type(module).__name__] += tensor.nbytes
     return found
 
 
@@ -189,6 +189,9 @@ class TorchNetwork(Network):
     @property
     def numbers(self) -> int:
         return stored_numbers(self.model)
+
+    def itemsize(self, name: str) -> int:
+        return self.modules[name].weight.itemsize
 
     def elsewhere(self) -> Mapping[str, int]:
         return elsewhere(self.model, self.modules.values())

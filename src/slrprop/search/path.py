@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slrprop.api import finished, plan_problem, planned_layer
 from slrprop.errors import SlrpropError
-from slrprop.factors import Quantized, stored_bytes
+from slrprop.factors import Quantized
 from slrprop.methods import METHODS, Method, Problem, Settings, find_method
 from slrprop.methods.base import ranks_for
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
@@ -116,7 +116,7 @@ def candidates_of(
 
     y = x @ weight.to(x)
     energy = max(weighed(y - y.mean(0) if to_data else y), 1e-30)
-    found = [Candidate(stored_bytes(weight, bias), 0.0)]
+    found = [Candidate(problem.network.stored(name), 0.0)]
     ranks = ranks_for(m, n)
     if ranks and any(method in ("svd", "slr", "slrprop") for method, _ in methods):
         problem.svd(name, ranks[-1], "auto")  # the lower ranks are parts of it
@@ -130,7 +130,7 @@ def candidates_of(
             continue  # for example a layer that SLRProp's chain does not reach
         for step in kind.ladder(m, n)[::-every]:  # from the largest: the components of lower ranks are part of its
             settings = kind(**{**step, **given})
-            if (settings.stored_numbers(m, n) or 0) * min(settings.bits, 8 * weight.itemsize) / 8 > most:
+            if (settings.stored_numbers(m, n) or 0) * min(settings.bits, 8 * problem.network.itemsize(name)) / 8 > most:
                 continue
             made = plan_problem(problem, method, [name], **{**step, **alone(method), **given})
             for layer in (layer for layer in made.layers if layer.name == name):
@@ -140,7 +140,7 @@ def candidates_of(
                 moved = (0 if own is None else own.to(x)) - (0 if bias is None or own is None else bias.to(x))
                 made_of = next(iter(factors.matrices().values()))  # factors have their own dtype and device
                 error = weighed(y - factors.product(x.to(made_of)).to(y) - moved) / energy
-                found.append(Candidate(stored_bytes(factors, own if own is not None else bias), error, layer))
+                found.append(Candidate(problem.network.stored(name, factors, own), error, layer))
     return found
 
 

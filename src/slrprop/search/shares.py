@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+from torch import nn
 from tqdm.auto import tqdm
 
 from slrprop.api import finished
@@ -25,7 +26,6 @@ from slrprop.search.path import (
     hull,
     layer_inputs,
     neighbours,
-    stored_bytes,
     undominated,
 )
 from slrprop.search.trials import Trials
@@ -62,7 +62,7 @@ class Shares:
         self.methods, self.narrow = methods, narrow
         self.workers, self.cluster = workers, cluster
         self.in_file = in_file
-        self._headers: dict[tuple[str, ...], int] = {}
+        self._headers: dict[tuple[str, ...], list[tuple[LayerPlan, int]]] = {}
         all_methods = methods + narrow
         self.calibrated = any("inputs" in find_method(name).settings(**given).needs() for name, given in all_methods)
         self.sequential = all(settings.get("sequential", True) for _, settings in all_methods)
@@ -201,24 +201,29 @@ class Shares:
             if layer is None or layer.factors is None:
                 total += curve[0].bytes
             else:
-                bias = self.problem.network.bias(name) if layer.bias is None else layer.bias
-                size = stored_bytes(layer.factors, bias)
+                size = self.problem.network.stored(name, layer.factors, layer.bias)
                 total += size + self._around(name, layer, size)
         return total
 
     def _around(self, name: str, layer: LayerPlan | None, size: int) -> int:
-        """Bytes that the file takes around a form's numbers more than around the dense weight: one file of each kind is made to know."""
+        """Bytes that the file takes around a form's numbers more than around the dense weight.
+
+        Two files of each kind are made to know: one with the first such layer alone, as what unpacking needs is written once, and
+        one with a second.
+        """
         if not self.in_file or layer is None or layer.factors is None:
             return 0
-        arrays = layer.factors.arrays()
-        key = (layer.factors.kind, str(layer.settings["bits"]), *arrays)
-        named = len(name) * (len(arrays) - 1)  # each array's name holds the layer's, as the dense weight's did
-        if key not in self._headers:
-            network = self.problem.network
-            saved = stored_bytes(network.weight(name), network.bias(name)) - size
-            more = self.trials.size(Plan((layer,))) - self.trials.size(Plan(())) + saved
-            self._headers[key] = min(max(0, more), MOST_AROUND) - named
-        return self._headers[key] + named
+        arrays, network = layer.factors.arrays(), self.problem.network
+        known = self._headers.setdefault((layer.factors.kind, str(layer.settings["bits"]), *arrays), [])
+        named = 0  # in a module's file each array's name holds the layer's, as the dense weight's did
+        if isinstance(self.trials.door.model, nn.Module):
+            named = len(name) * (len(arrays) - 1)
+        before = tuple(first for first, _ in known)
+        if len(known) < 2 and all(first.name != name for first in before):
+            saved = network.stored(name) - size
+            more = self.trials.size(Plan((*before, layer))) - self.trials.size(Plan(before)) + saved
+            known.append((layer, min(max(0, more), MOST_AROUND) - named))
+        return known[known[0][0].name != name][1] + named
 
     def _damage(self, steps: dict[str, list[Candidate]], place: dict[str, int]) -> float:
         return sum(self.sensitivity[name] * steps[name][at].error for name, at in place.items())
