@@ -1,18 +1,20 @@
 """Layers in 8 and 4 bits in ONNX files, and sparse low rank as blocks or as merged products: latency, error, bytes, load.
 
-    python -m benchmarks.quantisation [--layers 400x120x12 ...] [--sparse 400x120x12 ...] [--batches 1 32] [--turns 30]
+    python -m benchmarks.quantisation [--layers 400x120x12 ...] [--sparse 400x120x12 ...] [--around 300x300x16 ...] [--batches 1 32] [--turns 30]
 
 1 thread. Random factors whose components fall like 1/sqrt(i): values do not matter for speed, and rounding sees components of
-different size. First table: the float32 factors, the nodes that slrprop writes (Cast and Mul; 4 bits also by arithmetic, for
+different size. First table: the float32 factors, the nodes that slrprop writes (Cast and Div; 4 bits also by arithmetic, for
 operator sets before 21), and DequantizeLinear in their place, with ONNX Runtime's own choice of arithmetic for what it makes of
 it and with float32 asked for (session.qdq_matmulnbits_accuracy_level 1); "joined": the first factor has the products of both
 scales of each component. Second table: one product per block against padded, merged products, with the neurons of the
-blocks anywhere and in order. Then: what each limit of the zeros costs against the faster way of every layer.
+blocks anywhere and in order. Then: what each limit of the zeros costs against the faster way of every layer. Before all: what
+a file takes around the numbers of each form.
 
 A turn runs every variant in a new random order: once unmeasured, then 5 times. Medians and quartiles of all runs.
 """
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -29,18 +31,29 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from slrprop.factors import Dense, Factors, LowRank, Quantized, SparseLowRank
+from slrprop.factors import (
+    Dense,
+    Factors,
+    LowRank,
+    LowRankPlusSparse,
+    Narrowed,
+    Quantized,
+    Shared,
+    Sparse,
+    SparseLowRank,
+)
 from slrprop.linalg import SVD
 from slrprop.methods.nested import NestedSettings
 from slrprop.network import onnx_rewrite
 from slrprop.network.onnx import OnnxNetwork
-from slrprop.quantize import quantised
+from slrprop.quantize import quantised, with_bias
 
 LAYERS = ["400x120x12", "120x84x8", "784x300x24", "512x4096x64", "4096x4096x64", "4096x4096x256"]
 SPARSE = [
     "120x84x8", "400x120x12", "300x100x16", "784x300x8", "784x300x24", "512x512x32", "784x300x64", "1024x1024x24", "1024x1024x64",
     "784x300x128", "1024x1024x256", "512x4096x32", "512x4096x64", "2048x2048x64", "2048x2048x256", "4096x4096x16", "4096x4096x64", "4096x4096x256",
 ]  # fmt: skip
+AROUND = ["64x64x8", "300x300x16"]
 NONE = 10**12  # more zeros than any layer has
 LIMITS = [0, 5_000, 10_000, 20_000, 40_000, 80_000, 160_000, 320_000, NONE]
 SHARES = [0, 6, 12, 25, 50, 100, 200, NONE]
@@ -170,7 +183,7 @@ def bits_of(form: Factors, folder: Path, batches: list[int], turns: int) -> list
     for bits in (8, 4):
         few = quantised(form, bits)
         ways: dict[str, Variant] = {
-            f"{bits} bits, Cast and Mul": (folder / f"cast{bits}.onnx", None),
+            f"{bits} bits, Cast and Div": (folder / f"cast{bits}.onnx", None),
             f"{bits} bits, DequantizeLinear": (folder / f"dequantize{bits}.onnx", None),
         }
         written(folder / f"cast{bits}.onnx", few)
@@ -262,6 +275,64 @@ def limits(values: list[int], columns: list[list[Timed]], allowed: Callable[[int
     return rows
 
 
+def forms(m: int, k: int) -> dict[str, Factors]:
+    """An m x m layer in every form: a tenth of single weights, half of the neurons."""
+    low, few = factors(m, m, k), Sparse.of(torch.randn(m, m), torch.rand(m, m) < 0.1)
+    nested, slr = sparse_forms(m, m, k).values()
+    rows, columns, scale = torch.rand(m) < 0.5, torch.rand(m) < 0.5, torch.randn(m)
+    return {
+        "dense": Dense(torch.randn(m, m)),
+        "low rank": low,
+        "nested (three-wide)": nested,
+        "SLR": slr,
+        "sparse": few,
+        "low rank + sparse": LowRankPlusSparse(low, few),
+        "narrowed": Narrowed(torch.randn(int(rows.sum()), int(columns.sum())), rows, columns),
+        "permuted, packed": Shared.of(torch.randn(m), scale, scale, torch.rand(m, m).argsort(1)),
+        "permuted, a seed": Shared(torch.randn(m), scale, scale, seed=1),
+    }
+
+
+def around(layers: list[Factors], bits: int, opset: int, folder: Path) -> int:
+    """Bytes of a file around the numbers of its layers (m x m, one after the other), their scales, places and biases."""
+    m, names = layers[0].shape[0], [f"/layers.{index}/Gemm" for index in range(len(layers))]
+    inside = ["x", *(f"h{index}" for index in range(1, len(layers))), "y"]
+    made = [
+        helper.make_node("Gemm", [x, f"w{x}", f"b{x}"], [y], name)
+        for x, y, name in zip(inside, inside[1:], names, strict=False)
+    ]
+    tensors = [
+        numpy_helper.from_array(np.random.rand(*shape).astype(np.float32), f"{what}{x}")
+        for x in inside[:-1]
+        for what, shape in (("w", (m, m)), ("b", (m,)))
+    ]
+    model(folder / "dense.onnx", m, m, opset, made, tensors)
+    network = OnnxNetwork(folder / "dense.onnx", None)
+    stored = dict(
+        zip(
+            names,
+            layers if bits == 32 else [with_bias(quantised(form, bits), torch.randn(m)) for form in layers],
+            strict=True,
+        )
+    )
+    biases = {name: form.bias for name, form in stored.items() if isinstance(form, Quantized) and form.bias is not None}
+    onnx_rewrite.rewritten(network.file, network.graph, stored, biases).save(folder / "few.onnx", lambda _: None)
+    return (folder / "few.onnx").stat().st_size - sum(network.stored(name, form) for name, form in stored.items())
+
+
+def bytes_around(m: int, k: int) -> list[str]:
+    """Rows of the last table: what one layer takes, the file's own some 100 bytes included, and each further one."""
+    drawn, rows = [forms(m, k) for _ in range(3)], []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in drawn[0]:
+            layers, cells = [one[name] for one in drawn], []
+            for opset, bits in itertools.product((17, 21), (32, 8, 4)):
+                one, three = (around(layers[:count], bits, opset, Path(folder)) for count in (1, 3))
+                cells.append(f"{one:,} / {(three - one) // 2:,}")
+            rows.append(f"| {name} | {' | '.join(cells)} |")
+    return rows
+
+
 def header(*names: str) -> None:
     print("| " + " | ".join(names) + " |")
     print("|" + "---|" * len(names), flush=True)
@@ -271,11 +342,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", nargs="*", default=LAYERS, metavar="MxNxK")
     parser.add_argument("--sparse", nargs="*", default=SPARSE, metavar="MxNxK")
+    parser.add_argument("--around", nargs="*", default=AROUND, metavar="MxMxK")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--turns", type=int, default=30)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    for m, _, k in map(sizes, args.around):
+        header(f"{m} x {m}, k = {k}", *(f"opset {opset}, {bits} bits" for opset in (17, 21) for bits in (32, 8, 4)))
+        print("\n".join(bytes_around(m, k)), end="\n\n", flush=True)
     if args.layers:
         header("layer", "stored as", "runs as", *(f"batch {batch}, µs" for batch in args.batches), "error", "own error", "bytes", "load, ms")  # fmt: skip
     for m, n, k in map(sizes, args.layers):

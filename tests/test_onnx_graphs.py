@@ -200,7 +200,9 @@ def test_half_precision_stays_half(tmp_path):
         tensors = onnx.load(tmp_path / "s.onnx").graph.initializer
         kinds = {t.data_type for t in tensors}
         assert TensorProto.FLOAT16 in kinds and not {TensorProto.FLOAT, TensorProto.DOUBLE} & kinds
-        assert plan.layers[0].bytes == 2 * plan.layers[0].numbers + sum(i.nbytes for i in plan.layers[0].factors.indices().values())
+        assert plan.layers[0].bytes == 2 * plan.layers[0].numbers + sum(
+            i.nbytes for i in plan.layers[0].factors.indices().values()
+        )
         assert slrprop.relevance.cost(path, "two", data, rank=3).rows.shape == (30,)
 
 

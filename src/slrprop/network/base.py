@@ -104,10 +104,8 @@ class Network(ABC):
 
     def other_numbers(self) -> str:
         """:meth:`elsewhere` in words, what is 1 % of all and more."""
-        parts = sorted(self.elsewhere().items(), key=lambda part: -part[1])
-        return ", ".join(
-            f"{kind} {100 * part / self.number_bytes:.0f} %" for kind, part in parts if 100 * part >= self.number_bytes
-        )
+        parts, total = sorted(self.elsewhere().items(), key=lambda part: -part[1]), self.number_bytes
+        return ", ".join(f"{kind} {100 * size / total:.0f} %" for kind, size in parts if 100 * size >= total)
 
     @property
     def number_bytes(self) -> int:

@@ -1,5 +1,6 @@
 """ONNX models whose chosen layers compute with factors, as plain standard nodes."""
 
+import math
 from collections.abc import Mapping
 from functools import singledispatch
 
@@ -16,7 +17,7 @@ from slrprop.network.onnx_writer import FOUR_BITS, Additions, Writer
 
 MERGED = 40_000  # zeros that may be multiplied to save nodes: python -m benchmarks.quantisation
 GATHERED = 50  # zeros more for every number that blocks would gather
-SPREAD = 300  # bytes of the nodes that put zeros between numbers
+SPREAD = 380  # bytes of the nodes that put zeros between numbers
 INTEGER = (
     100_000  # numbers from which the runtime's integer products are the faster ones: python -m benchmarks.wide_layers
 )
@@ -41,13 +42,8 @@ def _(form: LowRank, writer: Writer, x: str, y: str) -> None:
 
 @product_of.register
 def _(form: SparseLowRank, writer: Writer, x: str, y: str) -> None:
-    merged = form.merged_zeros <= MERGED + GATHERED * form.gathered
-    if (
-        merged
-        and writer.opset >= 11
-        and sum(left.shape[1] for left in form.left) <= form.numbers
-        and len(form.left) < 128
-    ):
+    few, ranks = form.merged_zeros <= MERGED + GATHERED * form.gathered, sum(left.shape[1] for left in form.left)
+    if few and ranks <= form.numbers and len(form.left) < 16 and writer.opset >= 11:
         _merged(form, writer, x, y)
     else:
         _blocks(form, writer, x, y)
@@ -90,36 +86,48 @@ def _(form: Quantized, writer: Writer, x: str, y: str) -> None:
 def _merged(form: SparseLowRank, writer: Writer, x: str, y: str) -> None:
     """Two products (one, where that is less work) of matrices that the runtime puts together when it loads the file.
 
-    Both factors with zeros where a neuron takes no part in a block, one below the other (m + n, k): their rows begin with as many
-    numbers as the neuron's level says. Zeros are multiplied, but that takes less time than more nodes on a small layer,
-    or than gathering; a few are stored, where that takes fewer bytes than these nodes (docs/quantisation.md).
+    These are the factors with zeros where a neuron takes no part in a block. Zeros are multiplied, but that takes less time than
+    more nodes on a small layer, or than gathering (docs/quantisation.md); a few are stored, where nodes would take more bytes.
     """
-    (m, n), add, blocks = form.shape, writer.add, range(len(form.left))
+    (m, n), add = form.shape, writer.add
     left, right = form.padded()
-    levels = torch.cat([form.row_levels, form.column_levels]).cpu().int()
-    names = [tuple(f"{side}_{level}" for level in blocks) for side in ("left", "right")]
-    zeros, few = form.spread_numbers - form.numbers, 4 if writer.opset >= FOUR_BITS or writer.bits == 4 else 8
-    if writer.bits < 32 and zeros * writer.bits <= 8 * SPREAD + few * len(levels):
-        sides = [writer.number(side, *parts) for side, parts in zip((left, right), names, strict=True)]
-    else:
-        widths = torch.tensor([0, *(block.shape[1] for block in form.left)]).cumsum(0).int()
-        rows, there = torch.cat([left, right.T]).flip(0), torch.arange(left.shape[1]) < widths[levels.flip(0), None]
-        packed = rows[there.to(rows.device)]  # from the last row to the first, as places count from the end
+    names = [[f"{side}_{level}" for level in range(len(form.left))] for side in ("left", "right")]
+    if writer.bits < 32 and (form.spread_numbers - form.numbers) * writer.bits <= 8 * SPREAD + (m + n):
+        sides = [writer.number(left, *names[0]), writer.number(right, *names[1])]
+    else:  # both, one below the other (m + n, k): a row begins with as many numbers as its neuron's level says
+        width, widths = _widths(form, writer)
+        rows, component = torch.cat([left, right.T]), torch.arange(left.shape[1])
+        packed = rows.flip(0)[(component < widths[:, None]).flip(0).to(rows.device)]  # as places count from the end
         numbers = writer.raised(writer.tensor(packed)) if writer.bits == 32 else writer.whole(packed, writer.bits)
-        level = writer.whole(levels[:, None], few if len(blocks) < 8 else 8, np.dtype(np.int32))
-        width = add("Gather", [writer.tensor(widths), level], axis=0)
-        component = writer.places(torch.arange(left.shape[1]), np.int32)
-        place = add("Sub", [component, add("CumSum", [width, writer.tensor(np.array(0, np.int32))])])
-        mask = writer.cast(add("Less", [component, width]), writer.unpacks)
+        column = writer.places(component, np.int32)
+        place = add("Sub", [column, add("CumSum", [width, writer.tensor(np.array(0, np.int32))])])
+        mask = writer.cast(add("Less", [column, width]), writer.unpacks)
         both = writer.split(add("Mul", [add("Gather", [numbers, place], axis=0), mask]), [m, n])
         both[1] = add("Transpose", [both[1]], perm=[1, 0])
-        sides = [
-            writer.settled(writer.times(side, writer.scale(*parts))) for side, parts in zip(both, names, strict=True)
-        ]
+        scaled = [writer.times(side, writer.scale(*parts)) for side, parts in zip(both, names, strict=True)]
+        sides = list(map(writer.settled, scaled))
     if form.spread_numbers > m * n:
         writer.product(x, writer.product(*sides), y)
     else:
         writer.product(writer.product(x, sides[0]), sides[1], y)
+
+
+def _widths(form: SparseLowRank, writer: Writer) -> tuple[str, Tensor]:
+    """How many numbers each row of both factors begins with: nodes (m + n, 1) and the numbers (m + n,).
+
+    A whole number of 4 bits says that of one to four neighbours, through a table.
+    """
+    sums = torch.tensor([0, *(block.shape[1] for block in form.left)]).cumsum(0)
+    kinds, levels = torch.cat([form.row_levels, form.column_levels]).cpu().long().unique(return_inverse=True)
+    base = max(2, len(kinds))
+    powers = base ** torch.arange(int(math.log(16, base)))
+    filled = torch.cat([levels, levels.new_zeros(-len(levels) % len(powers))])
+    codes = (filled.reshape(-1, len(powers)) * powers).sum(1) - 8
+    table = sums[kinds][(torch.arange(16)[:, None] // powers % base).clamp(max=len(kinds) - 1)].roll(8, 0)
+    few = 4 if writer.opset >= FOUR_BITS or writer.bits == 4 else 8
+    width = writer.add("Gather", [writer.places(table, np.int32), writer.whole(codes, few, np.dtype(np.int32))], axis=0)
+    width = writer.add("Reshape", [width, writer.tensor(np.array([-1, 1]))])
+    return writer.some(width, torch.arange(len(levels)), len(filled), 0), sums[kinds][levels]
 
 
 def _blocks(form: SparseLowRank, writer: Writer, x: str, y: str) -> None:
@@ -151,26 +159,18 @@ def _dense(form: Dense, writer: Writer, bias: Tensor | None) -> None:
     node.CopyFrom(writer.node)
     weight = form.weight.T if writer.layer.trans_b else form.weight
     node.input[1] = writer.tensor(weight.contiguous())
-    if writer.layer.alpha != 1:
-        next(item for item in node.attribute if item.name == "alpha").f = 1.0
+    for item in node.attribute:
+        if item.name == "alpha" or (item.name == "beta" and bias is not None):
+            item.f = 1.0
     if bias is not None and writer.node.op_type == "Gemm":
-        _gemm_bias(writer, node, bias)
+        del node.input[2:]
+        node.input.append(writer.tensor(bias))
     elif bias is not None and writer.layer.bias is None:
         node.output[0] = next(writer.additions.names)
         writer.nodes.append(node)
         writer.add("Add", [node.output[0], writer.tensor(bias)], writer.node.output[0])
         return
     writer.nodes.append(node)
-
-
-def _gemm_bias(writer: Writer, node: NodeProto, bias: Tensor) -> None:
-    """Put a bias into a Gemm."""
-    inputs = [*node.input[:2], writer.tensor(bias)]
-    del node.input[:]
-    node.input.extend(inputs)
-    for item in node.attribute:
-        if item.name == "beta":
-            item.f = 1.0
 
 
 def _factored(form: Factors, writer: Writer, bias: Tensor | None) -> None:

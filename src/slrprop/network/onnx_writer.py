@@ -21,7 +21,8 @@ FOUR_BITS = 21  # the first operator set with whole numbers of 4 bits
 
 def _names(graph: GraphProto) -> set[str]:
     """All names of tensors, those inside bodies of nodes included."""
-    found = {tensor.name for tensor in (*graph.initializer, *graph.input, *graph.output)}
+    sparse = (tensor.values for tensor in graph.sparse_initializer)
+    found = {tensor.name for tensor in (*graph.initializer, *sparse, *graph.input, *graph.output)}
     return found.union(*({*node.input, *node.output}.union(*map(_names, graphs_of(node))) for node in graph.node))
 
 
@@ -87,16 +88,12 @@ class Writer:
             return self.add("Slice", [x], axes=[axis], starts=[part.start], ends=[part.stop])
         return self.add("Slice", [x, *(self.tensor(np.array([number])) for number in (part.start, part.stop, axis))])
 
-    def split(self, x: str, sizes: list[int]) -> list[str]:
+    def split(self, x: str, sizes: list[int], names: list[str] | None = None) -> list[str]:
         """Parts of a tensor along its first axis."""
-        return self._split(x, [(next(self.additions.names), size) for size in sizes])
-
-    def _split(self, x: str, parts: list[tuple[str, int]]) -> list[str]:
-        names, sizes = [name for name, _ in parts], [size for _, size in parts]
+        names = names or [next(self.additions.names) for _ in sizes]
         old: dict[str, Any] = {"split": sizes} if self.opset < 13 else {}
-        self.nodes.append(
-            helper.make_node("Split", [x, *([] if old else [self.tensor(np.array(sizes))])], names, **old)
-        )
+        inputs = [x] if old else [x, self.tensor(np.array(sizes))]
+        self.nodes.append(helper.make_node("Split", inputs, names, **old))
         return names
 
     def gather(self, x: str, index: Tensor, output: str | None = None) -> str:
@@ -110,12 +107,12 @@ class Writer:
         picked = self.add("Gather", [self._turned[x], places], axis=0)
         return self.add("Transpose", [picked], output, perm=[*axes[1:], 0])
 
-    def some(self, x: str, index: Tensor, count: int) -> str:
+    def some(self, x: str, index: Tensor, count: int, axis: int | None = None) -> str:
         """Some of ``count`` features, ascending: all, a slice, or gathered."""
         piece = span(index)
         if len(index) == count:
             return x
-        return self.gather(x, index) if piece is None else self.slice(x, piece)
+        return self.gather(x, index) if piece is None else self.slice(x, piece, axis)
 
     def join(self, parts: list[str], output: str | None = None) -> str:
         return (
@@ -179,7 +176,7 @@ class Writer:
             above = self.add("Floor", [self.add("Div", [both, sixteen])])
             below = self.add("Sub", [both, self.add("Mul", [above, sixteen])])
             joined = self.add("Sub", [self.add("Concat", [below, above], axis=0), eight])
-            self._split(joined, [(name, len(codes)) for name, codes in parts])
+            self.split(joined, [len(codes) for _, codes in parts], [name for name, _ in parts])
         return self.nodes
 
     def times(self, whole: str, scale: Tensor | None) -> str:
@@ -192,14 +189,14 @@ class Writer:
             return whole
         half = scale.half()
         if scale.numel() > FEW and bool((half == scale).all()):  # float16 takes fewer bytes, two more nodes included
-            inverse = self.add("Reciprocal", [self.raised(self.tensor(half, exact=True), np.dtype(np.float16))])
+            inverse = self.add("Reciprocal", [self.cast(self.tensor(half, exact=True), self.unpacks)])
         else:
             inverse = self.tensor((1 / scale.double()).cpu().numpy().astype(self.unpacks), exact=True)
         return self.add("Div", [whole, inverse])
 
-    def raised(self, numbers: str, dtype: np.dtype[Any] | None = None) -> str:
-        """Constants of a type (the layer's) in the type that unpacking computes in."""
-        return numbers if self.unpacks == (dtype or self.dtype) else self.cast(numbers, self.unpacks)
+    def raised(self, numbers: str) -> str:
+        """Constants of the layer's type in the type that unpacking computes in."""
+        return numbers if self.unpacks == self.dtype else self.cast(numbers, self.unpacks)
 
     def settled(self, unpacked: str) -> str:
         """Unpacked numbers in the layer's type."""

@@ -208,20 +208,17 @@ class Shares:
     def _around(self, name: str, layer: LayerPlan | None, size: int) -> int:
         """Bytes that the file takes around a form's numbers more than around the dense weight.
 
-        Two files of each kind are made to know: one with the first such layer alone, as what unpacking needs is written once, and
-        one with a second.
+        Two files of each kind are made to know, one with the first such layer and one with a second: what unpacking needs is written once.
         """
         if not self.in_file or layer is None or layer.factors is None:
             return 0
-        arrays, network = layer.factors.arrays(), self.problem.network
+        arrays, file = layer.factors.arrays(), self.trials.size
         known = self._headers.setdefault((layer.factors.kind, str(layer.settings["bits"]), *arrays), [])
-        named = 0  # in a module's file each array's name holds the layer's, as the dense weight's did
-        if isinstance(self.trials.door.model, nn.Module):
-            named = len(name) * (len(arrays) - 1)
+        # in a module's file each array's name holds the layer's, as the dense weight's did
+        named = len(name) * (len(arrays) - 1) if isinstance(self.trials.door.model, nn.Module) else 0
         before = tuple(first for first, _ in known)
-        if len(known) < 2 and all(first.name != name for first in before):
-            saved = network.stored(name) - size
-            more = self.trials.size(Plan((*before, layer))) - self.trials.size(Plan(before)) + saved
+        if len(known) < 2 and name not in {first.name for first in before}:
+            more = file(Plan((*before, layer))) - file(Plan(before)) + self.problem.network.stored(name) - size
             known.append((layer, min(max(0, more), MOST_AROUND) - named))
         return known[known[0][0].name != name][1] + named
 
