@@ -2,8 +2,11 @@
 
 import copy
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import nn
 
 import slrprop
@@ -52,6 +55,33 @@ def test_half_precision_factors_take_half_the_bytes(method, settings):
     assert layer.bytes <= 2 * 2 * 20 * 64 + 32
     made = slrprop.apply(model, slrprop.Plan((layer,)))
     assert sum(p.nbytes for p in made[0].state_dict().values()) < model[0].weight.nbytes + model[0].bias.nbytes
+
+
+def test_half_precision_numbers_of_a_file_are_counted_as_two_bytes(trained, digits, tmp_path):
+    x, y = digits
+    model, path = copy.deepcopy(trained).half(), tmp_path / "half.onnx"
+    slrprop.export_onnx(trained, path, x[:4])
+    file = onnx.load(path)
+    for tensor in file.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    for value in (*file.graph.input, *file.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    onnx.save(file, path)
+    assert [layer.share for layer in slrprop.inspect(path)] == [layer.share for layer in slrprop.inspect(model)]
+    own = [2 * layer.numbers for layer in slrprop.inspect(path)]
+    found = compress(path, (x[1200:], y[1200:]), max_bytes="50%", methods={"svd": {}, "dense": {"bits": 8}})
+    biases = [2 * module.out_features for module in model if isinstance(module, nn.Linear)]
+    assert [curve[0].bytes for curve in found.curves.values()] == [sum(pair) for pair in zip(own, biases, strict=True)]
+    for point in found.points:
+        if point.measured is not None:
+            assert point.measured.bytes == pytest.approx(point.predicted_bytes, rel=0.05)
+
+
+def test_shares_are_of_the_bytes_where_numbers_are_of_several_kinds():
+    model = nn.Sequential(nn.Conv1d(4, 8, 3, bias=False).double(), nn.Flatten(), nn.Linear(24, 8, bias=False))
+    (layer,) = slrprop.inspect(model)
+    assert layer.share == 4 * 192 / (4 * 192 + 8 * 96)
 
 
 def test_a_layer_whose_new_bias_makes_it_larger_stays_dense():

@@ -2,16 +2,18 @@
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 import slrprop
 from benchmarks import quantisation
 from slrprop import SlrpropError, cli
 from slrprop.factors import Dense, LowRank, SparseLowRank
-from slrprop.network import onnx_rewrite
-from slrprop.quantize import quantised
+from slrprop.network import OnnxNetwork, onnx_rewrite
+from slrprop.quantize import quantised, with_bias
 
 
 def outputs(path, x):
@@ -150,15 +152,82 @@ def test_dequantised_layers_stand_for_the_same_numbers(joined, bits, tmp_path):
 
 
 def test_the_benchmark_prints_its_tables(capsys, monkeypatch):
-    sizes = ["--layers", "20x12x4", "--sparse", "24x16x6", "--batches", "1", "3", "--turns", "1"]
+    sizes = ["--around", "20x20x4", "--layers", "20x12x4", "--sparse", "24x16x6", "--batches", "1", "3", "--turns", "1"]
     monkeypatch.setattr("sys.argv", ["quantisation", *sizes])
     quantisation.main()
     tables = [part.splitlines() for part in capsys.readouterr().out.strip().split("\n\n")]
-    assert [len(table) - 2 for table in tables] == [18, 2, len(quantisation.LIMITS), len(quantisation.SHARES)]
+    assert [len(table) - 2 for table in tables] == [9, 18, 2, len(quantisation.LIMITS), len(quantisation.SHARES)]
     assert all(len({line.count("|") for line in table}) == 1 for table in tables)
-    assert all(np.isfinite(float(line.split("|")[-5])) for line in tables[0][2:])
+    assert all(np.isfinite(float(line.split("|")[-5])) for line in tables[1][2:])
 
 
 def test_limits_tell_what_the_slower_way_costs():
     layers = [quantisation.Timed(10, 0, 1.0, 2.0), quantisation.Timed(5, 0, 4.0, 2.0)]
     assert quantisation.limits([4, 5, 10], [layers], lambda limit, _: limit) == ["| 4 | 41.4 % |", "| 5 | 0.0 % |", "| 10 | 41.4 % |"]  # fmt: skip
+
+
+@pytest.mark.parametrize("opset", [17, 21])
+@pytest.mark.parametrize("side", [64, 300])
+def test_little_stands_around_the_numbers_of_a_layer(side, opset, tmp_path):
+    """Names, shapes and nodes of layers in 4 bits; what unpacking needs is written once for the file."""
+    layers = [quantisation.forms(side, side // 16) for _ in range(3)]
+    for name, most in (("low rank", 400), ("nested (three-wide)", 700), ("SLR", 700)):
+        one, three = (
+            quantisation.around([forms[name] for forms in layers[:count]], 4, opset, tmp_path) for count in (1, 3)
+        )
+        assert three - one <= 2 * most and one <= most + 350
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("opset", [7, 9, 11, 13, 21])
+def test_four_bits_are_unpacked_in_every_operator_set(opset, kind, tmp_path):
+    """Two layers share the unpacking; with the rank of x unknown to none of them the bias goes into the product."""
+    torch.manual_seed(0)
+    value, element = helper.make_tensor_value_info, helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    nodes = [
+        helper.make_node("Gemm", ["x", "v", "p"], ["a"], "one", alpha=0.5),
+        helper.make_node("MatMul", ["a", "w"], ["y"], "two"),
+    ]
+    tensors = [numpy_helper.from_array(torch.randn(shape).numpy().astype(kind), name) for name, shape in (("v", (31, 30)), ("p", (30,)), ("w", (30, 29)))]  # fmt: skip
+    graph = helper.make_graph(nodes, "g", [value("x", element, ["n", 31])], [value("y", element, ["n", 29])], tensors)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8), tmp_path / "m.onnx"
+    )
+    network = OnnxNetwork(tmp_path / "m.onnx", None)
+    low = LowRank(torch.randn(31, 5) / 6, torch.randn(5, 30))
+    few = {"one": with_bias(quantised(low, 4), torch.randn(30)), "two": quantised(anywhere(30, 29), 4)}
+    onnx_rewrite.rewritten(network.file, network.graph, few, {"one": few["one"].bias}).save(
+        tmp_path / "s.onnx", lambda _: None
+    )
+    onnx.checker.check_model(str(tmp_path / "s.onnx"), full_check=True)
+    x = torch.randn(6, 31)
+    want = (x @ few["one"].dense() + few["one"].bias) @ few["two"].dense()
+    got = OnnxNetwork(tmp_path / "s.onnx", None).file.session(["y"]).run({"x": x.numpy().astype(kind)})["y"]
+    assert (
+        got.dtype == kind
+        and (torch.from_numpy(got) - want).norm() < (0.01 if kind == np.float16 else 1e-5) * want.norm()
+    )
+    made = onnx.load(tmp_path / "s.onnx").graph
+    assert [node.name for node in made.node if node.name] == ["one", "two"]
+    assert sum(node.op_type == "Floor" for node in made.node) == (opset < 21)
+
+
+def test_new_names_are_taken_by_nothing_inside_a_body(tmp_path):
+    value = helper.make_tensor_value_info
+    inner = [helper.make_node("Relu", ["h"], ["a"]), helper.make_node("Neg", ["a"], ["b"])]
+    body = helper.make_graph(inner, "body", [], [value("b", TensorProto.FLOAT, None)], [], doc_string="a note")
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], "one", doc_string="torch/nn/modules/linear.py"),
+        helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body),
+    ]
+    tensors = [numpy_helper.from_array(np.random.rand(30, 30).astype(np.float32), "w")]
+    ends = [value("x", TensorProto.FLOAT, ["n", 30]), value("c", TensorProto.BOOL, [])]
+    graph = helper.make_graph(nodes, "g", ends, [value("y", TensorProto.FLOAT, ["n", 30])], tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "m.onnx")
+    x = {"x": np.random.rand(4, 30).astype(np.float32), "c": np.array(True)}
+    slrprop.apply(
+        tmp_path / "m.onnx", slrprop.plan(tmp_path / "m.onnx", None, method="svd", rank=4), tmp_path / "s.onnx"
+    )
+    made = (tmp_path / "s.onnx").read_bytes()
+    assert b"a note" not in made and b"linear.py" not in made
+    assert onnxruntime.InferenceSession(made).run(None, x)[0].shape == (4, 30)
