@@ -121,13 +121,24 @@ class TestStore:
         for place, sentence in {
             tmp_path / "text": "text' can't be opened: .*not a database",
             "mysql://host/name": "must be a path or postgresql://..., got 'mysql://...'",
-            "postgresql://host:port/": "must be postgresql://user:password@host/name, got 'postgresql://host:port/'",
+            "postgresql://host:port/": r"must be postgresql://user:password@host/name \(in the password @ as %40, \? as %3F\), got 'postgresql://host:port/'",
+            "postgresql://me:top secr@t/x@host:p/n": r"got 'postgresql://me:\*\*\*@host:p/n'",
+            "postgresql://host/n?user=me&password=secr@t": r"got 'postgresql://host/n\?user=me&password=\*\*\*'",
+            "postgresql://127.0.0.1:9/n?user=me&password=secret": r"'postgresql://127.0.0.1:9/n' can't be opened: .*onnection",
+            tmp_path / "text" / "r.sqlite": "the folder '.*text' can't be used .*; name another one",
         }.items():
-            with pytest.raises(SlrpropError, match=sentence):
+            with pytest.raises(SlrpropError, match=sentence) as error:
                 paper_store(place)
+            assert ("secr" not in str(error.value) and error.value.__cause__ is None) or isinstance(place, Path)
         monkeypatch.setitem(sys.modules, "psycopg", None)
         with pytest.raises(SlrpropError, match=r"pip install 'slrprop\[postgresql\]'"):
             paper_store("postgresql://host/name")
+
+    @pytest.mark.parametrize("name", ["a?b=c.sqlite", "100%41 d.sqlite", "file:a b#c;d.sqlite", "password=x y"])
+    def test_a_path_is_a_path(self, name, tmp_path):
+        paper_store(tmp_path / name).add(ROWS[0])
+        assert paper_store(tmp_path / name).results() == ROWS[:1]
+        assert all(path.name.startswith(name) for path in tmp_path.iterdir())
 
     def test_postgresql(self, postgresql):
         store = paper_store(postgresql)
@@ -223,6 +234,8 @@ class TestRay:
     def test_no_cluster(self, monkeypatch):
         with pytest.raises(SlrpropError, match="cluster must be 'auto' or ray://HOST:PORT, got 'localhost:6379'"):
             each(square, [1], (7,), cluster="localhost:6379")
+        with pytest.raises(SlrpropError, match=r"got 'http://me:\*\*\*@host:1'$"):
+            each(square, [1], (7,), cluster="http://me:secret@host:1")
         ray = pytest.importorskip("ray")
         monkeypatch.setattr(ray, "is_initialized", lambda: False)
         monkeypatch.setattr(ray, "init", raises)

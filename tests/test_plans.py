@@ -143,7 +143,10 @@ def test_a_model_beside_the_plan_is_not_overwritten(trained, calibration, tmp_pa
     """The name is the likely one: small.safetensors and small.json."""
     slrprop.save(trained, tmp_path / "small.safetensors")
     before = (tmp_path / "small.safetensors").read_bytes()
-    with pytest.raises(SlrpropError, match=r"small.safetensors' is not a plan's factors, which would be saved there"):
+    with pytest.raises(
+        SlrpropError,
+        match=r"small.safetensors' is there already and is not beside the plan 'small.json' alone, but beside no plan; move it away",
+    ):
         fitted(trained, calibration).save(tmp_path / "small.json")
     assert (tmp_path / "small.safetensors").read_bytes() == before and not (tmp_path / "small.json").exists()
     slrprop.plan(trained, calibration, method="svd", rank=5).save(tmp_path / "small.json")  # which needs no factors

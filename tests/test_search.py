@@ -453,7 +453,7 @@ def test_a_damaged_run_folder_is_read_as_far_as_it_goes(trained, fresh, tmp_path
 @pytest.mark.parametrize(
     ("output", "report", "message"),
     [
-        ("missing/small.onnx", "r.html", "small.onnx' can't be written: its folder does not exist"),
+        ("missing/small.onnx", "r.html", "small.onnx' could not be written (its folder does not exist)"),
         ("small.txt", "r.html", "small.txt' must end in .onnx"),
         ("small.onnx", "r.pdf", "r.pdf' must end in .html or .md"),
         ("model.onnx", "r.md", "model.onnx' is the model itself, which stays as it is"),

@@ -13,6 +13,7 @@ from slrprop.checks import require_choice, suggestion
 from slrprop.data import open_data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense, Factors, Quantized, stored_bytes
+from slrprop.files import together
 from slrprop.layers import linear_from, note_shape, original_shape
 from slrprop.methods import METHODS, Decision, Method, Problem, Settings, find_method
 from slrprop.network import open_network
@@ -212,8 +213,9 @@ def apply(
         The new module; or, for a file, how far its outputs are from the factors' mathematics.
 
     Raises:
-        SlrpropError: the plan was made for another model (names, shapes and the weights' fingerprints are checked), or
-            the outputs differ; no file is left then.
+        SlrpropError: the plan was made for another model (names, shapes and the weights' fingerprints are checked), the
+            outputs differ, the file would be larger than the original, or something else stands in its place; nothing is
+            written then.
     """
     if not isinstance(plan, Plan):
         raise SlrpropError(f"plan must be a slrprop plan, read from a file by Plan.load, got {type(plan).__name__}")
@@ -222,12 +224,12 @@ def apply(
         return _apply_module(model, plan)
     if output is None:
         raise SlrpropError("an ONNX file was given, so apply needs the path of the file to write")
-    if Path(output).exists() and Path(model).exists() and Path(output).samefile(model):
-        raise SlrpropError(f"'{output}' is the model itself, which stays as it is; name another file")
     network = OnnxNetwork(model, None)
-    done = _file_forms(network, plan)
-    samples = None if data is None else open_data(data)
-    return write(network, done.forms, done.biases, done.moved, done.moved_biases, output, samples, integer_products)
+    with together(*network.file.files, ("the data", data)) as outputs:
+        network.file.places(output, outputs)
+        done = _file_forms(network, plan)
+        samples = None if data is None else open_data(data)
+        return write(network, done.forms, done.biases, done.moved, done.moved_biases, output, samples, integer_products)
 
 
 def no_integers(asked: bool) -> None:

@@ -12,6 +12,7 @@ import typer
 from slrprop.checks import need_extra
 from slrprop.comparison.commands import compare
 from slrprop.errors import SlrpropError, printable
+from slrprop.files import raising_on_signals, together
 from slrprop.paper.commands import paper
 from slrprop.terminal import Cluster, Json, Output, Workers, show_table
 
@@ -119,10 +120,15 @@ def plan(
 
     Example: slrprop plan model.onnx --calibration data.npz --method nested --rank 16 --set bits=4 -o plan.json
     """
+    plans, reads = importlib.import_module("slrprop.plan"), [("the model itself", model), ("the data", calibration)]
+    with together(*reads) as outputs:
+        for place, refusal in ((output, plans.no_plan), plans.places(output)):
+            outputs.place(place, refusal)
     made = importlib.import_module("slrprop.api").plan(
         model, calibration, method, layers or None, rank, sparsity_rate, reduction_rate, **parsed(settings or [])
     )
-    made.save(output)
+    with together(*reads):
+        made.save(output)
     typer.echo(made.to_json() if as_json else f"{made}\n" + printable(f"Written: {output}"))
 
 
@@ -158,8 +164,10 @@ def apply_plan(
 
     Example: slrprop apply model.onnx plan.json -o small.onnx
     """
-    loaded = importlib.import_module("slrprop.plan").Plan.load(plan)
-    parity = importlib.import_module("slrprop.api").apply(model, loaded, output, calibration, integer_products)
+    plans = importlib.import_module("slrprop.plan")
+    loaded = plans.Plan.load(plan)
+    with together(("the plan", plan), ("the plan's factors", plans.beside(plan))):
+        parity = importlib.import_module("slrprop.api").apply(model, loaded, output, calibration, integer_products)
     files = importlib.import_module("slrprop.network.onnx_file").OnnxFile
     before, after = files.open(model).bytes, files.open(output).bytes
     if as_json:
@@ -211,16 +219,10 @@ def measure(
     show_table([header[place] for place in columns], [[row[place] for place in columns] for row in rows])
 
 
-def _writable(path: Path, suffixes: tuple[str, ...], model: Path) -> None:
-    """Find out before the work whether a file can be written there."""
-    if path.suffix.lower() not in suffixes:
-        raise SlrpropError(f"'{path}' must end in {' or '.join(suffixes)}")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise SlrpropError(
-            f"'{path}' can't be written: {'it is a folder' if path.is_dir() else 'its folder does not exist'}"
-        )
-    if path.exists() and model.exists() and path.samefile(model):
-        raise SlrpropError(f"'{path}' is the model itself, which stays as it is; name another file")
+def _require_ending(path: Path, *endings: str) -> None:
+    """Find out before the work whether the name is one."""
+    if path.suffix.lower() not in endings:
+        raise SlrpropError(f"'{path}' must end in {' or '.join(endings)}")
 
 
 @app.command()
@@ -258,31 +260,34 @@ def compress(
 
     Example: slrprop compress model.onnx --calibration data.npz --max-drop 0.5 -o small.onnx --report report.html
     """
-    _writable(output, (".onnx",), model)
+    _require_ending(output, ".onnx")
+    search, reports = importlib.import_module("slrprop.search"), importlib.import_module("slrprop.report")
+    command, reads = ["slrprop", *sys.argv[1:]], [("the model itself", model), ("the data", calibration)]
     if report is not None:
-        _writable(report, (".html", ".md"), model)
+        _require_ending(report, ".html", ".md")
         if report.suffix == ".html":
             need_extra("plotly", "report")
-        write_report = importlib.import_module("slrprop.report").write_report
-        command = ["slrprop", *sys.argv[1:]]
-    search = importlib.import_module("slrprop.search")
+        with together(*reads) as outputs:
+            outputs.place(report, reports.no_report)
     try:
         found = search.compress(
             model, calibration, max_drop=max_drop, max_bytes=max_bytes, max_latency_ms=max_latency_ms, max_latency=max_latency,
             metric=metric, level=level, methods="auto" if method == ["auto"] else [(name, search.QUICK.get(name, {})) for name in method],
             size_only=size_only, layers=layers or None, confident=confident, seed=seed, run_dir=run_dir,
-            workers=workers, cluster=cluster, integer_products=integer_products,
+            workers=workers, cluster=cluster, integer_products=integer_products, output=output,
         )  # fmt: skip
     except search.BudgetError as error:
         if report is not None:
-            write_report(error.best, report, command)
+            with together(*reads):
+                reports.write_report(error.best, report, command)
         if as_json:
             typer.echo(json.dumps(error.best.summary()))
         typer.echo(f"error: {error}", err=True)
         sys.exit(3)
-    parity = importlib.import_module("slrprop.api").apply(model, found.plan, output, calibration, integer_products)
-    if report is not None:
-        write_report(found, report, command, parity.outputs)
+    with together(*reads):
+        parity = importlib.import_module("slrprop.api").apply(model, found.plan, output, calibration, integer_products)
+        if report is not None:
+            reports.write_report(found, report, command, parity.outputs)
     if as_json:
         typer.echo(json.dumps(found.summary() | {"file": str(output), "parity": asdict(parity)}))
         return
@@ -355,13 +360,14 @@ def demo(output: Output = Path("build/demo"), as_json: Json = False) -> None:
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends in one sentence and exit code 1, Ctrl-C in 130."""
+    """Run the command line; a user's mistake ends in one sentence and exit code 1, a signal (Ctrl-C, SIGTERM, SIGHUP) in 128 and its number."""
     try:
-        app()
+        with raising_on_signals(lambda number: SystemExit(128 + number)):
+            app()
     except (SlrpropError, OSError) as error:
         typer.echo(f"error: {printable(str(error))}", err=True)
         sys.exit(1)
     except SystemExit as end:
-        if end.code == 130:  # what typer makes of Ctrl-C
+        if end.code in (129, 130, 143):  # 130 is what typer makes of Ctrl-C
             typer.echo("interrupted; what takes a --run-dir goes on from there at the next call", err=True)
         raise

@@ -1,6 +1,5 @@
 """The demonstration: a network on scikit-learn's digits, compressed by every method at several ranks."""
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from slrprop.api import apply, plan
+from slrprop.errors import SlrpropError
 from slrprop.export import export_onnx
-from slrprop.files import replacing
+from slrprop.files import holding, made_folder, replacing, scratch, together
 from slrprop.latency import latencies
 from slrprop.measure import measure
 
@@ -22,6 +22,7 @@ RANKS = (2, 4, 8, 16, 32, 64)
 METHODS = ("svd", "slr", "slrprop")
 LAYERS = ["2", "4"]
 TRAIN, SELECT = 1000, 1397  # samples 0..999 train and calibrate, 1000..1396 choose, the rest tests
+FILES, MARK = ("original.onnx", "demo.onnx", "data.npz", "demo.png"), "slrprop demo"
 ALLOWED_DROP = 1.0  # points of accuracy on the choosing part
 
 
@@ -64,11 +65,15 @@ def run(output: Path) -> tuple[list[Row], Row]:
 
     The original network and the samples it was not trained on lie beside them, for ``slrprop compress``.
 
+    Raises:
+        SlrpropError: the folder can't be made, or holds files of those names that are another's.
+
     Returns:
         All rows, the original first, and the chosen one: the smallest file that loses at most one point of
         accuracy on the choosing part.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    made_folder(output)
+    _require_own(output)
     x, y = digits()
     model = train(x[:TRAIN], y[:TRAIN])
     networks = {"original": model}
@@ -76,8 +81,8 @@ def run(output: Path) -> tuple[list[Row], Row]:
         for rank in tqdm(RANKS, desc=method, unit="rank", disable=None):
             made = plan(model, (x[:TRAIN], y[:TRAIN]), method=method, layers=LAYERS, rank=rank)
             networks[f"{method}, rank {rank}"] = apply(model, made)
-    with tempfile.TemporaryDirectory() as folder:
-        files = {name: Path(folder) / f"{index}.onnx" for index, name in enumerate(networks)}
+    with scratch() as folder:
+        files = {name: folder / f"{index}.onnx" for index, name in enumerate(networks)}
         for name, path in tqdm(files.items(), desc="exporting and checking", unit="file", disable=None):
             export_onnx(networks[name], path, x[:4])
         times = latencies(files, [x[:1].numpy()], repetitions=200)
@@ -94,14 +99,23 @@ def run(output: Path) -> tuple[list[Row], Row]:
             )
         good = [row for row in rows if row.choosing >= rows[0].choosing - ALLOWED_DROP]
         best = min(good, key=lambda row: row.bytes)
-        for name, chosen in (("original.onnx", "original"), ("demo.onnx", best.name)):
-            with replacing(output / name) as part:
-                part.write_bytes(files[chosen].read_bytes())
-    with replacing(output / "data.npz") as part, open(part, "wb") as file:
-        np.savez(file, x=x[TRAIN:].numpy(), targets=y[TRAIN:].numpy())
-    with replacing(output / "demo.png") as part:
-        _figure(rows, best).savefig(part, dpi=120, format="png")
+        with together():
+            _require_own(output)
+            for name, chosen in (("original.onnx", "original"), ("demo.onnx", best.name)):
+                with replacing(output / name) as part:
+                    part.write_bytes(files[chosen].read_bytes())
+            with replacing(output / "data.npz") as part, open(part, "wb") as file:
+                np.savez(file, x=x[TRAIN:].numpy(), targets=y[TRAIN:].numpy())
+            with replacing(output / "demo.png") as part:
+                _figure(rows, best).savefig(part, dpi=120, format="png", metadata={"Software": MARK})
     return rows, best
+
+
+def _require_own(folder: Path) -> None:
+    """The four files of an earlier demonstration may be replaced; its figure tells that they are one's."""
+    there = [name for name in FILES if (folder / name).exists()]
+    if there and (FILES[-1] not in there or holding(MARK)(folder / FILES[-1])):
+        raise SlrpropError(f"'{folder}' holds {', '.join(there)} that no demonstration wrote; name another folder")
 
 
 def _figure(rows: list[Row], best: Row) -> Any:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from slrprop.data import as_tensor
 from slrprop.errors import SlrpropError, first_line
 from slrprop.factors import Quantized
-from slrprop.files import replacing
+from slrprop.files import replacing, scratch
 from slrprop.layers import FactoredLinear
 from slrprop.network.base import fingerprint
 from slrprop.network.onnx import OnnxNetwork
-from slrprop.network.onnx_file import bare
+from slrprop.network.onnx_file import bare, no_model
 from slrprop.network.onnx_rewrite import rewritten
 from slrprop.network.torch import device_of, evaluating, swapped
 
@@ -75,7 +75,9 @@ def _repack(path: Path, packed: Mapping[str, FactoredLinear], plain: Mapping[str
             raise SlrpropError(f"layer '{name}' was not found again in the exported graph")
         forms[place] = layer.factors()
     biases = {name: form.bias for name, form in forms.items() if isinstance(form, Quantized) and form.bias is not None}
-    rewritten(network.file, network.graph, forms, biases).save(path, lambda _: None)
+    with scratch(path.parent) as folder:
+        rewritten(network.file, network.graph, forms, biases).write(folder / path.name)
+        (folder / path.name).replace(path)
 
 
 def _strip(path: Path) -> None:
@@ -98,7 +100,8 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_
         The largest absolute difference between torch and ONNX Runtime on the example, over all outputs.
 
     Raises:
-        SlrpropError: the model can't be exported, or the file's outputs differ; no file is left then.
+        SlrpropError: the model can't be exported, the file's outputs differ, or another file than a model is there; no file
+            is left then, and what was there stays.
     """
     items = example_input if isinstance(example_input, (tuple, list)) else (example_input,)
     inputs = tuple(as_tensor(item, "the example input") for item in items)
@@ -125,7 +128,7 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_
         packed = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear) and module.repacked}  # fmt: skip
         unpacked: dict[str, nn.Linear] = {name: module.unpacked() for name, module in packed.items()}
         plain = swapped(model, dict(unpacked)) if packed else model
-        with replacing(path) as part:
+        with replacing(path, no_model) as part:
             dynamic = torch.export.ShapesCollection()
             for item in inputs:
                 dynamic[item] = {0: torch.export.Dim("batch")}

@@ -1,6 +1,8 @@
 """Work in independent parts: in this process, in processes of this machine, or on an existing Ray cluster."""
 
+import contextlib
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from functools import partialmethod
@@ -13,6 +15,7 @@ from tqdm.auto import tqdm
 
 from slrprop.checks import need_extra, require_count
 from slrprop.errors import SlrpropError, first_line
+from slrprop.files import raising_on_signals, scratch
 
 RETRIES = 10  # times that a task runs again whose machine was lost
 
@@ -55,7 +58,8 @@ def each(
     return _in_processes(function, tasks, shared, min(workers, len(tasks)))
 
 
-def _start(call: str, shared: tuple[Any, ...]) -> None:
+def _start(call: str, shared: tuple[Any, ...], folder: str | None = None) -> None:
+    tempfile.tempdir = folder  # what is temporary goes with the process that called
     _shared.clear()
     _shared[call] = shared
     torch.set_num_threads(1)
@@ -63,20 +67,24 @@ def _start(call: str, shared: tuple[Any, ...]) -> None:
 
 
 def _numbered(function: Callable[..., Result], call: str, index: int, task: Any) -> tuple[int, Result]:
-    return index, function(task, *_shared[call])
+    with raising_on_signals(lambda number: SlrpropError(f"a worker process was ended by signal {number}")):
+        return index, function(task, *_shared[call])
 
 
 def _in_processes(
     function: Callable[..., Result], tasks: list[Task], shared: tuple[Any, ...], workers: int
 ) -> Iterator[tuple[Task, Result]]:
     call = uuid.uuid4().hex
-    pool = Parallel(
-        workers, return_as="generator_unordered", batch_size=1, max_nbytes=None, inner_max_num_threads=1,
-        initializer=_start, initargs=(call, shared),
-    )  # fmt: skip
     try:
-        for index, result in pool(delayed(_numbered)(function, call, index, task) for index, task in enumerate(tasks)):
-            yield tasks[index], result
+        with scratch() as folder:
+            pool = Parallel(
+                workers, return_as="generator_unordered", batch_size=1, max_nbytes=None, inner_max_num_threads=1,
+                initializer=_start, initargs=(call, shared, str(folder)),
+            )  # fmt: skip
+            jobs = (delayed(_numbered)(function, call, index, task) for index, task in enumerate(tasks))
+            with contextlib.closing(pool(jobs)) as found:  # which ends the workers
+                for index, result in found:
+                    yield tasks[index], result
     except BrokenProcessPool as error:
         raise SlrpropError(
             f"one of {workers} worker processes died ({first_line(error)}); it may have run out of memory: ask for fewer"
@@ -104,7 +112,7 @@ def _on_cluster(
     except (ConnectionError, RuntimeError, ValueError, ImportError, AssertionError) as error:
         raise SlrpropError(
             f"no Ray cluster answers at '{cluster}' ({first_line(error)}); start one with: ray start --head"
-        ) from error
+        ) from None
     pending: dict[Any, Task] = {}
     try:
         call, sent = uuid.uuid4().hex, [ray.put(value) for value in shared]
@@ -121,7 +129,7 @@ def _on_cluster(
         raise SlrpropError(
             f"the Ray cluster '{cluster}' lost a task for good ({first_line(error)}); are all its machines alive, with "
             "the same Python, Ray and slrprop on them?"
-        ) from error
+        ) from None
     finally:
         if joined:  # which ends its tasks
             ray.shutdown()

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from slrprop.errors import SlrpropError, printable
 from slrprop.factors import Factors, restored
-from slrprop.files import replacing
+from slrprop.files import Refusal, replacing, together
 
 FORMAT = "slrprop-plan"
 VERSION = 1
@@ -185,21 +186,18 @@ class Plan:
         """Write the plan as JSON; factors that were fitted to data beside it, as safetensors of the same name.
 
         Raises:
-            SlrpropError: a file can't be written, the plan was read without its factors, or a file that holds no plan's
-                factors is in their place; existing files stay as they were.
+            SlrpropError: a file can't be written, the plan was read without its factors, or something else than a plan
+                and its own factors is there; existing files stay as they were.
         """
         text = self.to_json()
-        target = beside(path)
-        if Path(path) == target:
-            raise SlrpropError(
-                f"'{path}' is where the plan's factors would be; give the plan another ending, like .json"
-            )
+        target, refusal = places(path)
         fitted = {f"{layer.name}/{name}": array.detach().cpu().contiguous() for layer in self.layers if layer.fitted for name, array in layer.arrays().items()}  # fmt: skip
-        with contextlib.ExitStack() as stack:  # both are written before one of them takes its place
+        with together():  # both are written before one of them takes its place
             if fitted:
-                _require_own(target)
-                stack.enter_context(replacing(target)).write_bytes(safetensors.torch.save(fitted))
-            stack.enter_context(replacing(path)).write_text(text)
+                with replacing(target, refusal) as part:
+                    part.write_bytes(safetensors.torch.save(fitted, {"format": FORMAT}))
+            with replacing(path, no_plan) as part:
+                part.write_text(text)
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
@@ -230,20 +228,55 @@ class Plan:
 
 def beside(path: str | Path) -> Path:
     """Where the fitted factors of the plan at ``path`` are."""
-    return Path(path).with_suffix(".safetensors")
+    return Path(path).parent / f"{Path(path).stem}.safetensors"
 
 
-def _require_own(path: Path) -> None:
-    """Refuse to write over a safetensors file with anything but a plan's factors, such as a model."""
-    if not path.exists():
-        return
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            own = all("/" in name for name in file.keys())  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError):
-        own = True  # no model anyway
-    if not own:
-        raise SlrpropError(f"'{path}' is not a plan's factors, which would be saved there; give the plan another name")
+def places(path: str | Path) -> tuple[Path, Refusal]:
+    """Where the fitted factors of the plan at ``path`` would be saved, and what may not be there.
+
+    Raises:
+        SlrpropError: that is the plan's own place, or the path is a link.
+    """
+    path, target = Path(path), beside(path)
+    if path == target:
+        raise SlrpropError(f"'{path}' is where the plan's factors would be; give the plan another ending, like .json")
+    if os.path.islink(path):  # noqa: PTH114
+        raise SlrpropError(f"'{path}' is a link, and the plan's factors would lie beside one of its two names; name '{path.resolve()}'")  # fmt: skip
+
+    def refusal(target: Path) -> str:
+        same = (other for other in target.parent.iterdir() if other.stem == path.stem and other.is_file())
+        owners = [other.name for other in same if not no_plan(other)]
+        if owners != [path.name]:
+            return f"is not beside the plan '{path.name}' alone, but beside {', '.join(owners) or 'no plan'}"
+        return header_refusal("is not a plan's factors", FORMAT)(target)
+
+    return target, refusal
+
+
+class _Head(msgspec.Struct):
+    format: str
+
+
+def no_plan(path: Path) -> str:
+    """Why a file is no plan that another may replace."""
+    with contextlib.suppress(msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        small = path.stat().st_size <= MAX_PLAN_BYTES
+        if small and msgspec.json.decode(path.read_bytes(), type=_Head).format == FORMAT:
+            return ""
+    return "is no plan of slrprop"
+
+
+def header_refusal(told: str, kind: str) -> Refusal:
+    """Lets safetensors files go whose header says that they are of our format ``kind``; others are ``told``."""
+
+    def refusal(path: Path) -> str:
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                return "" if (file.metadata() or {}).get("format") == kind else told
+        except safetensors.SafetensorError:
+            return told
+
+    return refusal
 
 
 def _with_factors(layer: LayerPlan, path: Path) -> LayerPlan:

@@ -14,7 +14,7 @@ from slrprop.factors import Dense
 from slrprop.files import replacing
 from slrprop.layers import LAYERS, FactoredLinear, linear_from, note_shape, original_shape
 from slrprop.network.torch import dense_modules, swapped
-from slrprop.plan import arrays_digest
+from slrprop.plan import arrays_digest, header_refusal
 
 FORMAT = "slrprop-model"
 VERSION = "1"
@@ -57,11 +57,10 @@ def save(model: nn.Module, path: str | Path) -> None:
     """Write a model's tensors, factored layers included, as safetensors.
 
     Raises:
-        SlrpropError: the file can't be written; an existing file stays as it was.
+        SlrpropError: the file can't be written, or another one than this function writes is there, which stays as it is.
     """
-    content = to_bytes(model)
-    with replacing(path) as part:
-        part.write_bytes(content)
+    with replacing(path, header_refusal("is no model that slrprop saved", FORMAT)) as part:
+        part.write_bytes(to_bytes(model))
 
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:

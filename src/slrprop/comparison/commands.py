@@ -10,6 +10,7 @@ import typer
 
 from slrprop.checks import need_extra
 from slrprop.errors import SlrpropError
+from slrprop.files import made_folder, together
 from slrprop.paper.commands import Database, DataFolder, Rows, Seeds
 from slrprop.terminal import Cluster, Json, Workers, show_table
 
@@ -110,13 +111,13 @@ def write(results: Any, folder: Path) -> list[Path]:
     """Write a network's rows, page and figures."""
     tables = importlib.import_module("slrprop.comparison.results")
     name = results.experiment.name
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.{kind}" for kind in ("csv", "md", "png", "svg")]
+    paths = [made_folder(folder) / f"{name}.{kind}" for kind in ("csv", "md", "png", "svg")]
     files = importlib.import_module("slrprop.paper.results")
-    files.write_csv(results.rows, paths[0])
     verdicts = importlib.import_module("slrprop.comparison.verdict").verdict(results)
-    tables.write(paths[1], tables.page(results, verdicts))
     drawn = importlib.import_module("slrprop.comparison.figure").figure(results)
-    for path in paths[2:]:
-        files.save_figure(drawn, path)
+    with together():
+        files.write_csv(results.rows, paths[0])
+        tables.write(paths[1], tables.page(results, verdicts))
+        for path in paths[2:]:
+            files.save_figure(drawn, path)
     return paths

@@ -10,7 +10,7 @@ from pathlib import Path
 from slrprop.comparison.contenders import CONTENDERS, ORIGINAL
 from slrprop.comparison.run import SLOW_SEEDS, Comparison
 from slrprop.errors import SlrpropError
-from slrprop.files import replacing
+from slrprop.files import holding, replacing
 from slrprop.paper.experiments import Experiment
 from slrprop.paper.results import markdown, plus_minus
 from slrprop.tune import EPOCHS, LEAST_STEPS
@@ -256,5 +256,5 @@ def page(results: Results, verdicts: list[tuple[str, list[str]]]) -> str:
 
 def write(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    with replacing(path) as part:
+    with replacing(path, holding("Written by `slrprop compare")) as part:
         part.write_text(text)

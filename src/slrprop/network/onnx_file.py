@@ -24,7 +24,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from slrprop.errors import SlrpropError, first_line
 from slrprop.factors.quantized import packed
-from slrprop.files import replacing
+from slrprop.files import Outputs, replacing, together
 from slrprop.network.onnx_tensors import (
     GRAPH,
     INITIALIZER,
@@ -42,7 +42,9 @@ from slrprop.network.onnx_tensors import (
 from slrprop.network.wire import around, head
 
 INITIALIZERS_ALONE = 4  # the IR version from which initializers need not be listed as inputs
-PAGE = 4096  # external tensors start at a page
+PAGE = 4096  # external tensors of many pages start at one, the others at a cache line
+MANY, LINE = 1 << 20, 64
+OURS = b"slrprop\n"  # ends our files of external data, which are told apart by that
 ELEMENT_TYPES = {
     "tensor(float)": TensorProto.FLOAT,
     "tensor(float16)": TensorProto.FLOAT16,
@@ -118,8 +120,14 @@ class OnnxFile:
 
     @property
     def bytes(self) -> int:
-        """Size of the file and its external data."""
-        return self.path.stat().st_size + sum(item.length for item in self.stored.values() if item.external)
+        """Size of the file and of the files that it keeps tensors in."""
+        return sum(path.stat().st_size for _, path in self.files)
+
+    @property
+    def files(self) -> list[tuple[str, Path]]:
+        """What the model is read from, each file once, and what it is."""
+        beside = {item.path for item in self.stored.values() if item.external and item.array is None}
+        return [("the model itself", self.path), *(("the model's external data", path) for path in sorted(beside))]
 
     def array(self, name: str) -> np.ndarray:
         """The numbers of an initializer."""
@@ -220,8 +228,9 @@ class OnnxFile:
             return first_line(error)
         return ""
 
-    def write(self, path: Path, data: Path, location: str) -> None:
-        """Write the model to ``path``, and what is external to ``data``, which the model calls ``location``."""
+    def write(self, path: Path) -> int:
+        """Write the model, and what is external beside it as ``NAME.data``; the bytes of both. Only large tensors are external."""
+        data = path.with_name(path.name + ".data")
         graph = GraphProto()
         graph.CopyFrom(self.proto.graph)
         pieces: list[tuple[bytes, Stored | None]] = []  # a head, and the numbers that follow it
@@ -229,10 +238,10 @@ class OnnxFile:
             beside: BinaryIO | None = None
             for tensor in graph.initializer:
                 item = self.stored.get(tensor.name)
-                if item is not None and item.external:
+                if item is not None and item.external and item.length >= LARGE:
                     beside = beside or stack.enter_context(open(data, "wb"))
-                    beside.write(bytes(-beside.tell() % PAGE))
-                    mark(tensor, item, location, beside.tell())
+                    beside.write(bytes(-beside.tell() % (PAGE if item.length >= MANY else LINE)))
+                    mark(tensor, item, data.name, beside.tell())
                     copy(item, beside)
                     item = None
                 if item is None:
@@ -245,6 +254,8 @@ class OnnxFile:
                     bare = TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
                     content = bare.SerializeToString() + head(RAW_DATA, item.length)
                     pieces.append((head(INITIALIZER, len(content) + item.length) + content, item))
+            if beside is not None:
+                beside.write(OURS)
         del graph.initializer[:]
         before, after = around(graph.SerializeToString(), INITIALIZER)
         total = len(before) + len(after)
@@ -263,6 +274,28 @@ class OnnxFile:
                 if item is not None:
                     copy(item, out)
             out.write(after + last)
+        return path.stat().st_size + (data.stat().st_size if beside is not None else 0)
+
+    @property
+    def external(self) -> bool:
+        """Whether tensors are kept in other files."""
+        return any(item.external for item in self.stored.values())
+
+    def places(self, path: str | Path, outputs: Outputs) -> tuple[Path, Path]:
+        """Where the model and its external data would be written.
+
+        Raises:
+            SlrpropError: see :meth:`slrprop.files.Outputs.place`; or the model would not find its data from the link that is the path.
+        """
+        target = outputs.place(path, no_model)
+        beside = target.with_name(target.name + ".data")
+        if self.external:
+            outputs.place(beside, no_data)
+            if target.parent != Path(path).absolute().parent.resolve():
+                raise SlrpropError(
+                    f"'{path}' is a link to a file in another folder, where its external data would not be found; name '{target}'"
+                )
+        return target, beside
 
     def save(self, path: str | Path, check: Callable[["OnnxFile"], None]) -> None:
         """Write the model whole or not at all, external data (if there are any) beside it as ``NAME.data``.
@@ -270,16 +303,38 @@ class OnnxFile:
         Args:
             check: called with the written file, read again, before it takes its place.
         """
-        target = Path(path)
-        beside = target.with_name(target.name + ".data")
-        with contextlib.ExitStack() as stack:
-            part = stack.enter_context(replacing(target))
-            external = any(item.external for item in self.stored.values())
-            data = stack.enter_context(replacing(beside)) if external else beside  # put in place first
-            self.write(part, data, data.name)
+        with together() as outputs, contextlib.ExitStack() as stack:
+            target, beside = self.places(path, outputs)
+            part = stack.enter_context(replacing(target, no_model))
+            if self.external:
+                stack.enter_context(replacing(beside, no_data))
+            self.write(part)
             check(OnnxFile.open(part))
-            if external:
-                self.write(part, data, beside.name)
+
+
+def no_model(path: Path) -> str:
+    """Why a file is no model that another may replace."""
+    try:
+        with reading(path), open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+            split(path, buffer, len(buffer))
+    except SlrpropError:
+        return "is no ONNX model"
+    return ""
+
+
+def no_data(path: Path) -> str:
+    """Why a file is not external data of ours, of the model that is replaced with it and of no other one in its folder."""
+    owner = path.with_suffix("")
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+        ours = buffer[-len(OURS) :] == OURS
+    if not ours or not owner.exists():
+        return f"is not the external data that slrprop wrote for '{owner.name}'"
+    for other in path.parent.glob("*.onnx"):
+        if other.name != owner.name and other.is_file() and other.stat().st_size:
+            with open(other, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+                if buffer.find(path.name.encode()) >= 0:
+                    return f"is read by '{other.name}' too"
+    return ""
 
 
 class Session:

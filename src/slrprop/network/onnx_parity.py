@@ -62,7 +62,8 @@ def write(
         integers: see :func:`slrprop.network.onnx_rewrite.rewritten`.
 
     Raises:
-        SlrpropError: the outputs differ, the model can't be run, or the file can't be written; none is left then.
+        SlrpropError: the outputs differ, the model can't be run, the file would be larger than the original, or it can't be
+            written; none is left then.
     """
     dtypes = {name: network.graph.constants[network.layer(name).weight].dtype for name in forms}
     plain = rewritten(
@@ -85,6 +86,11 @@ def write(
     flaw = network.file.flaw()  # the runtime takes models that the checker does not
 
     def check(file: OnnxFile) -> None:
+        if new_forms and file.bytes > network.file.bytes:
+            raise SlrpropError(
+                f"the new file would take {file.bytes:,} bytes, and the original takes {network.file.bytes:,}; nothing was "
+                f"written: plan fewer layers ({', '.join(new_forms)} now), or others"
+            )
         new_flaw = file.flaw()
         if new_flaw and not flaw:
             raise SlrpropError(f"the new file does not pass onnx.checker: {new_flaw}; nothing was written")

@@ -10,6 +10,7 @@ import typer
 
 from slrprop.checks import need_extra, require_choice
 from slrprop.errors import SlrpropError
+from slrprop.files import holding, made_folder, replacing, together
 from slrprop.terminal import Cluster, Json, Output, Workers, show_table
 
 paper = typer.Typer(no_args_is_help=True, help="The experiments of the SLRProp article (Sensors 23(5):2718, 2023).")
@@ -131,10 +132,10 @@ def paper_table(
         title = f"{name}: test set, % (published in brackets); rate: compression rate of {experiment.layers[0]}"
         show_table(lines[0], lines[1:], title)
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        results.write_csv(found, output / f"{name}.csv")
-        with importlib.import_module("slrprop.files").replacing(output / f"{name}.md") as part:
-            part.write_text(results.markdown(lines))
+        with together():
+            results.write_csv(found, made_folder(output) / f"{name}.csv")
+            with replacing(output / f"{name}.md", holding("| " + " | ".join(lines[0]))) as part:
+                part.write_text(results.markdown(lines))
 
 
 @paper.command("figures")
@@ -149,17 +150,18 @@ def paper_figures(
     Example: slrprop paper figures --output docs/paper
     """
     need_extra("matplotlib", "paper")
-    output.mkdir(parents=True, exist_ok=True)
+    made_folder(output)
     written = []
-    for name, (file, title) in FIGURES.items():
-        experiment, found, results = _results(name, run_dir, database)
-        if not found:
-            continue
-        drawn = results.figure(experiment, found, title)
-        for kind in ("png", "svg"):
-            path = output / f"{file}.{kind}"
-            results.save_figure(drawn, path)
-            written.append(str(path))
+    with together():
+        for name, (file, title) in FIGURES.items():
+            experiment, found, results = _results(name, run_dir, database)
+            if not found:
+                continue
+            drawn = results.figure(experiment, found, title)
+            for kind in ("png", "svg"):
+                path = output / f"{file}.{kind}"
+                results.save_figure(drawn, path)
+                written.append(str(path))
     if not written:
         raise SlrpropError(f"there are no results yet; compute them with: slrprop paper run {next(iter(FIGURES))}")
     typer.echo(json.dumps(written) if as_json else f"Written: {', '.join(written)}")

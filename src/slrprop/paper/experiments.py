@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from slrprop.errors import SlrpropError
-from slrprop.files import replacing, require_seen
+from slrprop.files import made_folder, replacing, require_seen
 from slrprop.paper.datasets import DATASETS, Dataset
 from slrprop.paper.networks import VGG16, DenseHead, Headed, LeNet5, LeNet300, RoomMLP
 from slrprop.paper.training import Recipe, Trainer, cut_out, shifted, write_log
@@ -108,7 +108,7 @@ def trained(experiment: Experiment, seed: int, data: Dataset, folder: Path, devi
         if path.exists():
             model.load_state_dict(load_file(path))
             return model.eval()
-        folder.mkdir(parents=True, exist_ok=True)
+        made_folder(folder)
         checkpoint = path.with_suffix(".part") if experiment.recipe.convolutional else None
         trainer = Trainer(model, experiment.recipe, len(data.x_train), checkpoint, device)
         trainer.run(data, f"{experiment.name} seed {seed}")

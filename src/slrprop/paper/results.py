@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slrprop.errors import SlrpropError
-from slrprop.files import replacing
+from slrprop.files import holding, replacing
 from slrprop.paper.experiments import Experiment
 from slrprop.paper.run import AUTO, ORIGINAL, methods_of
 from slrprop.paper.store import Result
@@ -84,8 +84,9 @@ def markdown(lines: list[list[str]]) -> str:
 
 def write_csv(results: list[Any], path: Path) -> None:
     """All rows (of one dataclass, at least one) as CSV."""
-    with replacing(path) as part, open(part, "w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(results[0])], lineterminator="\n")
+    names = [field.name for field in fields(results[0])]
+    with replacing(path, holding(",".join(names))) as part, open(part, "w", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         for result in results:
             writer.writerow(
@@ -98,7 +99,7 @@ def save_figure(drawn: Any, path: Path) -> None:
     import matplotlib
 
     kind = path.suffix[1:]
-    with replacing(path) as part, matplotlib.rc_context({"svg.hashsalt": path.stem}):
+    with replacing(path, holding("Matplotlib")) as part, matplotlib.rc_context({"svg.hashsalt": path.stem}):
         drawn.savefig(part, dpi=130, format=kind, metadata={"Date": None} if kind == "svg" else None)
 
 

@@ -3,18 +3,21 @@
 import contextlib
 import csv
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import BigInteger, Column, Float, MetaData, String, Table, create_engine, make_url, select
+from sqlalchemy import URL, BigInteger, Column, Float, MetaData, String, Table, create_engine, make_url, select
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 from sqlalchemy.schema import CreateTable
 
 from slrprop.checks import need_extra
 from slrprop.errors import SlrpropError, first_line
-from slrprop.files import require_seen
+from slrprop.files import made_folder, require_seen
 
 _TYPES = {str: String, int: BigInteger, float: Float}
 TIMEOUT = 60  # seconds to wait for another writer of a file
@@ -65,27 +68,40 @@ class Store(Generic[Row]):
         self._kind, self._keys, self.name = kind, keys, str(place)
         if "://" in self.name:
             url = _postgresql(self.name)
-            self.name = url.set(drivername="postgresql").render_as_string(hide_password=True)
+            self.name = url.set(drivername="postgresql", query={}).render_as_string(hide_password=True)
             self._place: Path | str = url.render_as_string(hide_password=False)
             self._insert: Any = postgresql.insert
             self._engine = create_engine(url, pool_pre_ping=True)
         else:
             self._place, self._insert = Path(place).absolute(), sqlite.insert
-            self._place.parent.mkdir(parents=True, exist_ok=True)
-            self._engine = create_engine(f"sqlite:///{self._place}", connect_args={"timeout": TIMEOUT})
+            made_folder(self._place.parent)
+            self._engine = create_engine(
+                URL.create("sqlite", database=str(self._place)), connect_args={"timeout": TIMEOUT}
+            )
         columns: list[Any] = [
             Column(name, _TYPES[of], primary_key=name in keys) for name, of in kind.__annotations__.items()
         ]
         self._table = Table(f"{kind.__name__.lower()}s", MetaData(), *columns)
+        with (
+            contextlib.suppress(IntegrityError),
+            self._connected("be opened") as connection,
+        ):  # PostgreSQL: made meanwhile
+            if self._insert is sqlite.insert:
+                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+            connection.execute(CreateTable(self._table, if_not_exists=True))
+
+    @contextlib.contextmanager
+    def _connected(self, what: str) -> Iterator[Connection]:
+        """A transaction; where it fails, the sentence says what can't be done and tells no password."""
         try:
-            with contextlib.suppress(IntegrityError), self._engine.begin() as connection:  # PostgreSQL: made meanwhile
-                if self._insert is sqlite.insert:
-                    connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-                connection.execute(CreateTable(self._table, if_not_exists=True))
+            with self._engine.begin() as connection:
+                yield connection
+        except IntegrityError:
+            raise
         except SQLAlchemyError as error:
             raise SlrpropError(
-                f"the database '{self.name}' can't be opened: {first_line(error)}; name another one"
-            ) from error
+                f"the database '{self.name}' can't {what}: {first_line(error)}; name another one"
+            ) from None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _opened_again, (self._place, self._kind, self._keys)
@@ -96,7 +112,7 @@ class Store(Generic[Row]):
 
     def add(self, row: Row) -> None:
         """Keep a row, unless one of its key is there."""
-        with self._engine.begin() as connection:
+        with self._connected("take a row") as connection:
             connection.execute(self._insert(self._table).on_conflict_do_nothing(), vars(row))
 
     def take_in(self, path: Path, experiment: str) -> None:
@@ -129,7 +145,7 @@ class Store(Generic[Row]):
         """
         keys = self._table.primary_key.columns
         query = select(*(self._table.c[name] for name in names)).where(*(key == getattr(row, key.name) for key in keys))
-        with self._engine.connect() as connection:
+        with self._connected("be read") as connection:
             before = connection.execute(query).first()
         for name, known in zip(names, before or (), strict=False):
             if known is not None and not math.isclose(known, getattr(row, name), rel_tol=SAME):
@@ -143,7 +159,7 @@ class Store(Generic[Row]):
         query = select(self._table).order_by(*self._table.primary_key.columns)
         if experiment is not None:
             query = query.where(self._table.c[self._keys[0]] == experiment)
-        with self._engine.connect() as connection:
+        with self._connected("be read") as connection:
             rows = [dict(found._mapping) for found in connection.execute(query)]
         # SQLite keeps NaN as NULL
         return [
@@ -154,9 +170,15 @@ class Store(Generic[Row]):
 def _postgresql(text: str) -> Any:
     """The URL with the driver that we use."""
     try:
+        head, _, query = text.partition("?")
+        if head.count("@") > 1 or "@" in query:
+            raise ValueError("the host would begin within the password")
         url = make_url(text)
-    except (ArgumentError, ValueError) as error:
-        raise SlrpropError(f"--database must be postgresql://user:password@host/name, got '{text}'") from error
+    except (ArgumentError, ValueError):
+        told = re.sub(r"\s", "%20", text)  # no password goes on behind a space
+        raise SlrpropError(
+            f"--database must be postgresql://user:password@host/name (in the password @ as %40, ? as %3F), got '{told}'"
+        ) from None
     if url.get_backend_name() not in ("postgresql", "postgres"):
         raise SlrpropError(f"--database must be a path or postgresql://..., got '{url.drivername}://...'")
     need_extra("psycopg", "postgresql")

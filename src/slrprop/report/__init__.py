@@ -4,13 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from slrprop.errors import SlrpropError
-from slrprop.files import replacing
+from slrprop.files import holding, replacing
 from slrprop.report.facts import facts_of
 from slrprop.report.html import page
 from slrprop.report.markdown import text
 from slrprop.search import Compression
 
 __all__ = ["write_report"]
+
+no_report = holding("<title>slrprop report", "# slrprop report")  # why a file is no report that another may replace
 
 
 def write_report(
@@ -27,12 +29,13 @@ def write_report(
         parity: how far the written file's outputs are from the factors' mathematics, in all or by output.
 
     Raises:
-        SlrpropError: another suffix, plotly is not installed, or the file can't be written.
+        SlrpropError: another suffix, plotly is not installed, the file can't be written, or another one than a report of ours is
+            there, which stays as it is.
     """
     kind = Path(path).suffix.lower()
     if kind not in (".html", ".md"):
         raise SlrpropError(f"a report is an .html or an .md file, got '{path}'")
     facts = facts_of(compression, command, parity)
     content = page(facts) if kind == ".html" else text(facts)
-    with replacing(path) as part:
+    with replacing(path, no_report) as part:
         part.write_text(content, encoding="utf-8")

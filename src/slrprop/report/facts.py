@@ -13,6 +13,7 @@ import torch
 
 from slrprop import __version__
 from slrprop.checks import share
+from slrprop.errors import without_passwords
 from slrprop.plan import LayerPlan, method_of
 from slrprop.report import words
 from slrprop.search import Candidate, Compression, Point, hull
@@ -25,6 +26,7 @@ def facts_of(
     compression: Compression, command: str | Sequence[str], parity: float | Mapping[str, float] | None
 ) -> dict[str, Any]:
     """Everything a report says: texts under ``verdict``, ``summary``, ``goals``, ``repeat``; numbers under ``points`` and ``layers``."""
+    command = without_passwords(command) if isinstance(command, str) else [without_passwords(part) for part in command]
     plans = {layer.name: layer for layer in compression.plan.layers}
     layers = [_layer(compression, name, plans.get(name)) for name in compression.curves]
     return {

@@ -13,9 +13,12 @@ from slrprop.api import no_integers, settings_of
 from slrprop.checks import require_choice, require_flag
 from slrprop.data import open_data
 from slrprop.errors import SlrpropError
+from slrprop.files import together
+from slrprop.measure import file_bytes
 from slrprop.methods import Problem, find_method
+from slrprop.network.onnx_file import OnnxFile
 from slrprop.plan import Plan
-from slrprop.search.judge import Door, Judge, Log
+from slrprop.search.judge import LONGEST, Door, Judge, Log
 from slrprop.search.path import LEVELS, SIZE_ONLY, Choice
 from slrprop.search.result import Budget, BudgetError, Compression, most_evaluations, parse_size
 from slrprop.search.search import Search
@@ -46,6 +49,7 @@ def compress(
     workers: int = 1,
     cluster: str | None = None,
     integer_products: bool = False,
+    output: str | Path | None = None,
 ) -> Compression:
     """The network that meets a budget, its promise checked on data that the search did not see.
 
@@ -77,6 +81,9 @@ def compress(
         workers: processes that share the layers' candidates, one thread each.
         cluster: a Ray cluster instead (``ray://HOST:10001`` or ``auto``; extra ``ray``); it must see a model's file under its path.
         integer_products: of an ONNX file, measured with them: see :func:`slrprop.apply`.
+        output: of an ONNX file, the path that :func:`slrprop.apply` will get; nothing is written, but it is refused here already if it
+            can't be. Bytes are those of the file of this name. Without it they are those of the longest name there is, where
+            tensors are kept beside the file (250 bytes too many for each at most); no other file holds its own name.
 
     Raises:
         BudgetError: the budget can't be met; it carries the nearest compression found.
@@ -93,17 +100,23 @@ def compress(
         raise SlrpropError(
             "confident needs an interval, which a measure of your own does not have; leave one of them out"
         )
+    if output is not None:
+        if isinstance(model, nn.Module):
+            raise SlrpropError("output is where an ONNX file is written; a module's compression has no file")
+        file = OnnxFile.open(model)
+        with together(*file.files, ("the data", data)) as places:
+            name = file.places(output, places)[0].name
     opened = open_data(data)
     search_part, check_part = opened.split(seed)
     if isinstance(model, nn.Module):
         no_integers(integer_products)
-    door = Door(model, search_part, integer_products)
+    door = Door(model, search_part, integer_products, LONGEST if output is None else name)
     judge = Judge(model, search_part, metric, evaluate, lower_is_better)
     empty = Plan(())
     tuned = (tuning or TuneSettings()) if level == "tuned" else None
     trials = Trials(door, judge, Log(None if run_dir is None else Path(run_dir)))
     shares = Shares(trials, Problem(judge.network, search_part), choices, tuned, workers, cluster, narrow, in_file=True)
-    original_bytes = trials.size(empty)
+    original_bytes = file_bytes(judge.network)
     budget = Budget(
         max_drop,
         None if max_bytes is None else parse_size(max_bytes, original_bytes, "max_bytes"),
@@ -122,6 +135,9 @@ def compress(
     while True:
         plan_now = run.final_at(at)
         made = door.realise(plan_now)
+        if plan_now.layers and door.size(made) > original_bytes:
+            at, plan_now, made = 0, empty, door.realise(empty)
+            feasible = run.fits(at, budget)
         outputs = check.outputs(made) if plan_now.layers else check.original
         evaluations += 1
         after = check.quality(made, outputs)

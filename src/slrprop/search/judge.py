@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from numbers import Real
 from pathlib import Path
@@ -21,13 +20,16 @@ from slrprop.checks import require_choice
 from slrprop.data import Batch, Data
 from slrprop.errors import SlrpropError
 from slrprop.export import export_onnx
+from slrprop.files import made_folder, scratch
 from slrprop.latency import latencies
 from slrprop.losses import check_labels, goal_of, loss_point, rows_of
 from slrprop.network import OnnxNetwork, open_network
+from slrprop.network.onnx_file import OnnxFile
 from slrprop.plan import Plan
 from slrprop.storage import to_bytes
 
 METRICS = ("accuracy", "agreement", "squared_error")
+LONGEST = "x" * 245 + ".onnx"  # with .data the longest name a file can have
 
 
 def interval_of(differences: Tensor, binary: bool) -> tuple[float, float]:
@@ -122,10 +124,9 @@ class Judge:
             return float(self.qualities(outputs).mean())
         if isinstance(model, nn.Module):
             return self._finite(self.own(model))
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.onnx"
-            model.save(path, lambda _: None)
-            return self._finite(self.own(path))
+        with scratch() as folder:
+            model.write(folder / "model.onnx")
+            return self._finite(self.own(folder / "model.onnx"))
 
     @staticmethod
     def _finite(value: Any) -> float:
@@ -146,9 +147,8 @@ class Log:
         self.known: dict[str, dict[str, float]] = {}
         self.path = None
         if folder is not None:
-            self.path = folder / "measured.jsonl"
+            self.path = made_folder(folder, "run folder") / "measured.jsonl"
             try:
-                folder.mkdir(parents=True, exist_ok=True)
                 lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
             except OSError as error:
                 raise SlrpropError(
@@ -173,8 +173,10 @@ class Log:
 class Door:
     """How plans become networks that can be measured: torch modules, or ONNX files in memory."""
 
-    def __init__(self, model: Any, data: Data, integer_products: bool = False) -> None:
+    def __init__(self, model: Any, data: Data, integer_products: bool = False, name: str = LONGEST) -> None:
         self.model, self.first, self.integer_products = model, next(iter(data)), integer_products
+        external = isinstance(model, (str, Path)) and OnnxFile.open(model).external
+        self.name = name if external else "model.onnx"  # which a file tells its size by only where data lie beside it
 
     def realise(self, plan: Plan) -> Any:
         """The network of a plan, for :func:`slrprop.network.open_network`."""
@@ -184,21 +186,20 @@ class Door:
         """Bytes of the file of a network that :meth:`realise` gave."""
         if isinstance(made, nn.Module):
             return len(to_bytes(made))
-        with tempfile.TemporaryDirectory() as folder:
-            made.save(Path(folder) / "model.onnx", lambda _: None)
-            return sum(path.stat().st_size for path in Path(folder).iterdir())
+        with scratch() as folder:
+            return made.write(folder / self.name)
 
     def latencies(self, plans: Mapping[str, Plan], repetitions: int = 50) -> dict[str, float]:
         """Seconds for one sample (one batch, where the file fixes its size) in ONNX Runtime on one thread, interleaved."""
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch() as folder:
             files = {}
             for index, (name, plan) in enumerate(plans.items()):
-                files[name] = Path(folder) / f"{index}.onnx"
+                files[name] = folder / f"{index}.onnx"
                 made = self.realise(plan)
                 if isinstance(made, nn.Module):
                     export_onnx(made, files[name], tuple(x[:4] for x in self.first.inputs))
                 else:
-                    made.save(files[name], lambda _: None)
+                    made.write(files[name])
             network = open_network(self.model, None)
             one = Batch(tuple(x[:1] for x in self.first.inputs), {k: v[:1] for k, v in self.first.named.items()}, None)
             feed: Any = [x.numpy() for x in one.inputs]

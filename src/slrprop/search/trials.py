@@ -23,7 +23,7 @@ class Trials:
         self.evaluations = 1  # the original's
 
     def _key(self, what: str, plan: Plan) -> str:
-        what += " with integer products" * self.door.integer_products
+        what += " with integer products" * self.door.integer_products + f" as {self.door.name}"
         content = f"{what} {self.judge.fingerprint} {self.judge.metric} {plan.to_json()}"
         return hashlib.sha256(content.encode()).hexdigest()
 
