@@ -160,10 +160,10 @@ def test_bytes_are_those_on_disk(folder: Path) -> None:
 
 
 def test_a_file_that_would_grow_is_not_written(folder: Path) -> None:
-    model_file(folder / "narrow.onnx", (31, 30, 7))
-    plan = slrprop.plan("narrow.onnx", None, "svd", rank=15, layers="one")  # 15 numbers fewer, and a node more
+    model_file(folder / "narrow.onnx", (7, 6, 7))
+    plan = slrprop.plan("narrow.onnx", None, "svd", rank=3, layers="one")  # 3 numbers fewer, and a node more
     with pytest.raises(
-        SlrpropError, match=r"would take 4,\d{3} bytes, and the original takes 4,\d{3}; nothing was written"
+        SlrpropError, match=r"would take \d{3} bytes, and the original takes \d{3}; nothing was written"
     ):
         slrprop.apply("narrow.onnx", plan, "more.onnx")
     assert not Path("more.onnx").exists()

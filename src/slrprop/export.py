@@ -22,8 +22,9 @@ from slrprop.files import replacing, scratch
 from slrprop.layers import FactoredLinear
 from slrprop.network.base import fingerprint
 from slrprop.network.onnx import OnnxNetwork
-from slrprop.network.onnx_file import bare, no_model
+from slrprop.network.onnx_file import bare
 from slrprop.network.onnx_rewrite import rewritten
+from slrprop.network.onnx_tensors import no_model
 from slrprop.network.torch import device_of, evaluating, swapped
 
 RELATIVE, ABSOLUTE = 1e-3, 1e-4  # float32 sums in another order

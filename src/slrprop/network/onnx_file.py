@@ -29,12 +29,15 @@ from slrprop.network.onnx_tensors import (
     GRAPH,
     INITIALIZER,
     LARGE,
+    OURS,
     RAW_DATA,
     Stored,
     copy,
     external,
     graphs_of,
     mark,
+    no_data,
+    no_model,
     reading,
     refuse_hidden_external,
     split,
@@ -44,7 +47,6 @@ from slrprop.network.wire import around, head
 INITIALIZERS_ALONE = 4  # the IR version from which initializers need not be listed as inputs
 PAGE = 4096  # external tensors of many pages start at one, the others at a cache line
 MANY, LINE = 1 << 20, 64
-OURS = b"slrprop\n"  # ends our files of external data, which are told apart by that
 ELEMENT_TYPES = {
     "tensor(float)": TensorProto.FLOAT,
     "tensor(float16)": TensorProto.FLOAT16,
@@ -310,31 +312,6 @@ class OnnxFile:
                 stack.enter_context(replacing(beside, no_data))
             self.write(part)
             check(OnnxFile.open(part))
-
-
-def no_model(path: Path) -> str:
-    """Why a file is no model that another may replace."""
-    try:
-        with reading(path), open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-            split(path, buffer, len(buffer))
-    except SlrpropError:
-        return "is no ONNX model"
-    return ""
-
-
-def no_data(path: Path) -> str:
-    """Why a file is not external data of ours, of the model that is replaced with it and of no other one in its folder."""
-    owner = path.with_suffix("")
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-        ours = buffer[-len(OURS) :] == OURS
-    if not ours or not owner.exists():
-        return f"is not the external data that slrprop wrote for '{owner.name}'"
-    for other in path.parent.glob("*.onnx"):
-        if other.name != owner.name and other.is_file() and other.stat().st_size:
-            with open(other, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-                if buffer.find(path.name.encode()) >= 0:
-                    return f"is read by '{other.name}' too"
-    return ""
 
 
 class Session:

@@ -1,6 +1,7 @@
 """Where the numbers of an ONNX file's initializers are: cut out of the file's bytes, or in other files beside it."""
 
 import contextlib
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from slrprop.network.wire import fields, head
 
 LARGE = 1024  # bytes from which an initializer stays on disk
 CHUNK = 1 << 24
+OURS = b"slrprop\n"  # ends our files of external data, which are told apart by that
 GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9  # field numbers of ModelProto, GraphProto, TensorProto
 
 
@@ -154,3 +156,28 @@ def copy(item: Stored, out: BinaryIO) -> None:
                 raise SlrpropError(f"'{item.path}' became shorter while it was read; nothing was written")
             out.write(part)
             start += len(part)
+
+
+def no_model(path: Path) -> str:
+    """Why a file is no model that another may replace."""
+    try:
+        with reading(path), open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+            split(path, buffer, len(buffer))
+    except SlrpropError:
+        return "is no ONNX model"
+    return ""
+
+
+def no_data(path: Path) -> str:
+    """Why a file is not external data of ours, of the model that is replaced with it and of no other one in its folder."""
+    owner = path.with_suffix("")
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+        ours = buffer[-len(OURS) :] == OURS
+    if not ours or not owner.exists():
+        return f"is not the external data that slrprop wrote for '{owner.name}'"
+    for other in path.parent.glob("*.onnx"):
+        if other.name != owner.name and other.is_file() and other.stat().st_size:
+            with open(other, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+                if buffer.find(path.name.encode()) >= 0:
+                    return f"is read by '{other.name}' too"
+    return ""
