@@ -4,7 +4,7 @@
 
 1 thread, random weights (values do not matter for speed). Every layer dense, as truncated SVD and as SLR (rates 0.5, its neurons
 in order, as ``slrprop.apply`` leaves them), of the rank at which the SVD has a quarter and a 16th of the dense numbers; dense and SVD
-also in 8 and 4 bits: *Cast, Mul* is what slrprop writes (float32 once loaded: the file is smaller), *MatMulNBits* what ONNX Runtime
+also in 8 and 4 bits: *Cast, Div* is what slrprop writes (float32 once loaded: the file is smaller), *MatMulNBits* what ONNX Runtime
 makes of DequantizeLinear (whole numbers in memory, inputs rounded too).
 
 *read*: the bytes of weights in memory that one run reads; *of the limit*: read / time / the rate at which one thread sums a large
@@ -60,7 +60,7 @@ def variants_of(name: str, form: Factors, bits: tuple[int, ...], folder: Path) -
         few = form if width == 32 else quantised(form, width)
         path = folder / f"{name}{width}.onnx"
         written(path, few)
-        found[f"{name}, {'float32' if width == 32 else f'{width} bits, Cast, Mul'}"] = ((path, None), 4 * form.numbers)
+        found[f"{name}, {'float32' if width == 32 else f'{width} bits, Cast, Div'}"] = ((path, None), 4 * form.numbers)
         if width < 32:
             path = folder / f"{name}{width}n.onnx"
             dequantizing(path, few, joined=not isinstance(form, Dense))

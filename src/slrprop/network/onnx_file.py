@@ -368,9 +368,8 @@ def bare(graph: GraphProto) -> None:
     for part in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
         part.ClearField("doc_string")
         part.ClearField("metadata_props")
-    for node in graph.node:
-        for body in graphs_of(node):
-            bare(body)
+    for body in (body for node in graph.node for body in graphs_of(node)):
+        bare(body)
 
 
 def _drop_unread(graph: GraphProto, before: set[str]) -> None:
