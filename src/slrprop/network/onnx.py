@@ -218,7 +218,7 @@ class OnnxNetwork(Network):
 
     def gradients(self, names: tuple[str, ...], data: Data, probes: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """By the chains that follow; where a layer has none, by torch operations for the nodes behind, if they give the runtime's output."""
-        behind = Behind(self.graph, names)
+        behind = Behind(self.graph, {name: self.layer(name).y for name in names})
         if not behind.watched or all(self.chain(name) is not None for name in names):
             yield from super().gradients(names, data, probes)
             return

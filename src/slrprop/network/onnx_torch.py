@@ -5,7 +5,7 @@ before a node that is not in ``OPS`` has no gradient; in a graph whose output is
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -206,16 +206,17 @@ def _computable(node: NodeProto, opset: int) -> bool:
 
 
 class Behind:
-    """The nodes from dense layers' outputs to the main output, of those layers behind which there is an operation for each.
+    """The nodes from tensors (by name, like dense layers' outputs) to the main output, of those behind which there is an operation for each.
 
-    ``watched`` are these layers by their output, ``reads`` the tensors that are to come from ONNX Runtime.
+    ``watched`` are these tensors and their names, ``reads`` the tensors that are to come from ONNX Runtime. ``ops`` computes the nodes.
     """
 
-    def __init__(self, graph: Graph, names: Iterable[str]) -> None:
+    def __init__(self, graph: Graph, tensors: Mapping[str, str], ops: Mapping[str, Op] = OPS) -> None:
+        self._ops = ops
         self.main, leading = graph.main, graph.before(graph.main)
         foreign = {index for index in leading if not _computable(graph.nodes[index], graph.file.opset)}
-        behind = {name: graph.after({graph.layers[name].y}) & leading for name in names}
-        self.watched = {graph.layers[name].y: name for name, nodes in behind.items() if not nodes & foreign}
+        behind = {name: graph.after({tensor}) & leading for name, tensor in tensors.items()}
+        self.watched = {tensors[name]: name for name, nodes in behind.items() if not nodes & foreign}
         chosen = set[int]().union(*(behind[name] for name in self.watched.values()))
         self._nodes = [graph.nodes[index] for index in sorted(chosen)]
         made = {name for node in self._nodes for name in node.output}
@@ -225,7 +226,7 @@ class Behind:
         self._loaded: dict[str, Tensor] = {}
 
     def run(self, given: Mapping[str, np.ndarray]) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """The main output, and the layers' outputs that its gradient can be asked for; None where an operation takes other values here."""
+        """The main output, and the watched tensors, which its gradient can be asked for; None where an operation takes other values here."""
         try:
             return self._run(given)
         except (RuntimeError, TypeError, ValueError, LookupError):
@@ -244,7 +245,7 @@ class Behind:
             for name in self.reads & self.watched.keys():
                 keep(name, values[name])
             for node in self._nodes:
-                result = OPS[standard(node)](node, [values[name] if name else None for name in node.input])
+                result = self._ops[standard(node)](node, [values[name] if name else None for name in node.input])
                 for name, value in zip(node.output, result if isinstance(result, list) else [result], strict=False):
                     keep(name, value)
         return values[self.main], seen
