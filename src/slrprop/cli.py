@@ -14,6 +14,7 @@ from slrprop.comparison.commands import compare
 from slrprop.errors import SlrpropError, printable
 from slrprop.files import raising_on_signals, together
 from slrprop.paper.commands import paper
+from slrprop.research.commands import interpret
 from slrprop.terminal import Cluster, Json, Output, Workers, show_table
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(paper, name="paper")
 app.command()(compare)
+app.command()(interpret)
 
 OnnxFile = Annotated[Path, typer.Argument(help="An .onnx file.", show_default=False)]
 IntegerProducts = Annotated[

@@ -11,11 +11,18 @@ import typer
 from slrprop.checks import need_extra, require_choice
 from slrprop.errors import SlrpropError
 from slrprop.files import holding, made_folder, replacing, together
+from slrprop.research.commands import STUDIES, run_study, show_study
 from slrprop.terminal import Cluster, Json, Output, Workers, show_table
 
-paper = typer.Typer(no_args_is_help=True, help="The experiments of the SLRProp article (Sensors 23(5):2718, 2023).")
+paper = typer.Typer(
+    no_args_is_help=True,
+    help="The experiments of the SLRProp article (Sensors 23(5):2718, 2023), and of two other fields.",
+)
 
 Name = Annotated[str, typer.Argument(help="lenet5-mnist, room-mlp, vgg16-cifar10 or vgg16-cifar100")]
+AnyName = Annotated[
+    str, typer.Argument(help=f"lenet5-mnist, room-mlp, vgg16-cifar10, vgg16-cifar100, {' or '.join(STUDIES)}")
+]
 DataFolder = Annotated[
     Path | None, typer.Option("--data", help="Folder with the data sets; default: $SLRPROP_DATA, else downloaded.")
 ]
@@ -73,7 +80,7 @@ def paper_train(
 
 @paper.command("run")
 def paper_run(
-    name: Name,
+    name: AnyName,
     seeds: Seeds = 10,
     methods: Annotated[
         list[str] | None, typer.Option("--method", help="Only this one, like 'slr cost'; can be given several times.")
@@ -90,6 +97,12 @@ def paper_run(
 
     Example: slrprop paper run lenet5-mnist --seeds 10 --workers 4
     """
+    if name in STUDIES:
+        new, store = run_study(
+            name, data, run_dir, database, rows, seeds=seeds, workers=workers, cluster=cluster, methods=methods or ()
+        )
+        _tell(name, new, store, as_json)
+        return
     store = _store(run_dir, database)
     experiment = importlib.import_module("slrprop.paper.experiments").find_experiment(name)
     sweep = importlib.import_module("slrprop.paper.run")
@@ -97,6 +110,10 @@ def paper_run(
     if rows is not None:
         store.take_in(rows, name)
     new = sweep.run(experiment, experiment.load_data(data), run_dir, seeds, store, workers, cluster, named)
+    _tell(name, new, store, as_json)
+
+
+def _tell(name: str, new: int, store: Any, as_json: bool) -> None:
     count = len(store.results(name))
     told = {"experiment": name, "new": new, "rows": count, "database": store.name}
     typer.echo(json.dumps(told) if as_json else f"{new} new rows; all {count} of {name} are in {store.name}")
@@ -114,7 +131,7 @@ def _results(name: str, run_dir: Path, database: str | None) -> tuple[Any, Any, 
 
 @paper.command("table")
 def paper_table(
-    name: Name,
+    name: AnyName,
     output: Annotated[Path | None, typer.Option(help="Also write NAME.csv and NAME.md here.")] = None,
     run_dir: RunFolder = Path("runs/paper"),
     database: Database = None,
@@ -122,8 +139,13 @@ def paper_table(
 ) -> None:
     """Print our figures, mean ± deviation over seeds, and the published ones in brackets.
 
+    Of spiking-mnist and interpret-room the figures are written too.
+
     Example: slrprop paper table room-mlp --output docs/paper
     """
+    if name in STUDIES:
+        show_study(name, output, run_dir, database, as_json)
+        return
     experiment, found, results = _results(name, run_dir, database)
     lines = results.table(experiment, found)
     if as_json:

@@ -1,0 +1,117 @@
+"""Which inputs drive which outputs: information control while a network learns, and its collapse into one matrix (Kamimura 2020).
+
+The articles' formulas are not available to us: what is here is a reconstruction, and where it could be read two ways both are offered.
+The collapse by gradients (:func:`collapse`, ``by="gradients"``) is ours.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from slrprop.checks import require_choice, require_count, require_density
+from slrprop.errors import SlrpropError
+from slrprop.network.trace import dense_modules
+from slrprop.research.likeness import Likeness, References, compare, correlation, effects
+from slrprop.research.matrix import collapse, collapse_alike
+
+__all__ = [
+    "InformationControl", "Likeness", "References", "collapse", "collapse_alike", "compare", "correlation", "cost", "effects",
+    "potentiality", "selective_information",
+]  # fmt: skip
+SCHEDULES = ("raise", "lower", "alternate")
+
+
+def potentiality(weight: Tensor) -> Tensor:
+    """``|w|`` over the largest of the layer: 1 for its strongest connection, 0 for one that is none.
+
+    >>> potentiality(torch.tensor([[1.0, -4.0], [0.0, 2.0]]))
+    tensor([[0.2500, 1.0000],
+            [0.0000, 0.5000]])
+    """
+    size = weight.detach().abs()
+    return size / size.max().clamp_min(torch.finfo(size.dtype).tiny)
+
+
+def selective_information(weight: Tensor, complement: bool = False) -> float:
+    """The sum of a layer's potentialities: about how many of its connections count. It *falls* as the layer becomes selective.
+
+    Args:
+        complement: the sum of ``1 - potentiality`` instead, the other reading, which rises.
+    """
+    g = potentiality(weight)
+    return float((1 - g if complement else g).sum())
+
+
+def cost(weight: Tensor) -> float:
+    """The sum of ``|w|``."""
+    return float(weight.detach().abs().sum())
+
+
+class InformationControl:
+    """Changes a network's dense weights between ordinary steps of training, so that few connections count, or many.
+
+    *raise* (selectivity): ``w <- theta g w``, g the potentiality. *lower*: ``w <- theta (1 - g) w``, rescaled so that the layer's cost
+    becomes theta times what it was. *alternate*: the one, then the other. Call :meth:`step` after each ordinary step:
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    >>> control = InformationControl(model, "alternate", every=10)
+    >>> done = [control.step() for _ in range(20)]  # each behind an optimizer's step
+    >>> done[9], done[19]
+    ('raise', 'lower')
+
+    Args:
+        model: its ``nn.Linear`` layers are changed in place.
+        schedule: one of these, or a function from the number of the control step (0, 1, ...) to ``raise``, ``lower`` or ``none``.
+        every: ordinary steps for one of control.
+        theta: below 1 it forces the cost down.
+        strength: the power of g (or 1 - g), in (0, 1]: 1 as in the article, less changes less.
+
+    Raises:
+        SlrpropError: another schedule, or a network without dense layers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: str | Callable[[int], str] = "alternate",
+        every: int = 1,
+        theta: float = 1.0,
+        strength: float = 1.0,
+    ) -> None:
+        if not callable(schedule):
+            require_choice("schedule", schedule, SCHEDULES)
+        require_count("every", every, 1)
+        require_density("theta", theta)
+        require_density("strength", strength)
+        self.layers = dense_modules(model)
+        if not self.layers:
+            raise SlrpropError("the model has no nn.Linear layer whose information could be controlled")
+        self._schedule, self.every, self.theta, self.strength = schedule, every, theta, strength
+        self._steps = 0
+
+    def step(self) -> str:
+        """Count an ordinary step, and change the weights if it is time; what was done: ``raise``, ``lower`` or ``none``."""
+        self._steps += 1
+        turn, early = divmod(self._steps, self.every)
+        if early:
+            return "none"
+        asked = self._schedule(turn - 1) if callable(self._schedule) else self._schedule
+        what = ("raise", "lower")[(turn - 1) % 2] if asked == "alternate" else asked
+        require_choice("what the schedule asks for", what, ("raise", "lower", "none"))
+        for layer in self.layers.values() if what != "none" else ():
+            with torch.no_grad():
+                before, g = cost(layer.weight), potentiality(layer.weight)
+                layer.weight *= self.theta * (g if what == "raise" else 1 - g) ** self.strength
+                after = cost(layer.weight)
+                if what == "lower" and after:
+                    layer.weight *= self.theta * before / after
+        return what
+
+    def selective_information(self, complement: bool = False) -> float:
+        """The sum over the layers."""
+        return sum(selective_information(layer.weight, complement) for layer in self.layers.values())
+
+    def cost(self) -> float:
+        """The sum over the layers."""
+        return sum(cost(layer.weight) for layer in self.layers.values())

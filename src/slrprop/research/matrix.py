@@ -1,0 +1,178 @@
+"""A network as one matrix: the product of its layers, or its mean gradient."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from slrprop.checks import require_choice
+from slrprop.data import Batch, Data, open_data
+from slrprop.errors import SlrpropError
+from slrprop.losses import rows_of
+from slrprop.network import OnnxNetwork, TorchNetwork, open_network
+from slrprop.network.base import Network
+from slrprop.network.onnx import alike, unpadded
+from slrprop.network.onnx_constants import tensor_of
+from slrprop.network.onnx_torch import OPS, Behind, Op
+from slrprop.network.torch import evaluating, frozen, main_output
+
+Model = nn.Module | str | Path
+WAYS = ("auto", "product", "gradients")
+SAME = 1e-4  # of the largest entry: between gradients at samples of a linear map
+ACTIVATIONS = {  # torch's functions, which the product leaves out
+    "celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_softmax", "logsigmoid", "mish", "relu", "relu6", "selu",
+    "sigmoid", "silu", "softmax", "softplus", "softsign", "tanh",
+}  # fmt: skip
+ACTIVATION_OPS = (
+    "Clip", "Elu", "Gelu", "HardSwish", "LeakyRelu", "LogSoftmax", "Mish", "Relu", "Sigmoid", "Softmax", "Softplus", "Tanh",
+)  # fmt: skip
+STRAIGHT: dict[str, Op] = (
+    OPS
+    | dict.fromkeys(ACTIVATION_OPS, lambda node, x: x[0])
+    | {"Erf": lambda node, x: torch.ones_like(x[0])}  # x (1 + erf(x)) / 2, as GELU is often written, becomes x
+)
+
+
+def collapse(model: Model, data: Any = None, by: str = "auto") -> Tensor:
+    """The network as one matrix (m x c), inputs x outputs: how strongly, and in which direction, each input drives each output.
+
+    Args:
+        model: a torch module or the path of an ONNX file.
+        data: anything :class:`slrprop.data.Data` takes, of one input of real numbers, which are flattened to m. Only the product can do without.
+        by: *product*: of all layers' matrices, for chains of dense layers, whatever they are stored as. It is what the network computes
+            without its activations and a final softmax, if that is a linear map and a constant; batch norms are included, and beside skip
+            connections it is the sum over the paths. *gradients*: the mean over the data of the outputs' gradients (of a softmax: of
+            its logarithm), exact for ReLU networks in the region of each sample. *auto*: the product where there is one, else gradients.
+
+    Raises:
+        SlrpropError: no product, no data for gradients, or an operation that has none here.
+
+    >>> model = nn.Sequential(nn.Linear(3, 5, bias=False), nn.Tanh(), nn.Linear(5, 2))
+    >>> torch.allclose(collapse(model), (model[2].weight @ model[0].weight).T)
+    True
+    """
+    return collapse_alike([model], data, by)[1][0]
+
+
+def collapse_alike(models: Sequence[Model], data: Any = None, by: str = "auto") -> tuple[str, list[Tensor]]:
+    """Several networks, like an original and its compressed form, each as by :func:`collapse`, all in the same way, and that way."""
+    require_choice("by", by, WAYS)
+    given = None if data is None else open_data(data)
+    networks = [open_network(model, given) for model in models]
+    if by != "gradients":
+        products = [_product(network, given) for network in networks]
+        if all(matrix is not None for matrix in products):
+            return "product", [matrix for matrix in products if matrix is not None]
+        if by == "product":
+            raise SlrpropError(
+                "the network is no chain of dense layers: more than its activations keeps it from being one matrix; ask for by='gradients'"
+            )
+    if given is None:
+        raise SlrpropError("the network is collapsed by its gradients, which need data; give some samples of its input")
+    return "gradients", [_mean_gradients(network, given) for network in networks]
+
+
+def input_of(batch: Batch) -> Tensor:
+    """The only input of a batch, of real numbers."""
+    values = [*batch.inputs, *batch.named.values()]
+    if len(values) == 1 and isinstance(values[0], Tensor) and values[0].is_floating_point():
+        return values[0]
+    kinds = ", ".join(str(getattr(value, "dtype", type(value).__name__)) for value in values)
+    raise SlrpropError(
+        f"a network is interpreted by one input of real numbers, and the data has {len(values)} ({kinds})"
+    )
+
+
+def _product(network: Network, data: Data | None) -> Tensor | None:
+    """The product of the layers' matrices; None where the network without its activations is no linear map and a constant."""
+    if data is not None:
+        batch = next(iter(data))
+        few = Data({name: value[:8] for name, value in batch.named.items()} if batch.named else input_of(batch)[:8])
+    elif network.names:  # some network whose input is what its first dense layer takes
+        first, random = network.names[0], torch.Generator().manual_seed(0)
+        few = Data(torch.randn(8, network.shape(first)[0], generator=random).to(network.weight(first)))
+    else:
+        return None
+    try:
+        found = [torch.stack(_gradients(x, output), 2) for x, output in _straight(network, few)]
+    except SlrpropError:
+        return None
+    each = torch.cat(found)
+    return each[0] if (each - each[0]).abs().max() <= SAME * each[0].abs().max() else None
+
+
+def _mean_gradients(network: Network, data: Data) -> Tensor:
+    total, count = torch.zeros(()), 0
+    for x, output in _whole(network, data):
+        total = total + torch.stack([part.sum(0) for part in _gradients(x, output)], 1).double()
+        count += len(x)
+    return (total / count).float()
+
+
+def _gradients(x: Tensor, output: Tensor) -> list[Tensor]:
+    """Of each of c outputs (p, c), at each sample by itself: (p, m)."""
+    if not output.requires_grad:
+        raise SlrpropError(
+            "the network's output does not change smoothly with its input, so no gradient tells which input drives it"
+        )
+    columns = [output[:, k].sum() for k in range(output.shape[-1])]
+    return [
+        torch.autograd.grad(column, x, retain_graph=True, allow_unused=True, materialize_grads=True)[0].flatten(1)
+        for column in columns
+    ]
+
+
+class _NoActivations(TorchFunctionMode):
+    """Activations give what they are given."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if getattr(func, "__name__", "").strip("_") in ACTIVATIONS else func(*args, **(kwargs or {}))
+
+
+def _straight(network: Network, data: Data) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batch by batch: the input, and the outputs (p, c) as a function of it, activations and a final softmax left out."""
+    return ((x, rows_of(output)) for x, output in _computed(network, data, True))
+
+
+def _whole(network: Network, data: Data) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batch by batch: the input, and the outputs (p, c) as a function of it; of a final softmax the logarithm."""
+    return ((x, rows_of(network.scores(output))) for x, output in _computed(network, data, False))
+
+
+def _computed(network: Network, data: Data, straight: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    with torch.enable_grad():
+        for batch in data:
+            x = input_of(batch)
+            if isinstance(network, TorchNetwork):
+                x = x.detach().to(network.device).clone().requires_grad_()
+                fed = Batch((x,), {}, None) if batch.inputs else Batch((), dict.fromkeys(batch.named, x), None)
+                left_out = _NoActivations() if straight else nullcontext()
+                with evaluating(network.model), frozen(network.model), torch.enable_grad(), left_out:
+                    output = main_output(network.call(fed))
+                yield x, output
+            elif isinstance(network, OnnxNetwork):
+                yield from _computed_nodes(network, batch, straight)
+
+
+def _computed_nodes(network: OnnxNetwork, batch: Batch, straight: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """By torch operations for the nodes, if they give what ONNX Runtime gives."""
+    graph, name = network.graph, network.graph.inputs[0].name
+    behind = Behind(graph, {name: name})
+    session = network.file.session(sorted((behind.reads | {graph.main}) - {name}))
+    for part in network.parts(batch):
+        found = {**part.feed, **network.run(session, part.feed)}
+        made = behind.run(found) if behind.watched else None
+        if made is not None and not alike(made[0].detach(), tensor_of(found[graph.main])):
+            made = None
+        if made is not None and straight:
+            made = Behind(graph, {name: name}, STRAIGHT).run(found)
+        if made is None or name not in made[1]:
+            raise SlrpropError(
+                f"'{network.file.path}' is no chain of dense layers, and has an operation between its input and its output "
+                "that no gradient is known of here; interpret the torch module that it was exported from"
+            )
+        yield unpadded(made[1][name], part), unpadded(made[0], part)
