@@ -38,6 +38,7 @@ def interpret(
     tools = need_extra("slrprop.research.interpret", "research")
     if output is not None:
         need_extra("matplotlib", "research")
+        results = need_extra("slrprop.paper.results", "research")
         if output.suffix not in (".png", ".svg") or not output.absolute().parent.is_dir():
             raise SlrpropError(f"--output must be a .png or .svg in a folder that exists, got '{output}'")
     samples = importlib.import_module("slrprop.data").Data(data)
@@ -58,7 +59,7 @@ def interpret(
     }  # fmt: skip
     if output is not None:
         drawn = importlib.import_module("slrprop.research.figures").heatmaps([file.name for file in files], entries)
-        importlib.import_module("slrprop.paper.results").save_figure(drawn, output)
+        results.save_figure(drawn, output)
     if as_json:
         typer.echo(json.dumps(told).replace("NaN", "null"))
         return
@@ -112,6 +113,7 @@ def opened(name: str, run_dir: Path, database: str | None) -> tuple[Any, Any]:
 
 def show_study(name: str, output: Path | None, run_dir: Path, database: str | None, as_json: bool) -> None:
     """Print a study's page; write its rows, page and figures."""
+    need_extra("matplotlib", "research")
     study, store = opened(name, run_dir, database)
     found = store.results(name)
     if not found:
