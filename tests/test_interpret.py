@@ -209,7 +209,7 @@ def test_interpret_command_before_and_after_compression(trained, digits, tmp_pat
     assert "product of the layers" in done.stdout and "Both files: correlation of all effects" in done.stdout
     assert (tmp_path / "drawn.png").stat().st_size > 5000
     bad = runner.invoke(cli.app, [*command, "--output", str(tmp_path / "drawn.pdf")])
-    assert isinstance(bad.exception, SlrpropError) and "must be a .png or .svg" in str(bad.exception)
+    assert isinstance(bad.exception, SlrpropError) and "must end in .png or .svg" in str(bad.exception)
 
 
 def test_the_study_goes_on_where_it_stopped_and_writes_its_page(tmp_path, monkeypatch):

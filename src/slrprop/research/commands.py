@@ -10,6 +10,7 @@ import typer
 
 from slrprop.checks import need_extra, require_choice
 from slrprop.errors import SlrpropError, printable
+from slrprop.files import holding, made_folder, replacing, together
 from slrprop.terminal import Json, show_table
 
 STUDIES = {"spiking-mnist": "spiking_study", "interpret-room": "interpret_study"}  # what ``slrprop paper`` hands on to
@@ -39,8 +40,10 @@ def interpret(
     if output is not None:
         need_extra("matplotlib", "research")
         results = need_extra("slrprop.paper.results", "research")
-        if output.suffix not in (".png", ".svg") or not output.absolute().parent.is_dir():
-            raise SlrpropError(f"--output must be a .png or .svg in a folder that exists, got '{output}'")
+        if output.suffix not in (".png", ".svg"):
+            raise SlrpropError(f"--output must end in .png or .svg, got '{output}'")
+        with together(*((f"'{path}', an input", path) for path in (model, data, against))) as outputs:
+            outputs.place(output, holding("Matplotlib"))  # before the work
     samples = importlib.import_module("slrprop.data").Data(data)
     files = [model] if against is None else [model, against]
     way, matrices = tools.collapse_alike(files, samples, by)
@@ -122,10 +125,10 @@ def show_study(name: str, output: Path | None, run_dir: Path, database: str | No
     typer.echo(json.dumps([asdict(row) for row in found]).replace("NaN", "null") if as_json else page)
     if output is not None:
         results = importlib.import_module("slrprop.paper.results")
-        output.mkdir(parents=True, exist_ok=True)
-        results.write_csv(found, output / f"{name}.csv")
-        with importlib.import_module("slrprop.files").replacing(output / f"{name}.md") as part:
-            part.write_text(page)
-        for file, drawn in study.figures(found, run_dir).items():
-            for kind in ("png", "svg"):
-                results.save_figure(drawn, output / f"{file}.{kind}")
+        with together():
+            results.write_csv(found, made_folder(output) / f"{name}.csv")
+            with replacing(output / f"{name}.md", holding(page.splitlines()[0])) as part:
+                part.write_text(page)
+            for file, drawn in study.figures(found, run_dir).items():
+                for kind in ("png", "svg"):
+                    results.save_figure(drawn, output / f"{file}.{kind}")

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from slrprop.checks import require_choice
+from slrprop.files import made_folder
 from slrprop.paper.datasets import Dataset
 from slrprop.paper.results import COLOURS, markdown, plus_minus, spread
 from slrprop.paper.store import Store
@@ -103,8 +104,7 @@ def run(
     methods: Sequence[str] = (),
 ) -> int:  # fmt: skip
     """Compute every missing row; returns how many were computed. Trained networks are kept in ``folder``."""
-    folder = folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made_folder(folder.absolute())
     done = {store.key(row)[1:] for row in store.results(NAME)}
     missing = [cell for cell in cells(seeds, methods) if cell not in done]
     images = tuple(_flat(x) for x in (data.x_train, data.x_test))
