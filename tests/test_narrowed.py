@@ -21,7 +21,7 @@ from slrprop.layers import linear_from
 from slrprop.linalg import truncated_svd
 from slrprop.methods import Decision, Problem, find_method
 from slrprop.network import TorchNetwork
-from slrprop.network.trace import dense_modules
+from slrprop.network.torch_modules import dense_modules
 from slrprop.plan import Plan
 from slrprop.quantize import quantised
 

@@ -248,7 +248,7 @@ def test_where_other_numbers_are_is_told(tmp_path):
     printed = CliRunner().invoke(cli.app, ["inspect", str(path)]).stdout
     assert printed.startswith("no dense layer: ") and printed.endswith(f"by what uses them: {told}\n")
     model = nn.Sequential(nn.Conv1d(4, 8, 3), nn.Flatten(), nn.Linear(24, 10))
-    assert other_numbers(model) == "Conv1d 29 %, Linear 3 %"
+    assert other_numbers(model) == "Conv 29 %, Linear 3 %"
 
 
 def test_numbers_in_bodies_of_the_same_names_are_all_counted(tmp_path):

@@ -22,7 +22,8 @@ from slrprop.network.onnx import OnnxNetwork
 from slrprop.network.onnx_file import OnnxFile
 from slrprop.network.onnx_parity import Parity, write
 from slrprop.network.onnx_rewrite import rewritten
-from slrprop.network.torch import dense_modules, swapped
+from slrprop.network.torch import swapped
+from slrprop.network.torch_modules import computed_arrays, dense_modules, weight_and_bias
 from slrprop.plan import LayerPlan, Plan, pack
 from slrprop.quantize import quantised, with_bias
 from slrprop.selection import treated
@@ -177,7 +178,7 @@ def feeds_between(network: Network, wanted: tuple[str, ...]) -> dict[str, str]:
     """Pairs of layers around a planned one whose neurons can be put in another order together."""
 
     def alone(name: str) -> bool:
-        return network.times_called[name] == 1 and not network.tied[name]
+        return network.times_called[name] == 1 and not network.stays(name)
 
     pairs = ((name, network.feeds_directly(name)) for name in network.order)
     return {
@@ -219,7 +220,7 @@ def apply(
     """
     if not isinstance(plan, Plan):
         raise SlrpropError(f"plan must be a slrprop plan, read from a file by Plan.load, got {type(plan).__name__}")
-    if isinstance(model, nn.Module):
+    if not isinstance(model, (str, Path)):
         no_integers(integer_products)
         return _apply_module(model, plan)
     if output is None:
@@ -283,19 +284,18 @@ def _apply_module(model: nn.Module, plan: Plan) -> nn.Module:
     def dense(name: str) -> Dense:
         if name not in modules:
             raise _foreign(name, modules)
-        return Dense(modules[name].weight.detach().T)
+        return Dense(weight_and_bias(modules[name])[0].T)
 
     def bias(name: str) -> Tensor | None:
-        return None if modules[name].bias is None else modules[name].bias.detach()
+        return weight_and_bias(modules[name])[1]
 
     done = _carried_out(plan, dense, bias)
-    swaps = {
-        name: linear_from(form, done.moved_biases.get(name, bias(name))).to(modules[name].weight.dtype)
-        for name, form in done.moved.items()
-    }
+    swaps = {}
     for name, form in done.moved.items():
-        if form.shape != modules[name].weight.T.shape or original_shape(modules[name]):
-            note_shape(swaps[name], original_shape(modules[name]) or modules[name].weight.T.shape)
+        old, weight = modules[name], dense(name).weight
+        swaps[name] = linear_from(form, done.moved_biases.get(name, bias(name))).to(weight.dtype)
+        if form.shape != weight.shape or original_shape(old) or computed_arrays(old):
+            note_shape(swaps[name], original_shape(old) or weight.shape)
     return swapped(model, swaps)
 
 

@@ -15,7 +15,8 @@ from slrprop.errors import SlrpropError
 from slrprop.factors.shared import Shared
 from slrprop.layers import FactoredLinear, computes_with
 from slrprop.network.onnx_shared import seeded_nodes, unpacked_nodes
-from slrprop.network.torch import dense_modules, device_of, main_output, swapped
+from slrprop.network.torch import main_output, swapped
+from slrprop.network.torch_modules import dense_modules, device_of
 from slrprop.permutations import require_seed
 
 
@@ -79,7 +80,7 @@ class SharedLinear(FactoredLinear):
         return unpacked_nodes(nodes, self.packed, m, n)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_exporting():
+        if torch.onnx.is_in_onnx_export():
             spread = self._spread(self._exported_places())
             return nn.functional.linear(x, self._scaled(spread), self.bias)
         y = nn.functional.linear(x, self._spread(self.places)) * self.scale
@@ -143,7 +144,7 @@ def permute(model: nn.Module, layers: str | list[str] | tuple[str, ...] | None =
     for index, name in enumerate(chosen):
         old = modules[name]
         new = PermutedLinear(old.in_features, old.out_features, seed + index, old.bias is not None, math.sqrt(2))
-        fresh[name] = new.to(old.weight.dtype)
+        fresh[name] = new.to(next(old.parameters()).dtype)
     return swapped(model, fresh)
 
 

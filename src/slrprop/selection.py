@@ -58,10 +58,10 @@ def _select(network: Network, layers: Any, settings: Settings, method: str) -> t
 def _why_dense(network: Network, name: str, settings: Settings, must: bool) -> str:
     """Why a layer must stay as it is; empty if it need not. ``must``: the user named it, so some reasons are errors."""
     m, n = network.shape(name)
-    if network.tied[name]:
-        reason = f"its weight is also {', '.join(network.tied[name])}"
+    if reason := network.stays(name):
         if must:
-            raise SlrpropError(f"layer '{name}' can't be factored: {reason}; untie them first, or leave it out")
+            untie = "untie them first, or " if network.tied[name] else ""
+            raise SlrpropError(f"layer '{name}' can't be factored: {reason}; {untie}leave it out")
         return reason
     if reason := settings.refusal(m, n):
         if must:

@@ -13,7 +13,8 @@ from slrprop.errors import SlrpropError
 from slrprop.factors import Dense
 from slrprop.files import replacing
 from slrprop.layers import LAYERS, FactoredLinear, linear_from, note_shape, original_shape
-from slrprop.network.torch import dense_modules, swapped
+from slrprop.network.torch import swapped
+from slrprop.network.torch_modules import dense_modules, named_modules, plain_name
 from slrprop.plan import arrays_digest, header_refusal
 
 FORMAT = "slrprop-model"
@@ -21,10 +22,19 @@ VERSION = "1"
 
 
 def _unique_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with tied tensors under their first name only."""
+    """The state dict with tied tensors under their first name only, names as if nothing were compiled.
+
+    Raises:
+        SlrpropError: a module keeps something there that is no tensor.
+    """
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     state = {}
-    for name, tensor in model.state_dict().items():
+    for stored, tensor in model.state_dict().items():
+        name = plain_name(stored)
+        if not isinstance(tensor, Tensor):
+            raise SlrpropError(
+                f"the model keeps '{name}' ({type(tensor).__name__}) in its state, and safetensors holds tensors only"
+            )
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() and key in seen:
             continue
@@ -38,7 +48,7 @@ def to_bytes(model: nn.Module) -> bytes:
     """The content of the file that :func:`save` writes."""
     kinds = {
         name: _described(module)
-        for name, module in model.named_modules()
+        for name, module in named_modules(model).items()
         if isinstance(module, FactoredLinear) or original_shape(module)
     }
     state = _unique_state(model)
@@ -89,10 +99,12 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         raise SlrpropError(f"the header of '{path}' names no layers; the file is damaged")
     if header.get("sha256") != arrays_digest(header["layers"], state):
         raise SlrpropError(f"'{path}' is damaged: its tensors differ from their checksum; save it again")
-    loaded = swapped(model, {name: _skeleton(model, name, kind, state) for name, kind in kinds.items()})
-    aliases = set(loaded.state_dict()) - set(_unique_state(loaded))
+    dense = dense_modules(model)
+    loaded = swapped(model, {name: _skeleton(dense.get(name), name, kind, state) for name, kind in kinds.items()})
+    places = {plain_name(key): key for key in loaded.state_dict()}
+    aliases = {places[name] for name in set(places) - set(_unique_state(loaded))}
     try:
-        missing, unexpected = loaded.load_state_dict(state, strict=False)
+        missing, unexpected = loaded.load_state_dict({places.get(k, k): v for k, v in state.items()}, strict=False)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n")[-1].strip()
         raise SlrpropError(f"'{path}' does not fit this model: {reason}") from error
@@ -102,9 +114,9 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     return loaded
 
 
-def _skeleton(model: nn.Module, name: str, description: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+def _skeleton(linear: nn.Linear | None, name: str, description: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     """A factored layer of the shapes that the file has for it; its values are loaded later."""
-    linear, kind = dense_modules(model).get(name), str(description.get("kind"))
+    kind = str(description.get("kind"))
     if linear is None or kind not in (*LAYERS, Dense.kind):
         raise SlrpropError(f"the file has a {kind} layer '{name}', but this model has no dense layer of that name")
     prefix = f"{name}." if name else ""

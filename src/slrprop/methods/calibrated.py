@@ -136,7 +136,7 @@ def head_after(problem: Problem, names: list[str]) -> str | None:
     last = next((name for name in network.order if network.is_last(name)), None)
     first = min((network.order.index(name) for name in names), default=len(network.order))
     fit = last is not None and last not in names and network.order.index(last) > first
-    return last if fit and last and network.times_called[last] == 1 and not network.tied[last] else None
+    return last if fit and last and network.times_called[last] == 1 and not network.stays(last) else None
 
 
 def fit_layer(

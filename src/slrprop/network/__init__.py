@@ -6,7 +6,6 @@ from torch import nn
 
 import slrprop.network.onnx_sparse  # noqa: F401  (registers its nodes)
 from slrprop.data import Data
-from slrprop.errors import SlrpropError
 from slrprop.network.base import Flow, Network
 from slrprop.network.chain import Chain, Step
 from slrprop.network.lockstep import Lockstep
@@ -21,11 +20,9 @@ __all__ = ["Chain", "Flow", "Lockstep", "Network", "OnnxNetwork", "Step", "Torch
 
 def open_network(model: nn.Module | OnnxFile | str | Path, data: Data | None) -> Network:
     """A torch module, or the path of an ONNX file, as a network."""
-    if isinstance(model, nn.Module):
-        return TorchNetwork(model, data)
     if isinstance(model, (str, Path, OnnxFile)):
         return OnnxNetwork(model, data)
-    raise SlrpropError(f"model must be a torch.nn.Module or the path of an .onnx file, got {type(model).__name__}")
+    return TorchNetwork(model, data)  # which refuses anything else
 
 
 def in_lockstep(network: Network, data: Data) -> Lockstep:

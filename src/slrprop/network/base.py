@@ -113,6 +113,10 @@ class Network(ABC):
         dense = sum(math.prod(self.shape(name)) * self.itemsize(name) for name in self.names)
         return dense + sum(self.elsewhere().values())
 
+    def stays(self, name: str) -> str:
+        """Why a layer can't be replaced whatever the method; empty where it can."""
+        return f"its weight is also {', '.join(self.tied[name])}" if self.tied[name] else ""
+
     def shape(self, name: str) -> tuple[int, int]:
         """(m, n) of a layer's weight."""
         m, n = self.weight(name).shape

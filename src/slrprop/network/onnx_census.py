@@ -48,7 +48,7 @@ def elsewhere(graph: GraphProto, dense: set[str]) -> Counter[str]:
                 part = known.get(name)
                 if part is not None and part.root not in seen:
                     seen.add(part.root)
-                    found[f"{node.op_type}{part.by}{where}"] += part.bytes
+                    found[f"{_word(node.op_type)}{part.by}{where}"] += part.bytes
             for inner in graphs_of(node):
                 visit(inner, known, f" in {node.op_type}")
 
@@ -61,3 +61,8 @@ def elsewhere(graph: GraphProto, dense: set[str]) -> Counter[str]:
 
     visit(graph, {}, "")
     return found
+
+
+def _word(operator: str) -> str:
+    """An operator's name in words that torch modules share."""
+    return "Embedding" if operator == "Gather" else operator.replace("Normalization", "Norm")

@@ -3,13 +3,15 @@
 import contextlib
 import copy
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from slrprop.data import Batch, Data
 from slrprop.errors import SlrpropError, first_line
@@ -18,20 +20,19 @@ from slrprop.layers import linear_from
 from slrprop.losses import rows_of
 from slrprop.network.base import Flow, Layer, Network, directions, gradients_along, require_finite
 from slrprop.network.chain import fold
-from slrprop.network.trace import Trace, dense_modules
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode is restored afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+from slrprop.network.torch_modules import (
+    COMPUTING,
+    binding,
+    dense_modules,
+    device_of,
+    elsewhere,
+    evaluating,
+    named_modules,
+    tied_names,
+    traits,
+    weight_and_bias,
+)
+from slrprop.network.trace import Trace
 
 
 @contextmanager
@@ -65,39 +66,11 @@ def main_output(result: Any) -> Tensor:
     )
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter or buffer (the CPU if it has neither)."""
-    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-
-
 def stored_numbers(model: nn.Module) -> int:
     """Floating-point numbers in parameters and buffers, shared ones once."""
-    tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values() if tensor.is_floating_point()}
+    state = (value for value in model.state_dict().values() if isinstance(value, Tensor))
+    tensors = {tensor.data_ptr(): tensor for tensor in state if tensor.is_floating_point()}
     return sum(tensor.numel() for tensor in tensors.values())
-
-
-def elsewhere(model: nn.Module, dense: Iterable[nn.Linear]) -> Counter[str]:
-    """Bytes of parameters and buffers by the kind of module they belong to, dense layers' weights left out."""
-    seen = {module.weight.data_ptr() for module in dense}
-    found: Counter[str] = Counter()
-    for module in model.modules():
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if tensor.is_floating_point() and tensor.data_ptr() not in seen:
-                seen.add(tensor.data_ptr())
-                found[type(module).__name__] += tensor.nbytes
-    return found
-
-
-def tied_names(model: nn.Module) -> dict[str, list[str]]:
-    """For every dense layer, the other modules' parameters that are the same tensor as its weight."""
-    owners: dict[int, list[tuple[str, int]]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for key, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(parameter.data_ptr(), []).append((f"{path}.{key}", id(module)))
-    return {
-        name: [place for place, owner in owners.get(module.weight.data_ptr(), []) if owner != id(module)]
-        for name, module in dense_modules(model).items()
-    }
 
 
 _HOOKS = (
@@ -110,19 +83,51 @@ _HOOKS = (
 
 
 def swapped(model: nn.Module, modules: Mapping[str, nn.Module], sharing: bool = False) -> nn.Module:
-    """A deep copy of the model with the named modules, with the old ones' hooks, in the place of the old ones.
+    """A deep copy of the model with the named modules, with the old ones' hooks and traits, in the place of the old ones.
+
+    Hooks that compute the old ones' weights are left out: the new ones have their own.
 
     Args:
         sharing: parameters and buffers are not copied.
+
+    Raises:
+        SlrpropError: the model can't be copied, or a copy would run the original.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if sharing}
+    places = named_modules(model)
+    for name, module in places.items():
+        forward = vars(module).get("forward")
+        if isinstance(forward, FunctionType) and forward.__closure__:
+            raise SlrpropError(f"module '{name}' has a function in the place of its forward, which in a copy would run the original; write it as a method (torch.compile of the module itself is fine)")  # fmt: skip
+        values = [value for value in vars(module).values() if isinstance(value, Tensor) and value.grad_fn is not None]
+        memo |= {id(value): value.detach().clone() for value in values}  # these can't be copied, nor need they be
     for name, new in modules.items():
-        old = model.get_submodule(name)
+        old = places[name]
         new.train(old.training)
         for hooks in _HOOKS:
-            getattr(new, hooks).update(getattr(old, hooks))
+            kept = {key: hook for key, hook in getattr(old, hooks).items() if not isinstance(hook, COMPUTING)}
+            getattr(new, hooks).update(kept)
+        vars(new).update({key: vars(old)[key] for key in traits(old)})
         memo[id(old)] = new.to(device_of(old))
-    return copy.deepcopy(model, memo)
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:  # somebody else's modules: they may hold anything
+        raise SlrpropError(f"the model can't be copied ({first_line(error)}), and slrprop changes a copy; take out what can't be") from error  # fmt: skip
+    for module in copied.modules():
+        if hasattr(module, "save_pretrained") and any(part in modules.values() for part in module.modules()):
+            vars(module).update(dict.fromkeys(filter(partial(hasattr, module), _STORES), unstorable))
+    return copied
+
+
+_STORES = ("save_pretrained", "push_to_hub", "save_to_hub", "save")  # a library's own ways to store its models
+
+
+def unstorable(*args: Any, **kwargs: Any) -> None:
+    """Refuse to store a model in a way that gives random weights when it is loaded."""
+    raise SlrpropError(
+        "this model was rewritten, so its library would load it with random weights; store it by slrprop.save(model, path), "
+        "and load it by slrprop.load(model, path), the model being one of the original's class"
+    )
 
 
 class _Enough(BaseException):
@@ -135,14 +140,13 @@ class TorchNetwork(Network):
     def __init__(self, model: nn.Module, data: Data | None) -> None:
         self.model = model
         self.modules = dense_modules(model)
-        super().__init__(tuple(self.modules), tied_names(model))
+        super().__init__(tuple(self.modules), tied_names(model, self.modules))
         self.device = device_of(model)
-        for name, module in self.modules.items():
-            if not torch.isfinite(module.weight).all() or not (
-                module.bias is None or torch.isfinite(module.bias).all()
-            ):
+        self.arrays = {name: weight_and_bias(module) for name, module in self.modules.items()}
+        for name, arrays in self.arrays.items():
+            if not all(torch.isfinite(array).all() for array in arrays if array is not None):
                 raise SlrpropError(
-                    f"layer '{name}' {tuple(module.weight.T.shape)} holds NaN or infinite weights; repair the model first"
+                    f"layer '{name}' {self.shape(name)} holds NaN or infinite weights; repair the model first"
                 )
         if data is not None:
             self._follow(data)
@@ -152,19 +156,20 @@ class TorchNetwork(Network):
         trace = Trace()
         handles = trace.watch(self.modules)
         try:
-            with evaluating(self.model):
+            with evaluating(self.model), parametrize.cached():
                 batch = next(iter(data)).to(self.device)
                 with trace:
                     result = self.call(batch)
+                weights = {name: module.weight for name, module in self.modules.items()}
         finally:
             for handle in handles:
                 handle.remove()
         output, made = main_output(result), trace.made
         self.ending, self._reads = trace.ending(output), trace.read
-        for name, module in self.modules.items():
+        for name, weight in weights.items():
             # a product outside the modules' own forward reads a weight: such a layer can't be replaced
-            own = sum(len(made[other]) for other, twin in self.modules.items() if twin.weight is module.weight)
-            self.times_called[name] = len(made[name]) if trace.reads(module) <= own else 0
+            own = sum(len(made[other]) for other, twin in weights.items() if twin is weight)
+            self.times_called[name] = len(made[name]) if trace.reads(weight) <= own else 0
         self.order = tuple(sorted((name for name in made if self.times_called[name]), key=lambda name: made[name][0]))
         for name in self.order:
             if len(made[name]) == 1:
@@ -191,7 +196,7 @@ class TorchNetwork(Network):
         return stored_numbers(self.model)
 
     def itemsize(self, name: str) -> int:
-        return self.modules[name].weight.itemsize
+        return self.arrays[name][0].itemsize
 
     def elsewhere(self) -> Mapping[str, int]:
         return elsewhere(self.model, self.modules.values())
@@ -200,11 +205,13 @@ class TorchNetwork(Network):
         return self.modules[name].in_features, self.modules[name].out_features
 
     def weight(self, name: str) -> Tensor:
-        return self.modules[name].weight.detach().T.contiguous()
+        return self.arrays[name][0].T.contiguous()
 
     def bias(self, name: str) -> Tensor | None:
-        bias = self.modules[name].bias
-        return None if bias is None else bias.detach()
+        return self.arrays[name][1]
+
+    def stays(self, name: str) -> str:
+        return super().stays(name) or binding(self.modules[name])
 
     def stream(self, names: tuple[str, ...], data: Data, whole: bool = True) -> Iterator[Flow]:
         once = not whole and all(self.times_called[name] == 1 for name in names)
@@ -288,7 +295,7 @@ class TorchNetwork(Network):
     ) -> "TorchNetwork":
         known = biases or {}
         modules = {
-            name: linear_from(Dense(weight), known.get(name, self.bias(name))).to(self.modules[name].weight.dtype)
+            name: linear_from(Dense(weight), known.get(name, self.bias(name))).to(self.arrays[name][0].dtype)
             for name, weight in weights.items()
         }
         found = TorchNetwork(swapped(self.model, modules), data)

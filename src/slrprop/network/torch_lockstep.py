@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from slrprop.data import Batch, Data
 from slrprop.network.lockstep import Changed, Lockstep
 from slrprop.network.torch import TorchNetwork, swapped
+from slrprop.network.torch_modules import undisturbed
 
 
 class _Closed(BaseException):
@@ -19,10 +20,10 @@ class _Closed(BaseException):
 class _Stop(nn.Linear):
     """A dense layer that its batches may be told to stand before, and that may compute something else by then."""
 
-    def __init__(self, name: str, module: nn.Linear) -> None:
+    def __init__(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
         nn.Module.__init__(self)
-        self.name, self.in_features, self.out_features = name, module.in_features, module.out_features
-        self.weight, self.bias = module.weight, module.bias
+        self.name, (self.out_features, self.in_features) = name, weight.shape
+        self.weight, self.bias = weight, bias  # type: ignore[assignment]
         self.now: tuple[Tensor, Tensor | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ class TorchLockstep(Lockstep):
 
     def __init__(self, network: TorchNetwork, data: Data) -> None:
         super().__init__(network)
-        self._stops = {name: _Stop(name, network.modules[name]) for name in network.order}
+        self._stops = {name: _Stop(name, *network.arrays[name]) for name in network.order}
         running = copy.copy(network)
         running.model = swapped(network.model, self._stops, sharing=True).eval()
         self._travellers = [_Traveller(running, batch.to(network.device)) for batch in data]
@@ -97,7 +98,8 @@ class TorchLockstep(Lockstep):
             self._stops[layer].now = None if form is None else (form.weight.T.to(like).contiguous(), form.bias.to(like))
         found = []
         for traveller in self._travellers:
-            traveller.send(name)
+            with undisturbed(traveller.network.device):
+                traveller.send(name)
             if traveller.error is not None:
                 raise traveller.error
             if traveller.x is None:

@@ -9,7 +9,6 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from slrprop.errors import SlrpropError
 from slrprop.network.chain import Affine, Element, Linear, Path
 
 _RELU: list[Any] = [torch.relu, torch.relu_, functional.relu, functional.relu_, Tensor.relu, Tensor.relu_]
@@ -76,9 +75,8 @@ class Trace(TorchFunctionMode):
 
         return [module.register_forward_hook(hook(name), prepend=True) for name, module in modules.items()]
 
-    def reads(self, module: nn.Linear) -> int:
-        """How many products read the module's weight (0 for one that is computed at each call)."""
-        weight = module.weight
+    def reads(self, weight: Tensor) -> int:
+        """How many products read a weight (of one that a hook computes at each call, the last)."""
         products = (call for call in self.calls if call.function is functional.linear)
         return sum(call.argument(1, "weight") is weight for call in products)
 
@@ -147,26 +145,3 @@ def _element(call: _Call, tensor: Tensor, name: str | None) -> Element | None:
         scale = (var + call.argument(7, "eps", 1e-5)).rsqrt() * (1 if weight is None else weight.detach())
         return Affine(scale, (0 if bias is None else bias.detach()) - mean * scale)
     return None
-
-
-def dense_modules(model: nn.Module) -> dict[str, nn.Linear]:
-    """The ``nn.Linear`` modules whose own forward computes the product, by name, each module once.
-
-    Raises:
-        SlrpropError: not a module, or a layer without values.
-    """
-    if not isinstance(model, nn.Module):
-        raise SlrpropError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and type(module).forward is nn.Linear.forward
-        and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    }
-    for name, module in found.items():
-        if nn.parameter.is_lazy(module.weight) or module.weight.is_meta:
-            raise SlrpropError(
-                f"layer '{name}' is not initialised (it has no values yet); load the model's weights first"
-            )
-    return found
