@@ -4,6 +4,7 @@ They take (..., m) and give (..., n), can be fine-tuned, and export to ONNX as s
 """
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import singledispatch
 from typing import Any, ClassVar
 
@@ -206,10 +207,11 @@ class PackedLinear(FactoredLinear):
         for name, array in factors.arrays().items():
             self.register_buffer(f"packed_{name}", array.clone())
         self._names = tuple(factors.arrays())
-        self._unpacked: list[nn.Module] = []  # in a list: no part of the module's state
+        # in lists: no part of the module's state
+        self._arrays, self._unpacked = [self.get_buffer(f"packed_{name}") for name in self._names], list[nn.Module]()
 
     def factors(self) -> Factors:
-        return restored(self._description, {name: self.get_buffer(f"packed_{name}") for name in self._names})
+        return restored(self._description, dict(zip(self._names, self._arrays, strict=True)))
 
     @classmethod
     def stored(cls, description: Mapping[str, Any], state: Mapping[str, Tensor]) -> Factors:
@@ -217,12 +219,17 @@ class PackedLinear(FactoredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._unpacked or self._unpacked[0].like != (x.dtype, x.device):
-            factors = self.factors()
-            assert isinstance(factors, Quantized)
-            module = linear_from(factors.plain(), factors.bias).to(x).requires_grad_(False)
-            module.like = x.dtype, x.device  # type: ignore[assignment]
-            self._unpacked[:] = [module]
+            with ThreadPoolExecutor(1) as elsewhere:  # where nothing is traced: exported programs hold it as constants
+                self._unpacked[:] = [elsewhere.submit(self._plain, x.dtype, x.device).result()]
         return self._with_bias(self._unpacked[0](x))
+
+    @torch.no_grad()
+    def _plain(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        factors = self.factors()
+        assert isinstance(factors, Quantized)
+        module = linear_from(factors.plain(), factors.bias).to(device, dtype).requires_grad_(False)
+        module.like = dtype, device  # type: ignore[assignment]
+        return module
 
     def unpacked(self) -> nn.Linear:
         factors = self.factors()
@@ -231,12 +238,17 @@ class PackedLinear(FactoredLinear):
         return _dense_linear(Dense(factors.dense().to(torch.float32)), bias)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "PackedLinear":
-        self._unpacked.clear()
-        return super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)
+        self._refresh()
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._unpacked.clear()
         super()._load_from_state_dict(*args, **kwargs)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self._unpacked.clear()
+        self._arrays[:] = [self.get_buffer(f"packed_{name}") for name in self._names]
 
 
 class SparseLinear(FactoredLinear):
