@@ -17,7 +17,7 @@ from torch import Tensor
 from slrprop.errors import SlrpropError
 
 BATCH_SIZE = 512
-TARGET_KEYS = ("targets", "labels")
+TARGET_KEYS = ("targets", "labels", "target", "label")
 
 
 class Batch(NamedTuple):
@@ -60,9 +60,10 @@ class Data:
     """A re-iterable stream of batches over a ``DataLoader``, arrays, or an ``.npz`` file.
 
     Accepted: a pair (inputs, targets) or inputs alone, as tensors or arrays; any re-iterable of batches, each
-    ``inputs``, ``(inputs, ..., targets)`` or a mapping (key ``targets`` or ``labels``, the rest by name); a mapping of
-    arrays or the path of an ``.npz``, whose key ``targets`` holds targets and whose other arrays are inputs (one: any name;
-    several: the names of the model's arguments or inputs); the path of an ``.npy`` with the only input.
+    ``inputs``, ``(inputs, ..., targets)``, a mapping (key ``targets``, ``labels``, ``target`` or ``label``, the rest by
+    name) or ``(mapping, targets)``; a mapping of arrays, alone or in a pair with targets; the path of an ``.npz``, whose key
+    ``targets`` holds targets and whose other arrays are inputs (one: any name; several: the names of the model's
+    arguments or inputs); the path of an ``.npy`` with the only input.
 
     Raises:
         SlrpropError: empty, of unequal lengths, not finite, not numbers, or of an unknown type.
@@ -70,6 +71,7 @@ class Data:
 
     def __init__(self, source: Any, batch_size: int = BATCH_SIZE) -> None:
         self.batch_size = batch_size
+        source = by_name(source)
         self._loader: Iterable[Any] | None = None
         self._arrays: dict[str | int, Tensor] = {}
         self._targets: Tensor | None = None
@@ -239,7 +241,17 @@ def _batch(item: Any) -> Batch:
     return batch
 
 
+def by_name(item: Any) -> Any:
+    """A pair of inputs by name and targets as one mapping; anything else as it is."""
+    if isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], Mapping):
+        inputs, targets = item
+        if targets is None or _is_array(targets):
+            return dict(inputs) if targets is None else {**inputs, TARGET_KEYS[0]: targets}
+    return item
+
+
 def _parsed(item: Any) -> Batch:
+    item = by_name(item)
     if isinstance(item, Mapping):
         named = {key: as_tensor(value, f"input '{key}'") if _is_array(value) else value for key, value in item.items()}
         targets = next((named.pop(key) for key in TARGET_KEYS if key in named), None)

@@ -1,7 +1,6 @@
 """Torch models as ONNX files, compared with ONNX Runtime before they are kept."""
 
 import contextlib
-import copy
 import io
 import logging
 import warnings
@@ -15,7 +14,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from slrprop.data import as_tensor
+from slrprop.data import TARGET_KEYS, as_tensor, by_name
 from slrprop.errors import SlrpropError, first_line
 from slrprop.factors import Quantized
 from slrprop.files import replacing, scratch
@@ -25,7 +24,8 @@ from slrprop.network.onnx import OnnxNetwork
 from slrprop.network.onnx_file import bare
 from slrprop.network.onnx_rewrite import rewritten
 from slrprop.network.onnx_tensors import no_model
-from slrprop.network.torch import device_of, evaluating, swapped
+from slrprop.network.torch import swapped
+from slrprop.network.torch_modules import device_of, evaluating, named_modules
 
 RELATIVE, ABSOLUTE = 1e-3, 1e-4  # float32 sums in another order
 OPSET = 21
@@ -57,7 +57,7 @@ def _tensors(result: Any) -> list[Tensor]:
         return [result]
     if not isinstance(result, (Mapping, tuple, list)):
         raise SlrpropError(
-            f"the model can't be exported to ONNX: it returns {type(result).__name__}, not tensors or tuples or mappings of them"
+            f"the model can't be exported to ONNX: it returns {type(result).__name__}, not tensors or tuples or mappings of them; let its forward return those (Hugging Face: config.use_cache = False)"
         )
     values = list(result.values()) if isinstance(result, Mapping) else list(result)
     return [tensor for value in values if value is not None for tensor in _tensors(value)]
@@ -93,8 +93,9 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_
     """Write the model as ONNX, check it, and run it: its outputs must equal the torch model's.
 
     Args:
-        example_input: a tensor or array, or a tuple of them, with the batch in the first axis (two samples or more,
-            if the batch is to stay dynamic).
+        example_input: a tensor or array, a tuple of them, or a mapping by the names of the model's arguments (a batch of
+            a data loader: targets are left out), with the batch in the first axis (two samples or more, if it is to stay
+            dynamic).
         dynamic_batch: leave the batch size open.
 
     Returns:
@@ -104,39 +105,47 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_
         SlrpropError: the model can't be exported, the file's outputs differ, or another file than a model is there; no file
             is left then, and what was there stays.
     """
-    items = example_input if isinstance(example_input, (tuple, list)) else (example_input,)
-    inputs = tuple(as_tensor(item, "the example input") for item in items)
-    if not inputs or any(item.ndim == 0 for item in inputs):
+    given = by_name(example_input)
+    if isinstance(given, Mapping):
+        given = {str(key): value for key, value in given.items() if key not in TARGET_KEYS and value is not None}
+    else:  # by position
+        given = dict(enumerate(given if isinstance(given, (tuple, list)) else (given,)))
+    items = {key: as_tensor(value, "the example input") for key, value in given.items()}
+    inputs = tuple(item.cpu() for key, item in items.items() if isinstance(key, int))
+    named = {key: item.cpu() for key, item in items.items() if isinstance(key, str)}
+    tensors = (*inputs, *named.values())
+    if not tensors or any(item.ndim == 0 for item in tensors):
         raise SlrpropError(f"the example input must be tensors with the batch in the first axis, got {example_input!r}")
-    if dynamic_batch and any(len(item) < 2 for item in inputs):
+    if dynamic_batch and any(len(item) < 2 for item in tensors):
         raise SlrpropError(
             "the example input has one sample; give two or more, or dynamic_batch=False for a fixed batch of one"
         )
-    if any(tensor.dtype == torch.bfloat16 for tensor in (*inputs, *model.parameters())):
+    if any(tensor.dtype == torch.bfloat16 for tensor in (*tensors, *model.parameters())):
         raise SlrpropError(
             "the model can't be exported to ONNX in bfloat16, which ONNX Runtime does not compute on the CPU; convert it with .float()"
         )
     if device_of(model).type != "cpu":
-        model, inputs = copy.deepcopy(model).cpu(), tuple(item.cpu() for item in inputs)
+        model = swapped(model, {}).cpu()
     with evaluating(model):
         try:
-            want = [tensor.cpu().numpy() for tensor in _tensors(model(*inputs))]
+            want = [tensor.cpu().numpy() for tensor in _tensors(model(*inputs, **named))]
         except SlrpropError:
             raise
         except Exception as error:  # somebody else's forward
-            shapes = ", ".join(str(tuple(item.shape)) for item in inputs)
+            shapes = ", ".join(str(tuple(item.shape)) for item in tensors)
             raise SlrpropError(f"the model can't take data of shape {shapes}: {first_line(error)}") from error
-        packed = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear) and module.repacked}  # fmt: skip
+        packed = {name: module for name, module in named_modules(model).items() if isinstance(module, FactoredLinear) and module.repacked}  # fmt: skip
         unpacked: dict[str, nn.Linear] = {name: module.unpacked() for name, module in packed.items()}
         plain = swapped(model, dict(unpacked)) if packed else model
         with replacing(path, no_model) as part:
             dynamic = torch.export.ShapesCollection()
-            for item in inputs:
+            for item in tensors:
                 dynamic[item] = {0: torch.export.Dim("batch")}
             try:
                 with _quiet():
                     torch.onnx.export(
-                        plain, inputs, str(part), dynamo=True, dynamic_shapes=dynamic.dynamic_shapes(plain, inputs) if dynamic_batch else None,
+                        plain, inputs, str(part), kwargs=named, dynamo=True,
+                        dynamic_shapes=dynamic.dynamic_shapes(plain, inputs, named) if dynamic_batch else None,
                         external_data=False, opset_version=OPSET, optimize=True, verbose=False,
                     )  # fmt: skip
                 _strip(part)
@@ -150,7 +159,9 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_
                     root = root.__cause__
                 raise SlrpropError(f"the model can't be exported to ONNX: {first_line(root)}") from error
             runtime = session(part)
-            feed = {slot.name: item.cpu().numpy() for slot, item in zip(runtime.get_inputs(), inputs, strict=True)}
+            slots = [slot.name for slot in runtime.get_inputs() if slot.name not in named]
+            fed = {**named, **dict(zip(slots, inputs, strict=True))}
+            feed = {name: item.cpu().numpy() for name, item in fed.items()}
             got = runtime.run(None, feed)
             for index, (mine, theirs) in enumerate(zip(want, got, strict=True)):
                 if mine.shape != theirs.shape or not np.allclose(mine, theirs, RELATIVE, ABSOLUTE):
