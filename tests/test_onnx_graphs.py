@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 import slrprop
 from slrprop import SlrpropError, cli
-from slrprop.api import other_numbers
 from slrprop.data import Data
 from slrprop.network import OnnxNetwork, onnx_rewrite
 from tests.onnx_models import run
@@ -242,13 +241,13 @@ def test_where_other_numbers_are_is_told(tmp_path):
     tensors = {"a": numbers(20, 30).astype(np.int8), "s": np.float32(0.1), "b": numbers(30, 10), "c": np.array(True)}
     path = graph_file(tmp_path / "m.onnx", nodes, tensors, ["b", 20])
     told = "MatMul in If 67 %, MatMul behind DequantizeLinear 33 %"
-    assert slrprop.inspect(path) == [] and other_numbers(path) == told
+    assert slrprop.inspect(path) == [] and slrprop.inspect(path).other == told
     with pytest.raises(SlrpropError, match=f"no dense layer .* on this data; its numbers are elsewhere: {told}"):
         slrprop.plan(path, None, method="svd")
     printed = CliRunner().invoke(cli.app, ["inspect", str(path)]).stdout
     assert printed.startswith("no dense layer: ") and printed.endswith(f"by what uses them: {told}\n")
     model = nn.Sequential(nn.Conv1d(4, 8, 3), nn.Flatten(), nn.Linear(24, 10))
-    assert other_numbers(model) == "Conv 29 %, Linear 3 %"
+    assert slrprop.inspect(model).other == "Conv 29 %, Linear 3 %"
 
 
 def test_numbers_in_bodies_of_the_same_names_are_all_counted(tmp_path):
@@ -263,7 +262,7 @@ def test_numbers_in_bodies_of_the_same_names_are_all_counted(tmp_path):
     ]
     tensors = {"m": numbers(100, 10), "c": np.array(True)}
     path = graph_file(tmp_path / "m.onnx", nodes, tensors, ["b", 20])
-    assert other_numbers(path) == "Mul 71 %, MatMul in If 29 %"
+    assert slrprop.inspect(path).other == "Mul 71 %, MatMul in If 29 %"
 
 
 def test_initializers_are_inputs_too_where_the_format_wants_that(tmp_path):

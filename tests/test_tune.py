@@ -241,7 +241,7 @@ class TestErrors:
     def test_too_few_samples(self, plans, trained, calibration):
         with pytest.raises(
             SlrpropError,
-            match=r"tuning needs 10 samples or more \(compress tunes on half of the data\), got 9; give more data",
+            match=r"tuning needs 10 samples or more \(compress tunes on a third of the data\), got 9; give more data",
         ):
             tuned(trained, calibration[0][:9], plans[32])
         assert tuned(trained, calibration[0][:10], plans[32]).layers

@@ -48,21 +48,26 @@ class LayerInfo:
     tied_to: tuple[str, ...] = ()
 
 
-def inspect(model: Model) -> list[LayerInfo]:
-    """The dense layers of a torch module or an ONNX file, in the order of its modules or nodes."""
-    network = open_network(model, None)
-    total, found = max(1, network.number_bytes), []
+class Inspection(list[LayerInfo]):
+    """Dense layers; ``other`` says in words which kinds of module or node use the other numbers, those of 1 % of all and more."""
+
+    other: str
+
+    def __str__(self) -> str:
+        other = f"other numbers, by what uses them: {self.other}" if self.other else ""
+        return "\n".join([*map(str, self), *filter(None, [other])])
+
+
+def inspect(model: Model) -> Inspection:
+    """The dense layers of a torch module or an ONNX file, in the order of its modules or nodes, and what else holds numbers."""
+    network, found = open_network(model, None), Inspection()
+    total, found.other = max(1, network.number_bytes), network.other_numbers()
     for name in network.names:
         m, n = network.shape(name)
         tied = tuple(network.tied[name])
         share = m * n * network.itemsize(name) / total
         found.append(LayerInfo(name, (m, n), m * n, share, (m * n - 1) // (m + n), tied))
     return found
-
-
-def other_numbers(model: Model) -> str:
-    """In words: which kinds of module or node use the numbers that are in no dense layer's weight, those of 1 % and more."""
-    return open_network(model, None).other_numbers()
 
 
 def plan(

@@ -83,8 +83,7 @@ def inspect(model: OnnxFile, as_json: Json = False) -> None:
 
     Example: slrprop inspect model.onnx
     """
-    api = importlib.import_module("slrprop.api")
-    found = api.inspect(model)
+    found = importlib.import_module("slrprop.api").inspect(model)
     if as_json:
         typer.echo(json.dumps([asdict(layer) for layer in found], indent=1))
         return
@@ -97,8 +96,8 @@ def inspect(model: OnnxFile, as_json: Json = False) -> None:
         show_table(["layer", "shape", "numbers", "share, %", "highest rank that pays", "weight also used by"], rows)
     else:
         typer.echo("no dense layer: no Gemm or MatMul has a constant matrix of real numbers as its right factor")
-    if told := api.other_numbers(model):
-        typer.echo(printable(f"other numbers, by what uses them: {told}"))
+    if found.other:
+        typer.echo(printable(f"other numbers, by what uses them: {found.other}"))
 
 
 @app.command()
@@ -230,8 +229,14 @@ def _require_ending(path: Path, *endings: str) -> None:
 @app.command()
 def compress(
     model: OnnxFile,
-    calibration: Annotated[Path, typer.Option("--calibration", help=".npz or .npy; half of it searches, half checks.")],
+    calibration: Annotated[
+        Path,
+        typer.Option("--calibration", help=".npz or .npy; half searches, half checks and must be unseen by training."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .onnx file to write.")],
+    check: Annotated[
+        Path | None, typer.Option(help="Checking samples apart, unseen by training; the others only search.")
+    ] = None,
     max_drop: Annotated[float | None, typer.Option(help="Points of the metric that may be lost.")] = None,
     max_bytes: Annotated[str | None, typer.Option(help="Size of the file: 300KB, or 25% of the original.")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="Milliseconds for one sample on one thread.")] = None,
@@ -244,7 +249,7 @@ def compress(
     ] = False,
     layers: Annotated[list[str] | None, typer.Option(help="Name or pattern; may be repeated.")] = None,
     confident: Annotated[bool, typer.Option(help="The upper end of the drop's interval must hold too.")] = False,
-    seed: Annotated[int, typer.Option(help="Which half of the data searches.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the order of the samples, so of the parts.")] = 0,
     run_dir: Annotated[
         Path | None, typer.Option(help="Keep measurements here; a killed run goes on from them.")
     ] = None,
@@ -258,13 +263,18 @@ def compress(
 
     With --max-drop: the smallest file found. With bytes or latency alone: the plan predicted nearest to the original.
 
+    The samples that check must not have been trained on; what is promised holds for samples like them.
+
     Exit codes: 0 written, 1 a mistake, 2 a misspelt command, 3 the budget can't be met (no ONNX file is written).
 
     Example: slrprop compress model.onnx --calibration data.npz --max-drop 0.5 -o small.onnx --report report.html
     """
     _require_ending(output, ".onnx")
     search, reports = importlib.import_module("slrprop.search"), importlib.import_module("slrprop.report")
-    command, reads = ["slrprop", *sys.argv[1:]], [("the model itself", model), ("the data", calibration)]
+    command, reads = (
+        ["slrprop", *sys.argv[1:]],
+        [("the model itself", model), ("the data", calibration), ("the checking samples", check)],
+    )
     if report is not None:
         _require_ending(report, ".html", ".md")
         if report.suffix == ".html":
@@ -273,17 +283,17 @@ def compress(
             outputs.place(report, reports.no_report)
     try:
         found = search.compress(
-            model, calibration, max_drop=max_drop, max_bytes=max_bytes, max_latency_ms=max_latency_ms, max_latency=max_latency,
+            model, calibration, check=check, max_drop=max_drop, max_bytes=max_bytes, max_latency_ms=max_latency_ms, max_latency=max_latency,
             metric=metric, level=level, methods="auto" if method == ["auto"] else [(name, search.QUICK.get(name, {})) for name in method],
             size_only=size_only, layers=layers or None, confident=confident, seed=seed, run_dir=run_dir,
             workers=workers, cluster=cluster, integer_products=integer_products, output=output,
         )  # fmt: skip
     except search.BudgetError as error:
-        if report is not None:
+        if report is not None and error.best is not None:
             with together(*reads):
                 reports.write_report(error.best, report, command)
         if as_json:
-            typer.echo(json.dumps(error.best.summary()))
+            typer.echo(json.dumps({"met": False, "error": str(error)} if error.best is None else error.best.summary()))
         typer.echo(f"error: {error}", err=True)
         sys.exit(3)
     with together(*reads):
@@ -293,11 +303,9 @@ def compress(
     if as_json:
         typer.echo(json.dumps(found.summary() | {"file": str(output), "parity": asdict(parity)}))
         return
-    typer.echo(
-        str(found.plan)
-        or "every layer stays as it is: nothing smaller that was tried is within the budget, the file is a copy"
-    )
-    typer.echo("\n".join(printable(f"why {reason}") for reason in found.reasons()), nl=bool(found.plan.layers))
+    if found.plan.layers:
+        typer.echo(found.plan)
+        typer.echo("\n".join(printable(f"why {reason}") for reason in found.reasons()))
     typer.echo(str(found))
     typer.echo(
         printable(f"Written: {output}; it computes what the plan says to within {max(parity.outputs.values()):.1e}")

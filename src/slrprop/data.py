@@ -137,32 +137,56 @@ class Data:
         if lengths == {0}:
             raise SlrpropError("the data is empty; give at least one sample")
 
-    def split(self, seed: int) -> "tuple[Data, Data]":
-        """Two halves: of the samples in an order drawn from ``seed``, or of a loader's batches in turn.
+    def split(self, seed: int, parts: int = 2) -> "tuple[Data, Data]":
+        """All but one of so many equal parts, and that one: of the samples in an order drawn from ``seed``, or of a loader's batches in turn.
+
+        A loader's batches are put together and cut by samples where they are fewer than the parts.
 
         Raises:
-            SlrpropError: one sample or batch alone, or a loader that shuffles (its halves would mix).
+            SlrpropError: fewer samples than parts, or a loader that shuffles (its parts would mix).
         """
         if self._loader is not None:
             if isinstance(getattr(self._loader, "sampler", None), torch.utils.data.RandomSampler):
                 raise SlrpropError(
                     "the DataLoader shuffles, so its samples can't be kept apart; give one with shuffle=False"
                 )
-            if isinstance(self._loader, Sized) and len(self._loader) < 2:
-                raise SlrpropError(
-                    "the data has one batch; a search needs two or more, some to choose by and others to check on"
-                )
-            return Data(_EveryOther(self._loader, 0)), Data(_EveryOther(self._loader, 1))
-        count = len(next(iter(self._arrays.values())))
-        if count < 2:
-            raise SlrpropError("the data has one sample; a search needs one part to choose by and another to check on")
+            if sum(1 for _ in itertools.islice(self._loader, parts)) < parts:
+                return self._together().split(seed, parts)
+            return Data(_Part(self._loader, parts, False)), Data(_Part(self._loader, parts, True))
+        count = self._count
+        if count < parts:
+            raise SlrpropError(f"the data has {'one sample' if count == 1 else f'{count} samples'}; a search needs {parts} or more, some to choose by and others to check on")  # fmt: skip
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-        halves = (order[: count // 2].sort().values, order[count // 2 :].sort().values)
+        cut = count * (parts - 1) // parts
         first, second = copy.copy(self), copy.copy(self)
-        for half, rows in zip((first, second), halves, strict=True):
-            half._arrays = {key: array[rows] for key, array in self._arrays.items()}
-            half._targets = None if self._targets is None else self._targets[rows]
+        for part, rows in zip((first, second), (order[:cut].sort().values, order[cut:].sort().values), strict=True):
+            part._arrays = {key: array[rows] for key, array in self._arrays.items()}
+            part._targets = None if self._targets is None else self._targets[rows]
         return first, second
+
+    def fewer(self, than: int) -> bool:
+        """Whether there are fewer samples than that; a loader is read as far as it takes."""
+        values = ((*batch.inputs, *batch.named.values()) for batch in self)
+        counts = (max((len(value) for value in batch if getattr(value, "ndim", 0)), default=1) for batch in values)
+        return all(count < than for count in itertools.accumulate(counts))
+
+    @property
+    def _count(self) -> int:
+        return len(next(iter(self._arrays.values())))
+
+    def _together(self) -> "Data":
+        """A loader's batches as arrays."""
+        batches, whole = list(self), copy.copy(self)
+        named = [dict(enumerate(batch.inputs)) | batch.named for batch in batches]
+        targets = [batch.targets for batch in batches if batch.targets is not None]
+        try:
+            whole._arrays = {key: torch.cat([batch[key] for batch in named]) for key in named[0]}
+            whole._targets = torch.cat(targets) if targets else None
+        except (RuntimeError, TypeError, KeyError) as error:
+            raise SlrpropError(f"the data has {len(batches)} batches that can't be put together, too few to keep some for the check; give more batches") from error  # fmt: skip
+        whole._loader = None
+        whole._check_lengths()
+        return whole
 
     def __iter__(self) -> Iterator[Batch]:
         if self._loader is not None:
@@ -173,22 +197,21 @@ class Data:
             if not seen:
                 raise SlrpropError("the data holds no batches; give at least one sample")
             return
-        count = len(next(iter(self._arrays.values())))
-        for start in range(0, count, self.batch_size):
+        for start in range(0, self._count, self.batch_size):
             part = slice(start, start + self.batch_size)
             named = {key: array[part] for key, array in self._arrays.items() if isinstance(key, str)}
             inputs = tuple(array[part] for key, array in self._arrays.items() if isinstance(key, int))
             yield Batch(inputs, named, None if self._targets is None else self._targets[part])
 
 
-class _EveryOther:
-    """Every second batch of a loader."""
+class _Part:
+    """Every n-th batch of a loader, or all others."""
 
-    def __init__(self, loader: Iterable[Any], first: int) -> None:
-        self._loader, self._first = loader, first
+    def __init__(self, loader: Iterable[Any], n: int, last: bool) -> None:
+        self._loader, self._n, self._last = loader, n, last
 
     def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(self._loader, self._first, None, 2)
+        return (item for place, item in enumerate(self._loader, 1) if (place % self._n == 0) == self._last)
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

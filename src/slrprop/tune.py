@@ -8,7 +8,8 @@ again after a few epochs, so that the original, which is much slower than the pl
 """
 
 import copy
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from slrprop.checks import require_count, require_flag, require_positive
-from slrprop.data import Data, open_data
+from slrprop.data import Batch, Data, open_data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Factors, Quantized
 from slrprop.factors.quantized import CODES
@@ -29,6 +30,7 @@ from slrprop.plan import LayerPlan, Plan
 from slrprop.quantize import LARGEST, SMALLEST, rounded, with_bias
 
 HELD_OUT = 0.1  # of the data, to choose the epoch by
+LEAST = 10  # samples, of which one is held out
 LEAST_HELD_OUT = 1000  # few are mixed with one another again and again
 EPOCHS, LEAST_STEPS = 40, 1000
 MIXTURES, LEAST_MIXED = 4, 2**15  # of all samples, then they come again; more of them where samples are few
@@ -191,22 +193,18 @@ def distilled(
         weight = network.weight(layer.name)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         layers[layer.name] = Tunable(layer, network.bias(layer.name), dtype).to(weight.device)
-    entry = _entry(network, names)
+    entry = require_tunable(network, data, names)
     student: Forward
     teacher: Forward
     if entry is not None:
         inputs = torch.cat([x for flow in network.stream((entry,), data) for x, _ in flow.calls[entry]])
         student, teacher = _along(network, entry, layers), _along(network, entry, {})
-    elif isinstance(network, TorchNetwork):
+    else:
+        assert isinstance(network, TorchNetwork)
         inputs = _whole_inputs(data).to(network.device)
         with evaluating(network.model):  # the copy stays in that mode
             student = _whole(network, swapped(network.model, dict(layers)))
         teacher = evaluating(network.model)(_whole(network, network.model))
-    else:
-        raise SlrpropError(
-            f"tuning needs a chain of dense layers from '{names[0]}' to the output, which this ONNX graph has not; "
-            "tune the torch module, or use the calibrated level"
-        )
     targets = next(iter(data)).targets
     notes = _distil(
         student, teacher, inputs, nn.ModuleList(layers.values()), chosen, quiet,
@@ -216,7 +214,31 @@ def distilled(
     return replace(plan, layers=tuple(replace(layer, notes=layer.notes | notes) for layer in done), sha256="")
 
 
-def _entry(network: Network, names: list[str]) -> str | None:
+def require_tunable(network: Network, data: Data, names: Sequence[str]) -> str | None:
+    """Refuse to tune layers where that can't be done; the first of them, if a chain leads from it over all others to the output."""
+    entry = _entry(network, names)
+    if entry is None and not isinstance(network, TorchNetwork):
+        reached = next((names[i:] for i in range(1, len(names)) if _entry(network, names[i:])), ())
+        raise SlrpropError(
+            f"tuning needs a chain of dense layers from '{names[0]}' to the output, which this ONNX graph has not; "
+            + (f"name the layers that have one ({', '.join(reached)}), " if reached else "")
+            + "tune the torch module, or use the calibrated level"
+        )
+    if entry is None:
+        _only_input(next(iter(data)))
+        rows: Iterable[int] = (len(batch.inputs[0]) for batch in data)
+    else:
+        rows = (len(x) for flow in network.stream((entry,), data, whole=False) for x, _ in flow.calls[entry])
+    count = 0
+    for count in itertools.accumulate(rows):
+        if count >= LEAST:
+            return entry
+    raise SlrpropError(
+        f"tuning needs {LEAST} samples or more (compress tunes on a third of the data), got {count}; give more data"
+    )
+
+
+def _entry(network: Network, names: Sequence[str]) -> str | None:
     """The first planned layer, if a chain leads from it over all others to the output."""
     first = next(name for name in network.order if name in names)
     chain = network.chain(first)
@@ -248,12 +270,14 @@ def _whole(network: TorchNetwork, model: nn.Module) -> Forward:
 
 
 def _whole_inputs(data: Data) -> Tensor:
-    parts = []
-    for batch in data:
-        if len(batch.inputs) != 1 or batch.named:
-            raise SlrpropError("a network without a chain of dense layers can be tuned on data with one input only; use the calibrated level")  # fmt: skip
-        parts.append(batch.inputs[0])
-    return torch.cat(parts)
+    return torch.cat([_only_input(batch) for batch in data])
+
+
+def _only_input(batch: Batch) -> Tensor:
+    if len(batch.inputs) != 1 or batch.named:
+        raise SlrpropError("a network without a chain of dense layers can be tuned on data with one input only; use the calibrated level")  # fmt: skip
+    only: Tensor = batch.inputs[0]
+    return only
 
 
 def _distil(
@@ -263,10 +287,6 @@ def _distil(
     """Train the layers in place; what was reached."""
     count = len(inputs)
     held = int(count * HELD_OUT)
-    if held < 1:
-        raise SlrpropError(
-            f"tuning needs 10 samples or more (compress tunes on half of the data), got {count}; give more data"
-        )
     random = torch.Generator().manual_seed(chosen.seed)
     order = torch.randperm(count, generator=random)
     aside, rest = order[:held], order[held:]

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -102,16 +102,20 @@ class Network(ABC):
             data: to see what follows each layer; None for a network that is only to be streamed.
         """
 
-    def other_numbers(self) -> str:
-        """:meth:`elsewhere` in words, what is 1 % of all and more."""
-        parts, total = sorted(self.elsewhere().items(), key=lambda part: -part[1]), self.number_bytes
+    def other_numbers(self, treated: Collection[str] | None = None) -> str:
+        """:meth:`elsewhere` in words, what is 1 % of all and more; dense layers that are not ``treated`` are part of it."""
+        left = {name for name in self.names if treated is not None and name not in treated}
+        found = {**self.elsewhere(), "dense layers that stay": self._dense_bytes(left)}
+        parts, total = sorted(found.items(), key=lambda part: -part[1]), self.number_bytes
         return ", ".join(f"{kind} {100 * size / total:.0f} %" for kind, size in parts if 100 * size >= total)
 
     @property
     def number_bytes(self) -> int:
         """Bytes of all numbers."""
-        dense = sum(math.prod(self.shape(name)) * self.itemsize(name) for name in self.names)
-        return dense + sum(self.elsewhere().values())
+        return self._dense_bytes(self.names) + sum(self.elsewhere().values())
+
+    def _dense_bytes(self, names: Iterable[str]) -> int:
+        return sum(math.prod(self.shape(name)) * self.itemsize(name) for name in names)
 
     def stays(self, name: str) -> str:
         """Why a layer can't be replaced whatever the method; empty where it can."""

@@ -96,6 +96,7 @@ def _summary(c: Compression) -> Rows:
             ("latency before", words.milliseconds(c.latency[0])),
             ("latency after", words.milliseconds(c.latency[1])),
         ]
+    rows += [("remark", remark) for remark in c.remarks()]
     return [*rows, ("budget", _budget(c)), ("evaluations of a whole network", str(c.evaluations))]
 
 
@@ -222,9 +223,9 @@ def _repeat(c: Compression, command: str | Sequence[str], parity: float | Mappin
     ]
     rows += [
         ("seed", str(c.seed)),
-        ("samples of the search", f"{c.samples[0]:,}"),
-        ("samples of the check", f"{c.samples[1]:,}"),
-        ("data fingerprint (SHA-256 of the search part and the original's outputs)", c.data_fingerprint),
+        ("samples that chose", f"{c.samples[0]:,}"),
+        ("samples of the check, and looks at them", f"{c.samples[1]:,}, {c.looks}"),
+        ("data fingerprint (SHA-256 of the samples that chose and the original's outputs)", c.data_fingerprint),
         ("run time", f"{c.seconds:.1f} s"),
     ]
     if c.plan.layers:

@@ -114,7 +114,7 @@ def _head(facts: dict[str, Any]) -> str:
 <section>{_table(["budget", "asked", "reached", "holds"], goals)}
 <details><summary>Exact figures</summary>{_table([], facts["summary"], "facts")}</details>
 <p class="note">{escape(metric.replace("_", " ").capitalize())}: {escape(facts["meaning"])}. Before and after are measured on the check part of the data, which
-the search did not see; the interval is of the paired drop, both networks on the same samples.</p></section>"""
+the search did not see; the interval is of the paired drop, both networks on the same samples, and speaks of samples like those.</p></section>"""
 
 
 def _trade_off(facts: dict[str, Any]) -> str:

@@ -61,7 +61,15 @@ def _points(facts: dict[str, Any]) -> str:
                 "; ".join(forms) or "original",
             )
         )
-    header = ["step", "bytes", f"{facts['metric']} (search part)", "predicted damage", "divergence", "latency", "plan"]
+    header = [
+        "step",
+        "bytes",
+        f"{facts['metric']} (search part)",
+        "predicted damage",
+        "divergence",
+        "latency",
+        "plan",
+    ]
     command = facts["points"][facts["chosen"]]["command"] if facts["points"] else ""
     return (
         _table(header, rows)

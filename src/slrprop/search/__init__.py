@@ -5,10 +5,12 @@
    error, measured once per layer with only that layer compressed).
 2. The candidates on the convex hull of (bytes, damage) form one path from the original to the smallest network:
    at each step the layer that saves the most bytes per damage moves on.
-3. Bisection along the path with real evaluations on the search part of the data finds the smallest network in the budget.
+3. Bisection along the path with real evaluations finds the smallest network in the budget, on a third of the search part of the
+   data, which nothing was fitted to.
 4. Where layers are calibrated, what is evaluated is the plan fitted in order, each layer on the outputs of those before it
    (at the level ``tuned`` also distilled), and some evaluations go to choices between two points of the path.
-5. The result is measured on the check part, which nothing before has seen.
+5. The result is measured on the check part, which nothing before has seen. Where it fails there, the search steps back, and every
+   further look makes the interval wider. At the end of the way back stands the original.
 """
 
 from slrprop.search.compress import compress

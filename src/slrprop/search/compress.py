@@ -11,26 +11,34 @@ from torch import nn
 
 from slrprop.api import no_integers, settings_of
 from slrprop.checks import require_choice, require_flag
-from slrprop.data import open_data
+from slrprop.data import Data, open_data
 from slrprop.errors import SlrpropError
 from slrprop.files import together
 from slrprop.measure import file_bytes
 from slrprop.methods import Problem, find_method
+from slrprop.network import open_network
 from slrprop.network.onnx_file import OnnxFile
 from slrprop.plan import Plan
+from slrprop.search.check import Check
 from slrprop.search.judge import LONGEST, Door, Judge, Log
 from slrprop.search.path import LEVELS, SIZE_ONLY, Choice
-from slrprop.search.result import Budget, BudgetError, Compression, most_evaluations, parse_size
+from slrprop.search.reach import reach_of
+from slrprop.search.result import Budget, BudgetError, Compression, parse_size
 from slrprop.search.search import Search
 from slrprop.search.shares import Shares
 from slrprop.search.trials import Trials
-from slrprop.tune import TuneSettings
+from slrprop.selection import treated
+from slrprop.tune import TuneSettings, require_tunable
+
+CHOOSING = 3  # the part of the search's samples that only chooses: one of so many, where others are fitted to
+LEARNT = 99.5  # percent: an original that is right more often has probably seen the samples before
 
 
 def compress(
     model: Any,
     data: Any,
     *,
+    check: Any = None,
     max_drop: float | None = None,
     max_bytes: int | str | None = None,
     max_latency_ms: float | None = None,
@@ -53,11 +61,14 @@ def compress(
 ) -> Compression:
     """The network that meets a budget, its promise checked on data that the search did not see.
 
-    With ``max_drop`` the smallest that was found; with bytes or latency alone the one predicted nearest to the original.
+    With ``max_drop`` the smallest that was found, the original if nothing smaller holds; with bytes or latency alone the one
+    predicted nearest to the original.
 
     Args:
         model: a torch module or the path of an ONNX file; untouched.
-        data: labelled or not; half of it is for the search, half for the check.
+        data: labelled or not. Half of it is for the check, and the model must not have been trained on that: what is promised
+            holds for samples like those. Of the other half two thirds are what forms are fitted to and tuned on, and by the rest they are chosen.
+        check: samples for the check alone; ``data`` then serves the search, and may have been trained on.
         max_drop: points of the metric (percent for ``accuracy`` and ``agreement``) that may be lost.
         max_bytes: size of the file, a number, ``"300KB"`` or ``"25%"`` of the original.
         max_latency_ms: milliseconds for one sample in ONNX Runtime on one thread.
@@ -76,7 +87,7 @@ def compress(
         tuning: settings of the level ``tuned``; the other levels tune nothing.
         layers: names or patterns; None for all.
         confident: the upper end of the drop's interval must be within ``max_drop`` too.
-        seed: which half of the data searches.
+        seed: of the order of the samples, and so of the parts.
         run_dir: measurements are kept here; the same call goes on where a killed one stopped.
         workers: processes that share the layers' candidates, one thread each.
         cluster: a Ray cluster instead (``ray://HOST:10001`` or ``auto``; extra ``ray``); it must see a model's file under its path.
@@ -86,7 +97,8 @@ def compress(
             tensors are kept beside the file (250 bytes too many for each at most); no other file holds its own name.
 
     Raises:
-        BudgetError: the budget can't be met; it carries the nearest compression found.
+        BudgetError: the budget can't be met; it carries the nearest compression found, or none where bytes were asked for that no plan
+            can be within, which is said before any work.
         SlrpropError: no budget, unusable data or model.
     """
     start = time.perf_counter()
@@ -104,71 +116,69 @@ def compress(
         if isinstance(model, nn.Module):
             raise SlrpropError("output is where an ONNX file is written; a module's compression has no file")
         file = OnnxFile.open(model)
-        with together(*file.files, ("the data", data)) as places:
+        with together(*file.files, ("the data", data), ("the checking samples", check)) as places:
             name = file.places(output, places)[0].name
-    opened = open_data(data)
-    search_part, check_part = opened.split(seed)
+    search_part, check_part = parts_of(data, check, seed)
+    fitting_part, choosing_part = search_part, search_part
+    tuned = (tuning or TuneSettings()) if level == "tuned" else None
+    fits = any(find_method(name).settings(**given).needs() for name, given in choices + narrow)
+    if (tuned or fits) and not search_part.fewer(CHOOSING):
+        fitting_part, choosing_part = search_part.split(seed, CHOOSING)
     if isinstance(model, nn.Module):
         no_integers(integer_products)
-    door = Door(model, search_part, integer_products, LONGEST if output is None else name)
-    judge = Judge(model, search_part, metric, evaluate, lower_is_better)
-    empty = Plan(())
-    tuned = (tuning or TuneSettings()) if level == "tuned" else None
-    trials = Trials(door, judge, Log(None if run_dir is None else Path(run_dir)))
-    shares = Shares(trials, Problem(judge.network, search_part), choices, tuned, workers, cluster, narrow, in_file=True)
-    original_bytes = file_bytes(judge.network)
-    budget = Budget(
-        max_drop,
-        None if max_bytes is None else parse_size(max_bytes, original_bytes, "max_bytes"),
-        trials.latency_limit(max_latency_ms, max_latency),
-    )
+    door = Door(model, fitting_part, integer_products, LONGEST if output is None else name)
+    problem = Problem(open_network(model, fitting_part), fitting_part)
+    names, _ = treated(problem.network, "dense", find_method("dense").settings(bits=8), layers)
+    original_bytes = file_bytes(problem.network)
+    most_bytes = None if max_bytes is None else parse_size(max_bytes, original_bytes, "max_bytes")
+    written = min(original_bytes, door.size(door.realise(Plan(()))))  # what no graph reads is not copied
+    reach = reach_of(problem.network, names, choices + narrow, written)
+    if most_bytes is not None and most_bytes < reach.least < written:
+        raise BudgetError(f"no plan can be within at most {most_bytes:,} bytes: {reach}; allow more, or give more methods or layers")  # fmt: skip
+    if tuned:
+        require_tunable(problem.network, fitting_part, names)
+    judge = Judge(model, choosing_part, metric, evaluate, lower_is_better)
+    check_judge = Judge(model, check_part, judge.metric, evaluate, lower_is_better)
+    trials = Trials(door, judge, Log(None if run_dir is None else Path(run_dir)), len(check_judge.original))
+    shares = Shares(trials, problem, choices, tuned, workers, cluster, narrow, in_file=True)
+    budget = Budget(max_drop, most_bytes, trials.latency_limit(max_latency_ms, max_latency))
     if not str(budget):
         raise SlrpropError("no budget was given; state max_drop, max_bytes or max_latency")
     shares.explore(layers)
     run = Search(shares, confident)
-    at, feasible = run.choose(budget)
+    at, _ = run.choose(budget)
     if budget.max_latency is not None and run.leave_slower_dense(at):
-        at, feasible = run.choose(budget)
-    check = Judge(model, check_part, judge.metric, evaluate)
-    before = check.quality(door.realise(empty), check.original)
-    evaluations = 0
-    while True:
-        plan_now = run.final_at(at)
-        made = door.realise(plan_now)
-        if plan_now.layers and door.size(made) > original_bytes:
-            at, plan_now, made = 0, empty, door.realise(empty)
-            feasible = run.fits(at, budget)
-        outputs = check.outputs(made) if plan_now.layers else check.original
-        evaluations += 1
-        after = check.quality(made, outputs)
-        drop = after - before if judge.lower_is_better else before - after
-        interval = (math.nan, math.nan) if evaluate else check.interval(outputs)
-        within = budget.max_drop is None or (interval[1] if confident else drop) <= budget.max_drop
-        spent = trials.evaluations + evaluations + 1 >= most_evaluations(len(shares.curves))
-        if within or not feasible or at == 0 or spent:
-            break
-        at = run.step_back(at, evaluations)  # the promise did not hold on fresh data
-        feasible = run.fits(at, budget)
+        at, _ = run.choose(budget)
+    checked = Check(check_judge, door, budget, confident)
+    at, feasible, look = run.promised(at, budget, checked, original_bytes)
+    evaluations, plan_now = trials.evaluations + checked.looks + 1, run.final_at(at)
     latency = (math.nan, math.nan) if budget.max_latency is None else (run.timed(0), run.timed(at))
     result = Compression(
-        model=made, plan=plan_now, budget=budget, met=feasible and within, metric="evaluate" if evaluate else judge.metric,
-        quality=(before, after), drop=drop, interval=interval, bytes=(original_bytes, door.size(made)), latency=latency,
-        evaluations=trials.evaluations + evaluations + 1, points=tuple(run.points), chosen=at, curves=shares.curves, seed=seed,
+        model=look.made, plan=plan_now, budget=budget, met=feasible and look.within, metric="evaluate" if evaluate else judge.metric,
+        quality=(checked.before, look.quality), drop=look.drop, interval=look.interval, bytes=(original_bytes, door.size(look.made)),
+        latency=latency, evaluations=evaluations, points=tuple(run.points), chosen=at, curves=shares.curves, seed=seed,
         data_fingerprint=judge.fingerprint, seconds=time.perf_counter() - start,
-        samples=(len(judge.original), len(check.original)), observed=shares.observed(plan_now), left_dense=shares.left_dense,
+        samples=(len(judge.original), len(check_judge.original)), observed=shares.observed(plan_now), left_dense=shares.left_dense,
+        looks=checked.looks, needed=checked.needed, learnt=judge.metric == "accuracy" and checked.before > LEARNT,
         settings={
             "model": type(model).__name__ if isinstance(model, nn.Module) else Path(model).name, "level": level, "methods": [list(choice) for choice in choices + narrow],
             "layers": layers, "metric": metric, "confident": confident,
         },
     )  # fmt: skip
     if not result.met:
-        rest = original_bytes - sum(curve[0].bytes for curve in shares.curves.values())
-        raise BudgetError(
-            f"no plan was found for {budget}; the nearest has a drop of {drop:.2f} ({result.metric}{result.between()}) at "
-            f"{result.bytes[1]:,} bytes, of which {rest:,} are not in the layers that were tried; allow more, or give more methods or layers",
-            result,
-        )
+        nearest = "is the original" if at == 0 else f"has a drop of {look.drop:.2f} ({result.metric}{result.between()}) at {result.bytes[1]:,} bytes"  # fmt: skip
+        raise BudgetError(f"no plan was found for {budget}{result.enough()}; the nearest {nearest}; {reach}; allow more, or give more methods or layers", result)  # fmt: skip
     return result
+
+
+def parts_of(data: Any, check: Any, seed: int) -> tuple[Data, Data]:
+    """What the search sees, and what it does not."""
+    if check is None:
+        return open_data(data).split(seed)
+    paths = [Path(given) for given in (data, check) if isinstance(given, (str, Path))]
+    if check is data or (len(paths) == 2 and all(path.exists() for path in paths) and paths[0].samefile(paths[1])):
+        raise SlrpropError("check names the very samples that the search sees; give others, or leave it out, and half of the data is kept for it")  # fmt: skip
+    return open_data(data), open_data(check)
 
 
 def choices_of(methods: Any, level: str) -> tuple[Choice, ...]:

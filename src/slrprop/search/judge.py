@@ -32,20 +32,25 @@ METRICS = ("accuracy", "agreement", "squared_error")
 LONGEST = "x" * 245 + ".onnx"  # with .data the longest name a file can have
 
 
-def interval_of(differences: Tensor, binary: bool) -> tuple[float, float]:
-    """95 % interval of the mean paired difference (p,), in the metric's unit.
+def interval_of(
+    differences: Tensor, binary: bool, errors: float = 1.96, count: int | None = None
+) -> tuple[float, float]:
+    """95 % interval of the mean paired difference (p,), in the metric's unit: ``errors`` standard errors on each side.
 
     For percentages of right answers: Agresti and Min, Statistics in Medicine 24, 2005 (half an observation added to
     each cell), which does not collapse where both networks agree. Otherwise the normal interval.
+
+    Args:
+        count: of how many samples like these it is to be; None: of these.
     """
-    n = len(differences)
+    n = count or len(differences)
     if not binary:
-        mean, deviation = float(differences.mean()), float(differences.std()) if n > 1 else math.inf
-        half = 1.96 * deviation / math.sqrt(n)
+        mean, deviation = float(differences.mean()), float(differences.std()) if len(differences) > 1 else math.inf
+        half = errors * deviation / math.sqrt(n)
         return mean - half, mean + half
-    lost, won = float((differences > 0).sum()), float((differences < 0).sum())
+    lost, won = (n * float(side.double().mean()) for side in (differences > 0, differences < 0))
     mean = (lost - won) / (n + 2)
-    half = 1.96 * math.sqrt(max(lost + won + 1 - (lost - won) ** 2 / (n + 2), 0.0)) / (n + 2)
+    half = errors * math.sqrt(max(lost + won + 1 - (lost - won) ** 2 / (n + 2), 0.0)) / (n + 2)
     return 100 * (mean - half), 100 * (mean + half)
 
 
@@ -107,9 +112,11 @@ class Judge:
         change = self.qualities(outputs) - self.qualities(self.original)
         return change if self.metric == "squared_error" else -change
 
-    def interval(self, outputs: Tensor) -> tuple[float, float]:
-        """95 % interval of the drop."""
-        return interval_of(self.drops(outputs), self.metric != "squared_error")
+    def interval(self, outputs: Tensor, errors: float, count: int | None = None) -> tuple[float, float]:
+        """Interval of the drop, NaN where the measure is the user's own: see :func:`interval_of`."""
+        if self.own is not None:
+            return math.nan, math.nan
+        return interval_of(self.drops(outputs), self.metric != "squared_error", errors, count)
 
     def divergence(self, outputs: Tensor) -> float:
         """Mean KL divergence from the original's outputs; mean squared distance where there are no classes."""

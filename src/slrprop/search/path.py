@@ -57,9 +57,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A network, measured on the search part: ``quality`` in the metric's unit, ``divergence`` from the original.
+    """A network, measured on the choosing part: ``quality`` in the metric's unit, ``divergence`` from the original.
 
-    ``upper`` is the upper end of the drop's 95 % interval there (NaN: not known).
+    ``upper`` is the upper end of the drop's interval, as wide as on the check part (NaN: not known).
     """
 
     quality: float

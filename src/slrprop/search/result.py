@@ -52,9 +52,9 @@ def parse_size(given: int | float | str, original: float, what: str) -> int:
 
 
 class BudgetError(SlrpropError):
-    """The budget can't be met; ``best`` is the nearest compression that was found."""
+    """The budget can't be met; ``best`` is the nearest compression that was found, None where no search was begun."""
 
-    def __init__(self, message: str, best: "Compression") -> None:
+    def __init__(self, message: str, best: "Compression | None" = None) -> None:
         super().__init__(message)
         self.best = best
 
@@ -66,7 +66,9 @@ class Compression:
     ``quality`` (before, after), ``drop`` and its 95 % ``interval`` are of the check part of the data; ``points`` are the
     plans on the way from the original (first) to the smallest, ``chosen`` the index of this one; ``curves`` are all
     candidates of each layer. ``latency`` is in seconds, NaN where it was no goal. ``evaluations`` counts runs of a
-    whole network over a part of the data, ``samples`` those of the search and the check part. ``observed`` says more of
+    whole network over a part of the data, ``samples`` those of the choosing and the check part; ``looks`` says how often the
+    check part was looked at, which the interval allows for, ``needed`` about how many samples of it would bring the interval's end into
+    the budget (None: unknown or no number). ``learnt``: the original is right on so many of them that it was probably trained on them. ``observed`` says more of
     each layer that has candidates, ``left_dense`` why others have none; ``settings`` are the arguments of the call.
     """
 
@@ -91,18 +93,18 @@ class Compression:
     observed: dict[str, Observed] = field(default_factory=dict)
     left_dense: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    looks: int = 1
+    needed: int | None = None
+    learnt: bool = False
 
     def __str__(self) -> str:
         before, after = self.bytes
         lines = [
             f"bytes: {before:,} -> {after:,} ({before / after:.1f}x smaller)",
             f"{self.metric}: {self.quality[0]:.2f} -> {self.quality[1]:.2f}, a drop of {self.drop:.2f}{self.between()}"
-            + ("" if math.isnan(self.interval[0]) else ", on data the search did not see"),
+            + ("" if math.isnan(self.interval[0]) or not self.plan.layers else f", {self.basis()}"),
+            *self.remarks(),
         ]
-        if self.budget.max_drop is not None and self.interval[1] > self.budget.max_drop:
-            lines.append(
-                f"note: the interval reaches beyond {self.budget.max_drop:g}; confident (--confident) asks for its upper end too"
-            )
         if not math.isnan(self.latency[1]):
             lines.append(
                 f"latency: {1e3 * self.latency[0]:.3f} -> {1e3 * self.latency[1]:.3f} ms (ONNX Runtime, one sample, one thread)"
@@ -132,6 +134,34 @@ class Compression:
             )
         return found
 
+    def basis(self) -> str:
+        """What the interval speaks of."""
+        again = "" if self.looks < 2 else f", looked at {self.looks} times, which it allows for"
+        return f"for samples like the {self.samples[1]:,} that the search did not see{again}; other data may lose more"
+
+    def remarks(self) -> list[str]:
+        """What a user should know before the promise is relied on."""
+        found = []
+        if self.learnt:
+            found.append(
+                f"note: the original is right on {self.quality[0]:.2f} % of the samples checked, so it was probably trained on them; "
+                "what is lost on fresh ones may be more: give samples that it has not seen (--check takes them apart)"
+            )
+        if not self.plan.layers:
+            why = "the original is" if self.budget.max_drop is None else "nothing smaller that was tried is"
+            found.append(f"note: every layer stays as it is: {why} within the budget, this is a copy{self.enough()}")
+        elif self.budget.max_drop is not None and self.interval[1] > self.budget.max_drop:
+            limit = f"{self.budget.max_drop:g}{self.enough()}"
+            found.append(
+                f"note: the interval reaches beyond {limit}; confident (--confident) asks for its upper end too"
+            )
+        return found
+
+    def enough(self) -> str:
+        """How many samples would bring the interval's end into the budget; nothing where that is not known, or no more."""
+        many = self.needed is not None and self.needed > self.samples[1]
+        return f" (about {self.needed:,} samples to check on might do, here are {self.samples[1]:,})" if many else ""
+
     def between(self) -> str:
         """The interval in words; nothing where none is known."""
         low, high = self.interval
@@ -151,6 +181,9 @@ class Compression:
             "quality",
             "drop",
             "interval",
+            "looks",
+            "needed",
+            "samples",
             "bytes",
             "latency",
             "evaluations",

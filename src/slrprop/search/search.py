@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from slrprop.api import feeds_between
 from slrprop.plan import Plan
+from slrprop.search.check import LOOKS, Check, Look
 from slrprop.search.path import MANY_LAYERS, Evaluation, Point, path_of
 from slrprop.search.result import Budget, most_evaluations
 from slrprop.search.shares import LIKELY, Shares
@@ -53,7 +54,7 @@ class Search:
         return self.points[at].latency
 
     def measured(self, at: int) -> Evaluation:
-        """The point's evaluation, made if it is missing."""
+        """The point's evaluation on the choosing part, made if it is missing."""
         found = self.points[at].measured or self.trials.evaluate(self.final_at(at))
         self.points[at] = replace(self.points[at], measured=found)
         return found
@@ -69,7 +70,7 @@ class Search:
         return self.points[at].plan
 
     def drop(self, at: int) -> float:
-        """How much worse than the original a point is on the search part; where asked, the upper end of that."""
+        """How much worse than the original a point is on the choosing part; where asked, the upper end of that, as it would be on the check part."""
         return self._drop(self.measured(at)) if self.points[at].plan.layers else 0.0
 
     def _drop(self, measured: Evaluation) -> float:
@@ -92,7 +93,7 @@ class Search:
         return low
 
     def choose(self, budget: Budget) -> tuple[int, bool]:
-        """The point to promise, and whether it is in the budget on the search part."""
+        """The point to promise, and whether it is in the budget on the choosing part."""
         last = len(self.points) - 1
         if budget.max_drop is not None:
             allowed = float(budget.max_drop)
@@ -193,3 +194,24 @@ class Search:
         """A point towards the original with at most half of this one's predicted damage, a quarter the second time, and so on."""
         less = self.points[at].predicted_damage / 2**times
         return max((i for i in range(at) if self.points[i].predicted_damage <= less), default=0)
+
+    def promised(self, at: int, budget: Budget, check: Check, original: int) -> tuple[int, bool, Look]:
+        """The first of a point and those behind it that holds on the check part, whether it is small and fast enough, and the look at it.
+
+        Where none does, or its file is larger than the original's, that is the original, which is always within a drop.
+        """
+
+        def looked(at: int) -> tuple[int, bool, Look]:
+            at = 0 if self.size_at(at) > original else at
+            return at, self.fits(at, budget), check.look(self.final_at(at))
+
+        at, feasible, look = looked(at)
+        while feasible and not look.within and check.looks < min(LOOKS, self.spare + 2):
+            at, feasible, look = looked(self.step_back(at, check.looks))
+        if not look.within and self.fits(0, budget):
+            at, feasible, look = looked(0)
+        measured = {i: point.measured.upper for i, point in enumerate(self.points) if i and point.measured}
+        if self.confident and not check.looks and measured:
+            plan = self.final_at(min(measured, key=lambda i: measured[i]))
+            check.need(self.trials.judge, self.trials.judge.outputs(self.trials.door.realise(plan)))
+        return at, feasible, look

@@ -8,22 +8,28 @@ from numbers import Real
 
 from slrprop.errors import SlrpropError
 from slrprop.plan import Plan
+from slrprop.search.check import errors
 from slrprop.search.judge import Door, Judge, Log
 from slrprop.search.path import Evaluation
 from slrprop.search.result import parse_size
 
 
 class Trials:
-    """What was measured of plans as they are carried out, on one part of the data."""
+    """What was measured of plans as they are carried out, on one part of the data.
 
-    def __init__(self, door: Door, judge: Judge, log: Log) -> None:
-        self.door, self.judge, self.log = door, judge, log
+    Args:
+        checked: samples of the check part, for which upper ends of intervals are foretold; None: those of the judge.
+    """
+
+    def __init__(self, door: Door, judge: Judge, log: Log, checked: int | None = None) -> None:
+        self.door, self.judge, self.log, self.checked = door, judge, log, checked
         self._known: dict[str, Evaluation] = {}
         self._sizes: dict[str, int] = {}
         self.evaluations = 1  # the original's
 
     def _key(self, what: str, plan: Plan) -> str:
         what += " with integer products" * self.door.integer_products + f" as {self.door.name}"
+        what += f" for {self.checked}" * bool(self.checked)
         content = f"{what} {self.judge.fingerprint} {self.judge.metric} {plan.to_json()}"
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -44,7 +50,7 @@ class Trials:
             made = self.door.realise(plan)
             outputs = self.judge.outputs(made)
             quality, divergence = self.judge.quality(made, outputs), self.judge.divergence(outputs)
-            upper = math.nan if self.judge.own else self.judge.interval(outputs)[1]
+            upper = self.judge.interval(outputs, errors(), self.checked)[1]
             return asdict(Evaluation(quality, divergence, self.door.size(made), upper))
 
         if self.judge.own is not None:  # nobody knows whether the user's measure is still the same
