@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import slrprop
-from slrprop.api import other_numbers
 from slrprop.factors import Dense, Factors, LowRank, LowRankPlusSparse, Narrowed, Shared, Sparse, SparseLowRank
 from slrprop.layers import LAYERS, FactoredLinear, linear_from
 from slrprop.linalg import truncated_svd
@@ -161,7 +160,7 @@ def test_what_is_not_replaced_keeps_its_computed_weight(norm: Callable[..., Any]
     assert set(small.state_dict()) >= set(model[0].state_dict(prefix="0."))
     if norm is nn.utils.weight_norm:
         assert slrprop.export_onnx(small, tmp_path / "small.onnx", x) < 1e-4
-    assert other_numbers(model).startswith("Conv ")
+    assert slrprop.inspect(model).other.startswith("Conv ")
 
 
 class Tagged(nn.Linear):
@@ -344,7 +343,7 @@ def test_a_scripted_part_stays_as_it_is() -> None:
     model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(16, 16), nn.ReLU())), nn.Linear(16, 16))
     small = slrprop.apply(model, slrprop.plan(model, (X, X), method="svd", rank=2))
     assert isinstance(small[1], FactoredLinear) and small(X).shape == (24, 16)
-    assert other_numbers(model).startswith("RecursiveScriptModule ")
+    assert slrprop.inspect(model).other.startswith("RecursiveScriptModule ")
 
 
 def test_a_model_that_can_not_be_copied_is_said_so() -> None:
@@ -533,7 +532,10 @@ def test_numbers_elsewhere_have_the_same_words_in_both_doors(tmp_path: Path) -> 
     )
     model = nn.ModuleList([*parts, type("MyConv", (nn.Conv2d,), {})(4, 4, 5), nn.EmbeddingBag(20, 8)])
     parametrizations.weight_norm(model[1])
-    assert other_numbers(model) == "BatchNorm 22 %, Conv 17 %, ConvTranspose 16 %, LSTM 16 %, Embedding 16 %, GRU 12 %"
+    assert (
+        slrprop.inspect(model).other
+        == "BatchNorm 22 %, Conv 17 %, ConvTranspose 16 %, LSTM 16 %, Embedding 16 %, GRU 12 %"
+    )
     arrays = {"table": (50, 8), "filter": (8, 8, 3), "W": (1, 32, 8), "R": (1, 32, 8), "scale": (8,)}
     made = [numpy_helper.from_array(np.ones(shape, np.float32), name) for name, shape in arrays.items()]
     nodes = [
@@ -546,7 +548,7 @@ def test_numbers_elsewhere_have_the_same_words_in_both_doors(tmp_path: Path) -> 
     slots = [helper.make_tensor_value_info(*slot) for slot in (("ids", 7, [2, 10]), ("y", 1, None))]
     graph = helper.make_graph(nodes, "g", slots[:1], slots[1:], made)
     onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
-    assert other_numbers(tmp_path / "model.onnx") == "LSTM 46 %, Embedding 36 %, Conv 17 %"
+    assert slrprop.inspect(tmp_path / "model.onnx").other == "LSTM 46 %, Embedding 36 %, Conv 17 %"
 
 
 def test_state_that_is_no_tensor_is_refused_when_it_is_stored(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slrprop.checks import require_choice, require_count, require_density
 from slrprop.errors import SlrpropError
-from slrprop.network.trace import dense_modules
+from slrprop.network.torch_modules import dense_modules
 from slrprop.research.likeness import Likeness, References, compare, correlation, effects
 from slrprop.research.matrix import collapse, collapse_alike
 
