@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 import slrprop
 from slrprop import BudgetError, SlrpropError, TuneSettings, cli, compress
 from slrprop.data import Data
+from slrprop.metrics import interval_of
 from slrprop.network import open_network
 from slrprop.search import shares
 from slrprop.search.check import LOOKS, RISK, errors, samples_for
-from slrprop.search.judge import interval_of
 from slrprop.search.shares import Shares
 
 FEW = [("low_rank", {"bits": 4}), ("dense", {"bits": 4})]
@@ -54,9 +54,9 @@ def test_intervals_of_several_looks_cover_together():
             if found.mean() <= 0.3 or look == LOOKS:
                 break
         truth = 100 * (lost - 0.003)
-        low, high = interval_of(found, True, errors(look))
+        low, high = interval_of(found, 100.0, errors(look))
         inside += low <= truth <= high
-        low, high = interval_of(found, True)
+        low, high = interval_of(found, 100.0)
         usual += low <= truth <= high
     assert inside / 1500 >= 0.95 > usual / 1500
 
@@ -66,7 +66,7 @@ def test_enough_samples_are_enough(binary):
     found = differences(0.02, 0.015, 300, torch.Generator().manual_seed(1))
 
     def upper(count):
-        return interval_of(found, binary, errors(), count)[1]
+        return interval_of(found, 100.0 * binary, errors(), count)[1]
 
     limit = float(found.mean()) + 1
     count = samples_for(limit, upper)

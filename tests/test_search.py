@@ -22,10 +22,11 @@ from typer.testing import CliRunner
 import slrprop
 from slrprop import BudgetError, SlrpropError, cli, compress
 from slrprop.data import Data
+from slrprop.metrics import interval_of
 from slrprop.plan import Plan
 from slrprop.search import Candidate, hull, search, shares
 from slrprop.search.compress import parse_size
-from slrprop.search.judge import Door, interval_of
+from slrprop.search.judge import Door
 from slrprop.search.path import MANY_LAYERS, ranks_for
 from slrprop.search.result import most_evaluations
 
@@ -237,7 +238,10 @@ def test_regression_without_labels(digits):
         ({"max_bytes": "many"}, "max_bytes must be a positive number, like 300000, '300KB' or '25%', got 'many'"),
         ({"max_bytes": "-5%"}, "max_bytes must be a positive number"),
         ({"max_latency": "3"}, "max_latency is a share of the original's, like '50%'"),
-        ({"max_drop": 1, "metric": "f1"}, "metric must be one of accuracy, agreement, squared_error, got 'f1'"),
+        (
+            {"max_drop": 1, "metric": "dice"},
+            "metric must be one of accuracy, agreement, balanced_accuracy, f1, miou, auc, cosine, squared_error, mae, r2, got 'dice'",
+        ),
         ({"max_drop": 1, "methods": {"magic": {}}}, "method must be one of"),
     ],
 )
@@ -290,7 +294,7 @@ def test_intervals_cover_the_truth(lost, won, least):
     inside = 0
     for _ in range(300):
         u = torch.rand(1000, generator=generator)
-        low, high = interval_of(100 * ((u < lost).double() - (u > 1 - won).double()), True)
+        low, high = interval_of(100 * ((u < lost).double() - (u > 1 - won).double()), 100.0)
         inside += low <= 100 * (lost - won) <= high
     assert inside / 300 >= least
 

@@ -78,6 +78,8 @@ def plan(
     rank: int = 16,
     sparsity_rate: float = 0.5,
     reduction_rate: float = 0.5,
+    class_axis: int | None = None,
+    ignore_label: int | None = None,
     **settings: Any,
 ) -> Plan:
     """Decide for each layer what to do with it.
@@ -89,6 +91,8 @@ def plan(
         layers: names or glob patterns; None for all dense layers that the method can treat.
         rank, sparsity_rate, reduction_rate: settings of the method, ignored by methods that keep no rank or shorten no
             neurons.
+        class_axis: the axis of the network's outputs that holds the classes; found by default.
+        ignore_label: a label that leaves its sample or position out; -100 always does.
         settings: further settings of the method, see its settings class.
 
     Returns:
@@ -97,7 +101,7 @@ def plan(
     Raises:
         SlrpropError: bad settings, unknown layers, unusable data, a model with weights that are not finite.
     """
-    opened = None if data is None else open_data(data)
+    opened = None if data is None else open_data(data, class_axis, ignore_label)
     problem = Problem(open_network(model, opened), opened)
     return plan_problem(
         problem, method, layers, rank=rank, sparsity_rate=sparsity_rate, reduction_rate=reduction_rate, **settings

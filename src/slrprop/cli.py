@@ -15,7 +15,7 @@ from slrprop.errors import SlrpropError, printable
 from slrprop.files import raising_on_signals, together
 from slrprop.paper.commands import paper
 from slrprop.research.commands import interpret
-from slrprop.terminal import Cluster, Json, Output, Workers, show_table
+from slrprop.terminal import ClassAxis, Cluster, IgnoreLabel, Json, Metric, Output, Workers, show_table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -113,6 +113,8 @@ def plan(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Further setting of the method, like bits=4; may be repeated.")
     ] = None,
+    class_axis: ClassAxis = None,
+    ignore_label: IgnoreLabel = None,
     as_json: Json = False,
 ) -> None:
     """Decide for each dense layer of an ONNX file what to do with it.
@@ -126,14 +128,25 @@ def plan(
         for place, refusal in ((output, plans.no_plan), plans.places(output)):
             outputs.place(place, refusal)
     made = importlib.import_module("slrprop.api").plan(
-        model, calibration, method, layers or None, rank, sparsity_rate, reduction_rate, **parsed(settings or [])
+        model,
+        calibration,
+        method,
+        layers or None,
+        rank,
+        sparsity_rate,
+        reduction_rate,
+        class_axis,
+        ignore_label,
+        **parsed(settings or []),
     )
     with together(*reads):
         made.save(output)
     typer.echo(made.to_json() if as_json else f"{made}\n" + printable(f"Written: {output}"))
 
 
-OPTIONS = ("model", "data", "method", "layers", "rank", "sparsity_rate", "reduction_rate")  # of plan
+OPTIONS = (
+    "model", "data", "method", "layers", "rank", "sparsity_rate", "reduction_rate", "class_axis", "ignore_label",
+)  # of plan  # fmt: skip
 
 
 def parsed(settings: list[str]) -> dict[str, Any]:
@@ -187,17 +200,19 @@ def measure(
     model: OnnxFile,
     data: Annotated[Path, typer.Option("--data", help=".npz with one array per input of the model, and 'targets'.")],
     against: Annotated[Path | None, typer.Option("--against", help="Another .onnx file to compare with.")] = None,
+    class_axis: ClassAxis = None,
+    ignore_label: IgnoreLabel = None,
     as_json: Json = False,
 ) -> None:
-    """Measure an ONNX classifier on labelled data, alone or against another file; without labels against another file only.
+    """Measure an ONNX file on labels or real targets, alone or against another file; without them against another file only.
 
     Example: slrprop measure small.onnx --data test.npz --against model.onnx
     """
     samples = importlib.import_module("slrprop.data").Data(data)
     run = importlib.import_module("slrprop.measure").measure
-    found = {str(model): asdict(run(model, samples, against))}
+    found = {str(model): asdict(run(model, samples, against, class_axis, ignore_label))}
     if against is not None:
-        found[str(against)] = asdict(run(against, samples, against))
+        found[str(against)] = asdict(run(against, samples, against, class_axis, ignore_label))
     if as_json:
         known = {
             file: {key: value if value == value else None for key, value in item.items()}
@@ -205,19 +220,13 @@ def measure(
         }
         typer.echo(json.dumps(known, indent=1))
         return
+    metrics = {name: [item[name] for item in found.values()] for name in next(iter(found.values()))}
     rows = [
-        [
-            file,
-            *(
-                f"{value:,}" if isinstance(value, int) else "-" if value != value else f"{value:.2f}"
-                for value in item.values()
-            ),
-        ]
-        for file, item in found.items()
+        [name, *(f"{x:,}" if isinstance(x, int) else "-" if x != x else f"{x:.2f}" for x in values)]
+        for name, values in metrics.items()
+        if any(x == x for x in values)
     ]
-    columns = [place for place in range(len(rows[0])) if any(row[place] != "-" for row in rows)]
-    header = ["file", *next(iter(found.values()))]
-    show_table([header[place] for place in columns], [[row[place] for place in columns] for row in rows])
+    show_table(["", *found], rows)
 
 
 def _require_ending(path: Path, *endings: str) -> None:
@@ -237,11 +246,13 @@ def compress(
     check: Annotated[
         Path | None, typer.Option(help="Checking samples apart, unseen by training; the others only search.")
     ] = None,
-    max_drop: Annotated[float | None, typer.Option(help="Points of the metric that may be lost.")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="Points of the metric that may be lost; see --metric.")] = None,
     max_bytes: Annotated[str | None, typer.Option(help="Size of the file: 300KB, or 25% of the original.")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="Milliseconds for one sample on one thread.")] = None,
     max_latency: Annotated[str | None, typer.Option(help="The same as a share of the original's: 50%.")] = None,
-    metric: Annotated[str | None, typer.Option(help="accuracy, agreement or squared_error; found by default.")] = None,
+    metric: Metric = None,
+    class_axis: ClassAxis = None,
+    ignore_label: IgnoreLabel = None,
     level: Annotated[str, typer.Option(help="What it may use: weights, calibrated or tuned.")] = "calibrated",
     method: Annotated[list[str], typer.Option(help="May be repeated; auto: those of the level.")] = ["auto"],  # noqa: B006
     size_only: Annotated[
@@ -284,7 +295,7 @@ def compress(
     try:
         found = search.compress(
             model, calibration, check=check, max_drop=max_drop, max_bytes=max_bytes, max_latency_ms=max_latency_ms, max_latency=max_latency,
-            metric=metric, level=level, methods="auto" if method == ["auto"] else [(name, search.QUICK.get(name, {})) for name in method],
+            metric=metric, class_axis=class_axis, ignore_label=ignore_label, level=level, methods="auto" if method == ["auto"] else [(name, search.QUICK.get(name, {})) for name in method],
             size_only=size_only, layers=layers or None, confident=confident, seed=seed, run_dir=run_dir,
             workers=workers, cluster=cluster, integer_products=integer_products, output=output,
         )  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
+from slrprop.losses import IGNORED
 
 BATCH_SIZE = 512
 TARGET_KEYS = ("targets", "labels", "target", "label")
@@ -65,12 +66,22 @@ class Data:
     ``targets`` holds targets and whose other arrays are inputs (one: any name; several: the names of the model's
     arguments or inputs); the path of an ``.npy`` with the only input.
 
+    Args:
+        class_axis: the axis of the network's outputs that holds the classes; found by default.
+        ignore_label: a label that leaves its row out; -100, as in torch's cross-entropy, always does.
+
     Raises:
         SlrpropError: empty, of unequal lengths, not finite, not numbers, or of an unknown type.
     """
 
-    def __init__(self, source: Any, batch_size: int = BATCH_SIZE) -> None:
-        self.batch_size = batch_size
+    def __init__(
+        self,
+        source: Any,
+        batch_size: int = BATCH_SIZE,
+        class_axis: int | None = None,
+        ignore_label: int | None = None,
+    ) -> None:
+        self.batch_size, self.class_axis, self.ignore_label = batch_size, class_axis, ignore_label
         source = by_name(source)
         self._loader: Iterable[Any] | None = None
         self._arrays: dict[str | int, Tensor] = {}
@@ -152,7 +163,9 @@ class Data:
                 )
             if sum(1 for _ in itertools.islice(self._loader, parts)) < parts:
                 return self._together().split(seed, parts)
-            return Data(_Part(self._loader, parts, False)), Data(_Part(self._loader, parts, True))
+            first, second = copy.copy(self), copy.copy(self)
+            first._loader, second._loader = (_Part(self._loader, parts, last) for last in (False, True))
+            return first, second
         count = self._count
         if count < parts:
             raise SlrpropError(f"the data has {'one sample' if count == 1 else f'{count} samples'}; a search needs {parts} or more, some to choose by and others to check on")  # fmt: skip
@@ -193,7 +206,7 @@ class Data:
             seen = False
             for item in self._loader:
                 seen = True
-                yield _batch(item)
+                yield self._marked(_batch(item))
             if not seen:
                 raise SlrpropError("the data holds no batches; give at least one sample")
             return
@@ -201,7 +214,14 @@ class Data:
             part = slice(start, start + self.batch_size)
             named = {key: array[part] for key, array in self._arrays.items() if isinstance(key, str)}
             inputs = tuple(array[part] for key, array in self._arrays.items() if isinstance(key, int))
-            yield Batch(inputs, named, None if self._targets is None else self._targets[part])
+            yield self._marked(Batch(inputs, named, None if self._targets is None else self._targets[part]))
+
+    def _marked(self, batch: Batch) -> Batch:
+        """A batch whose labels to be ignored are those of :data:`slrprop.losses.IGNORED`."""
+        labels = batch.targets
+        if self.ignore_label is None or labels is None or labels.is_floating_point():
+            return batch
+        return batch._replace(targets=labels.long().masked_fill(labels == self.ignore_label, IGNORED))
 
 
 class _Part:
@@ -289,6 +309,12 @@ def _parsed(item: Any) -> Batch:
     )
 
 
-def open_data(source: Any) -> Data:
-    """``source`` as :class:`Data`."""
-    return source if isinstance(source, Data) else Data(source)
+def open_data(source: Any, class_axis: int | None = None, ignore_label: int | None = None) -> Data:
+    """``source`` as :class:`Data`, with these settings where they are given."""
+    data = copy.copy(source) if isinstance(source, Data) else Data(source)
+    for name, value in (("class_axis", class_axis), ("ignore_label", ignore_label)):
+        if value is not None:
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise SlrpropError(f"{name} must be a whole number, got {value!r}")
+            setattr(data, name, value)
+    return data

@@ -18,36 +18,46 @@ from slrprop.errors import SlrpropError
 LossName = Literal["cross_entropy", "kl", "squared"]
 LOSSES = ("cross_entropy", "kl", "squared")
 LARGE = 1.0  # beyond a change of this size the log-sum-exp form is the more accurate one
+IGNORED = -100  # a label that leaves its row out, as in torch's cross-entropy
 MOST_TERMS = 20  # of a series for smaller ones: 18 are float64's last digit
 
 
 def rows_of(output: Tensor) -> Tensor:
     """A network's output as (p, c), at least in single precision.
 
-    All but the last axis are samples; a flat output has one column.
+    All but the last axis are rows (:meth:`slrprop.network.Network.classes_last`); a flat output has one column.
     """
     wide = output if output.dtype == torch.float64 else output.float()
     return wide.reshape(-1, output.shape[-1] if output.ndim > 1 else 1)
 
 
 def check_labels(labels: Tensor, outputs: Tensor) -> Tensor:
-    """Flat int64 labels for outputs (p, classes).
+    """Flat int64 labels for outputs (p, classes); some may be ``IGNORED``.
 
     Raises:
         SlrpropError: not whole numbers, not one per row of the outputs, or out of range.
     """
     classes = outputs.shape[-1]
-    flat = labels.reshape(-1)
     if labels.is_floating_point() or labels.is_complex():
         raise SlrpropError(f"labels must be whole numbers for a classification measure, got dtype {labels.dtype}")
+    flat = labels.reshape(-1).long()
     if len(flat) != len(outputs):
         raise SlrpropError(f"got {len(flat)} labels for {len(outputs)} rows of outputs; give one label per output row")
-    low, high = int(flat.min()), int(flat.max())
+    valid = flat[flat != IGNORED]
+    low, high = (int(valid.min()), int(valid.max())) if len(valid) else (0, 0)
     if low < 0 or high >= classes:
         raise SlrpropError(
             f"labels go from {low} to {high}, but the network has {classes} classes; use 0 to {classes - 1}"
         )
-    return flat.long()
+    return flat
+
+
+def require_labels(count: int) -> None:
+    """Refuse data all of whose labels are to be ignored."""
+    if not count:
+        raise SlrpropError(
+            f"all labels are to be ignored ({IGNORED} or ignore_label); give some of the network's classes"
+        )
 
 
 def pick_loss(targets: Tensor | None, outputs: Tensor, asked: LossName | None = None) -> LossName:

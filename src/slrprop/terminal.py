@@ -18,6 +18,22 @@ Cluster = Annotated[
     str | None,
     typer.Option("--cluster", help="A Ray cluster instead: ray://HOST:10001, or auto. It must see the same files."),
 ]
+ClassAxis = Annotated[
+    int | None,
+    typer.Option("--class-axis", help="The outputs' axis of classes, 1 for (N, classes, H, W); found by default."),
+]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        "--metric",
+        help="With labels accuracy, balanced_accuracy, f1, miou, auc; agreement, cosine: points of percent. squared_error, mae, r2: in their "
+        "own unit. Found by default.",
+    ),
+]
+IgnoreLabel = Annotated[
+    int | None,
+    typer.Option("--ignore-label", help="A label that leaves its sample or position out; -100 always does."),
+]
 
 
 def show_table(header: list[str], rows: list[list[str]], title: str = "", wrap: tuple[str, ...] = ()) -> None:
@@ -25,7 +41,7 @@ def show_table(header: list[str], rows: list[list[str]], title: str = "", wrap: 
     grid = Table(*[], title=title or None, title_justify="left")
     for index, name in enumerate(header):
         grid.add_column(
-            name,
+            Text(printable(name)),
             justify="left" if index == 0 or name in wrap or not rows or not rows[0][index][:1].isdigit() else "right",
             no_wrap=name not in wrap,
         )

@@ -266,7 +266,7 @@ def _along(network: Network, first: str, layers: Mapping[str, Tunable]) -> Forwa
 
 
 def _whole(network: TorchNetwork, model: nn.Module) -> Forward:
-    return lambda x: network.scores(main_output(model(x)))
+    return lambda x: network.classes_last(network.scores(main_output(model(x))))
 
 
 def _whole_inputs(data: Data) -> Tensor:

@@ -41,8 +41,8 @@ def at_outputs(outputs: Tensor, targets: Tensor | None) -> Tensor:
     if pick_loss(targets, outputs) == "squared":
         return outputs.abs()
     labels = outputs.argmax(1) if targets is None else check_labels(targets, outputs)
-    at = labels[:, None]
-    return torch.zeros_like(outputs).scatter(1, at, outputs.gather(1, at))
+    at = labels.clamp_min(0)[:, None]  # rows whose label is to be ignored start with nothing
+    return torch.zeros_like(outputs).scatter(1, at, outputs.gather(1, at) * (labels >= 0)[:, None])
 
 
 def relevances(problem: Problem, pairs: Mapping[str, str], settings: LRPSettings) -> dict[str, Tensor]:

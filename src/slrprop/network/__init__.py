@@ -12,17 +12,20 @@ from slrprop.network.lockstep import Lockstep
 from slrprop.network.onnx import OnnxNetwork
 from slrprop.network.onnx_file import OnnxFile
 from slrprop.network.onnx_lockstep import OnnxLockstep
+from slrprop.network.reading import Reading
 from slrprop.network.torch import TorchNetwork
 from slrprop.network.torch_lockstep import TorchLockstep
 
 __all__ = ["Chain", "Flow", "Lockstep", "Network", "OnnxNetwork", "Step", "TorchNetwork", "in_lockstep", "open_network"]
 
 
-def open_network(model: nn.Module | OnnxFile | str | Path, data: Data | None) -> Network:
-    """A torch module, or the path of an ONNX file, as a network."""
+def open_network(
+    model: nn.Module | OnnxFile | str | Path, data: Data | None, reading: Reading | None = None
+) -> Network:
+    """A torch module, or the path of an ONNX file, as a network; ``reading`` is that of another one for the same task."""
     if isinstance(model, (str, Path, OnnxFile)):
-        return OnnxNetwork(model, data)
-    return TorchNetwork(model, data)  # which refuses anything else
+        return OnnxNetwork(model, data, reading)
+    return TorchNetwork(model, data, reading)  # which refuses anything else
 
 
 def in_lockstep(network: Network, data: Data) -> Lockstep:

@@ -14,8 +14,9 @@ from slrprop.checks import suggestion
 from slrprop.data import Batch, Data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense, Factors, stored_bytes
-from slrprop.losses import pick_loss, rows_of
+from slrprop.losses import IGNORED, LossName, pick_loss, rows_of
 from slrprop.network.chain import ACTIVATIONS, Affine, Chain, Element, Linear, Path
+from slrprop.network.reading import Raised, Reading, class_axis, embedding
 
 Layer = Callable[[Tensor, Tensor], Tensor]  # (input (..., m), candidate) -> output (..., n)
 
@@ -30,7 +31,7 @@ def fingerprint(weight: Tensor) -> str:
 
 
 class Flow(NamedTuple):
-    """One batch through the network: its main output, and per layer the inputs and outputs of each call, flattened to (p, m) and (p, n)."""
+    """One batch through the network: its main output (classes last), and per layer the inputs and outputs of each call, flattened to (p, m) and (p, n)."""
 
     batch: Batch
     output: Tensor
@@ -48,6 +49,7 @@ class Network(ABC):
         self.names = self.order = names
         self.tied = tied
         self.ending: str | None = None
+        self.reading: Reading | None = None  # of the main output, once data was seen
         self.times_called = dict.fromkeys(names, 1)
         self._reads: dict[str, Any] = {}  # by layer, what tells apart the tensors that they read
         self._paths: dict[str, Path] = {}
@@ -146,6 +148,35 @@ class Network(ABC):
                 f"layer '{name}' is not called as a module on this data (a fused path may read its weight), so it can't be replaced"
             )
 
+    def read(
+        self, name: str, output: Tensor, batch: Batch, data: Data, products: Sequence[Any], raised: Callable[[Any, int], Raised],
+    ) -> None:  # fmt: skip
+        """Find out how the output of this name is to be read, by what the network gave for a batch: see :func:`class_axis`."""
+        axis = class_axis(output, batch.targets, data.class_axis, products, raised)
+        if axis is not None:
+            rows = rows_of(Reading(axis).classes_last(output))
+            self.reading = Reading(axis, "" if self.ending or batch.targets is not None else embedding(rows, name))
+
+    def classes_last(self, output: Tensor) -> Tensor:
+        """A main output with its classes on the last axis.
+
+        Raises:
+            SlrpropError: it has several axes, and nothing tells which one that is.
+        """
+        if self.reading is None and output.ndim > 2:
+            raise SlrpropError(
+                f"the network's output has shape {tuple(output.shape)}, and nothing tells which axis holds its classes; "
+                f"say it by class_axis (--class-axis), from 1 to {output.ndim - 1}"
+            )
+        return (self.reading or Reading()).classes_last(output)
+
+    def flow(self, batch: Batch, output: Tensor, calls: dict[str, list[tuple[Tensor, Tensor]]]) -> Flow:
+        """What a batch gave; real targets of the output's shape are turned as it is."""
+        turned, targets = self.classes_last(output), batch.targets
+        if targets is not None and targets.is_floating_point() and targets.shape == output.shape:
+            batch = batch._replace(targets=self.classes_last(targets))
+        return Flow(batch, turned, calls)
+
     def scores(self, output: Tensor) -> Tensor:
         """The network's output as class scores (logits), also where it ends in a softmax."""
         return output.clamp_min(torch.finfo(output.dtype).tiny).log() if self.ending == "softmax" else output
@@ -160,7 +191,7 @@ class Network(ABC):
 
     def chain(self, name: str) -> Chain | None:
         """What followed a layer on the first batch, where that is a chain of dense layers up to the network's output."""
-        return self._chains.get(name)
+        return self._chains.get(name) if self.reading is None or self.reading.axis == -1 else None
 
     def next_layer(self, name: str) -> str | None:
         """The dense layer that takes this one's output through element-wise functions and batch norm only."""
@@ -207,8 +238,7 @@ class Network(ABC):
                 assert chain is not None
                 with torch.enable_grad():
                     output = chain.values(y)[-1]
-                numbers = self.real_valued(flow.batch.targets, output)
-                outputs[name] = (y, output, list(directions(output, probes, random, numbers)))
+                outputs[name] = (y, output, list(self.directions(output, flow.batch.targets, probes, random)))
             for turn in range(max((len(along) for *_, along in outputs.values()), default=0)):
                 yield (
                     turn,
@@ -218,9 +248,24 @@ class Network(ABC):
                     },
                 )
 
+    def directions(
+        self, output: Tensor, targets: Tensor | None, probes: int, random: torch.Generator
+    ) -> Iterator[Tensor]:
+        """Those of :func:`directions` for outputs (p x c), of length zero where a row's label is to be ignored."""
+        along = directions(output, probes, random, self.real_valued(targets, output))
+        if targets is None or targets.numel() != len(output) or targets.is_floating_point():
+            return along
+        counted = targets.reshape(-1, 1).long() != IGNORED
+        return (one * counted for one in along)
+
     def real_valued(self, targets: Tensor | None, outputs: Tensor) -> bool:
-        """Whether outputs (p x c) are numbers for themselves, by their targets, and not scores of classes to be compared."""
-        return self.ending is None and pick_loss(targets, outputs) == "squared"
+        """Whether outputs (p x c) are numbers for themselves and not scores of classes to be compared."""
+        return self.ending is None and self.loss(targets, outputs) == "squared"
+
+    def loss(self, targets: Tensor | None, outputs: Tensor, asked: LossName | None = None) -> LossName:
+        """The loss of outputs (p x c): see :func:`slrprop.losses.pick_loss`; of an embedding the squared distance."""
+        embedded = targets is None and self.reading is not None and self.reading.embedding
+        return pick_loss(targets, outputs, asked or ("squared" if embedded else None))
 
     def activated(self, name: str, y: Tensor) -> Tensor:
         """A layer's output (p x n) after the batch norm and activation that follow it."""

@@ -14,7 +14,7 @@ from slrprop.data import Batch, Data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense as DenseFactors
 from slrprop.losses import rows_of
-from slrprop.network.base import Flow, Layer, Network, directions, gradients_along, require_finite
+from slrprop.network.base import Flow, Layer, Network, gradients_along, require_finite
 from slrprop.network.chain import Chain, Linear, fold
 from slrprop.network.onnx_census import elsewhere
 from slrprop.network.onnx_constants import tensor_of
@@ -23,6 +23,7 @@ from slrprop.network.onnx_graph import Dense, Graph
 from slrprop.network.onnx_rewrite import rewritten
 from slrprop.network.onnx_tensors import reading
 from slrprop.network.onnx_torch import Behind
+from slrprop.network.reading import LAST, Raised, Reading
 
 STACKED = 1 << 22  # numbers of a layer's changed outputs that are run at once
 Feed = dict[str, np.ndarray]
@@ -63,7 +64,7 @@ class OnnxNetwork(Network):
     node's name. Layers inside the bodies of If, Loop and Scan are left alone.
     """
 
-    def __init__(self, model: str | Path | OnnxFile, data: Data | None) -> None:
+    def __init__(self, model: str | Path | OnnxFile, data: Data | None, reading_of: Reading | None = None) -> None:
         self.file = model if isinstance(model, OnnxFile) else OnnxFile.open(model)
         with reading(self.file.path):
             self.graph = Graph(self.file)
@@ -73,15 +74,38 @@ class OnnxNetwork(Network):
             self._reads = {name: layer.x for name, layer in self.graph.layers.items()}
         self._cuts: dict[str, Cut] = {}
         self.pieces: dict[str, Any] = {}  # of the graph, by the layer that they lead to (:mod:`onnx_lockstep`)
-        self.batch = self._fixed_batch()
+        self.batch, self.reading = self._fixed_batch(), reading_of
         if data is not None:
-            self.feed(next(iter(data)))
+            batch = next(iter(data))
+            self.feed(batch)
+            if self.reading is None and (batch.targets is None or self.graph.rank(self.graph.main) != 2):
+                self._read(next(self.parts(batch)), data)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Opened anew by whoever receives it; the file is not sent."""
         if any(item.array is not None for item in self.file.stored.values()):
             raise TypeError("an edited ONNX network has no file that it could be opened from")
-        return OnnxNetwork, (self.file.path.absolute(), None)
+        return OnnxNetwork, (self.file.path.absolute(), None, self.reading)
+
+    def _read(self, part: Part, data: Data) -> None:
+        """See :meth:`Network.read`."""
+        graph = self.graph
+        leading = graph.before(graph.main)
+        products = [i for i in sorted(leading, reverse=True) if graph.feature_axis(i) is not None][:LAST]
+        output = tensor_of({**part.feed, **self.run(self.file.session([graph.main]), part.feed)}[graph.main])
+
+        def raised(index: int, unit: int) -> Raised:
+            end, axis = graph.nodes[index].output[0], graph.feature_axis(index) or 0
+            value = self.run(self.file.session([end]), part.feed)[end]
+            higher = np.moveaxis(value.copy(), axis, 0)
+            higher[unit] += 10 * (1 + np.abs(value).max())
+            kind = helper.make_tensor_value_info(end, helper.np_dtype_to_tensor_dtype(value.dtype), None)
+            behind = self.file.session([graph.main], [*graph.inputs, kind], leading - {index})
+            feed = part.feed | {end: np.ascontiguousarray(np.moveaxis(higher, 0, axis))}
+            made = tensor_of(self.run(behind, feed)[graph.main])
+            return Raised(unpadded(made, part), value.shape[axis], value.size)
+
+        self.read(graph.main, unpadded(output, part), part.batch, data, products, raised)
 
     def dtype(self, name: str) -> torch.dtype:
         """What the layer is computed with."""
@@ -96,7 +120,7 @@ class OnnxNetwork(Network):
                 real = [self.graph.linear(e.name) if isinstance(e, Linear) and e.name else e for e in elements]
                 like = torch.ones(self.shape(name)[1], dtype=self.dtype(name))
                 self._chains = {name: fold(real, like) if whole else None}
-        return self._chains[name]
+        return super().chain(name)
 
     def layer(self, name: str) -> Dense:
         """Where a layer is in the graph."""
@@ -130,7 +154,7 @@ class OnnxNetwork(Network):
         self, weights: Mapping[str, Tensor], data: Data | None, biases: Mapping[str, Tensor] | None = None
     ) -> "OnnxNetwork":
         forms = {name: DenseFactors(weight) for name, weight in weights.items()}
-        return OnnxNetwork(rewritten(self.file, self.graph, forms, biases or {}), data)
+        return OnnxNetwork(rewritten(self.file, self.graph, forms, biases or {}), data, self.reading)
 
     def _fixed_batch(self) -> int | None:
         """The batch size that the model insists on; None where it is open."""
@@ -214,7 +238,7 @@ class OnnxNetwork(Network):
             for name, layer in layers.items():
                 x, y = unpadded(layer_input(layer, found), part), unpadded(tensor_of(found[layer.y]), part)
                 calls[name] = [(x.reshape(-1, layer.shape[0]), y.reshape(-1, layer.shape[1]))]
-            yield Flow(part.batch, output, calls)
+            yield self.flow(part.batch, output, calls) if whole else Flow(part.batch, output, calls)
 
     def gradients(self, names: tuple[str, ...], data: Data, probes: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """By the chains that follow; where a layer has none, by torch operations for the nodes behind, if they give the runtime's output."""
@@ -235,8 +259,8 @@ class OnnxNetwork(Network):
                     yield from super().gradients(names, data, probes)
                 return
             output, seen = made
-            output = unpadded(rows_of(self.scores(output)), part)
-            along = directions(output, probes, random, self.real_valued(part.batch.targets, output))
+            output = rows_of(self.classes_last(unpadded(self.scores(output), part)))
+            along = self.directions(output, part.batch.targets, probes, random)
             for turn, gradients in gradients_along(output, list(seen.items()), along):
                 yield turn, {name: unpadded(rows, part) for name, rows in gradients.items()}
 
@@ -254,7 +278,7 @@ class OnnxNetwork(Network):
         for chosen in candidates.split(at_once):
             y = torch.vmap(lambda candidate: layer(x, candidate))(chosen)
             output = self._behind(cut, dense, y.flatten(0, 1), len(chosen)).unflatten(0, (len(chosen), -1))
-            found += [unpadded(one, cut.part) for one in output]
+            found += [self.classes_last(unpadded(one, cut.part)) for one in output]
         return torch.stack(found)
 
     def _behind(self, cut: Cut, dense: Dense, y: Tensor, copies: int) -> Tensor:

@@ -191,14 +191,23 @@ class Graph:
                 open_names += self.reads[index]
         return found
 
+    def feature_axis(self, index: int) -> int | None:
+        """On which axis of its result a product of real numbers has its units; None for other nodes."""
+        node = self.nodes[index]
+        op = standard(node)
+        if op in ("Conv", "ConvTranspose"):
+            return 1
+        return (-2 if op == "MatMul" and node.input[0] in self.constants else -1) if op in ("Gemm", "MatMul") else None
+
     def _ending(self) -> str | None:
-        """``softmax`` or ``log_softmax`` where that, over the last axis, makes the main output."""
+        """``softmax`` or ``log_softmax`` where that makes the main output; ``ends_last`` tells whether over the last axis."""
         node = self.nodes[self.maker[self.main]] if self.main in self.maker else None
         kind = {"Softmax": "softmax", "LogSoftmax": "log_softmax"}.get(standard(node)) if node is not None else None
         if node is None or kind is None:
             return None
         axis = attribute(node, "axis", -1 if self.file.opset >= 13 else 1)
-        return kind if axis == -1 or axis + 1 == self.rank(self.main) else None
+        self.ends_last = axis == -1 or axis + 1 == self.rank(self.main)
+        return kind
 
     def follow(self, layer: Dense) -> Path:
         """What happens to a layer's output, as long as it is element-wise or dense and its only use.
@@ -216,7 +225,7 @@ class Graph:
             if len(readers) == 1:
                 node, name = self.nodes[readers[0]], self.by_index.get(readers[0])
                 if self.ending and self.maker[self.main] == readers[0]:
-                    return Path(elements, True, private)
+                    return Path(elements, self.ends_last, private)
                 if name is not None and self.layers[name].x == tensor and self.layers[name].shape[0] == width:
                     if self.layers[name].trans_a:
                         break

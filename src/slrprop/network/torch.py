@@ -18,8 +18,9 @@ from slrprop.errors import SlrpropError, first_line
 from slrprop.factors import Dense
 from slrprop.layers import linear_from
 from slrprop.losses import rows_of
-from slrprop.network.base import Flow, Layer, Network, directions, gradients_along, require_finite
+from slrprop.network.base import Flow, Layer, Network, gradients_along, require_finite
 from slrprop.network.chain import fold
+from slrprop.network.reading import LAST, Raised, Reading
 from slrprop.network.torch_modules import (
     COMPUTING,
     binding,
@@ -64,6 +65,13 @@ def main_output(result: Any) -> Tensor:
     raise SlrpropError(
         f"the model returned {type(result).__name__}; slrprop needs a tensor, or a tuple or mapping that starts with one"
     )
+
+
+def output_name(result: Any) -> str:
+    """What a mapping of outputs, or an object with ``logits``, calls the main one."""
+    if hasattr(result, "logits") or (isinstance(result, Mapping) and "logits" in result):
+        return "logits"
+    return str(next(iter(result), "")) if isinstance(result, Mapping) else ""
 
 
 def stored_numbers(model: nn.Module) -> int:
@@ -137,11 +145,11 @@ class _Enough(BaseException):
 class TorchNetwork(Network):
     """A torch model and one traced batch of data."""
 
-    def __init__(self, model: nn.Module, data: Data | None) -> None:
+    def __init__(self, model: nn.Module, data: Data | None, reading: Reading | None = None) -> None:
         self.model = model
         self.modules = dense_modules(model)
         super().__init__(tuple(self.modules), tied_names(model, self.modules))
-        self.device = device_of(model)
+        self.device, self.reading = device_of(model), reading
         self.arrays = {name: weight_and_bias(module) for name, module in self.modules.items()}
         for name, arrays in self.arrays.items():
             if not all(torch.isfinite(array).all() for array in arrays if array is not None):
@@ -166,6 +174,14 @@ class TorchNetwork(Network):
                 handle.remove()
         output, made = main_output(result), trace.made
         self.ending, self._reads = trace.ending(output), trace.read
+        if self.reading is None:
+
+            def raised(place: int, unit: int) -> Raised:
+                with evaluating(self.model), Trace(place, unit) as again:
+                    return Raised(main_output(self.call(batch)), *again.products[place - 1])
+
+            last = range(len(trace.products), max(len(trace.products) - LAST, 0), -1)
+            self.read(output_name(result), output, batch, data, last, raised)
         for name, weight in weights.items():
             # a product outside the modules' own forward reads a weight: such a layer can't be replaced
             own = sum(len(made[other]) for other, twin in weights.items() if twin is weight)
@@ -237,7 +253,7 @@ class TorchNetwork(Network):
                     handle.remove()
             if whole:
                 require_finite(output)
-            yield Flow(batch, output, calls)
+            yield self.flow(batch, output, calls) if whole else Flow(batch, output, calls)
 
     def gradients(self, names: tuple[str, ...], data: Data, probes: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """By the chains that follow; by one automatic differentiation for all layers where one has none."""
@@ -259,13 +275,12 @@ class TorchNetwork(Network):
             handles = [self.modules[name].register_forward_hook(watch(name, seen), prepend=True) for name in names]
             try:
                 with evaluating(self.model), frozen(self.model), torch.enable_grad():
-                    output = rows_of(self.scores(main_output(self.call(batch.to(self.device)))))
+                    output = rows_of(self.classes_last(self.scores(main_output(self.call(batch.to(self.device))))))
             finally:
                 for handle in handles:
                     handle.remove()
             places = [(name, y) for name, calls in seen.items() for y in calls]
-            numbers = self.real_valued(batch.targets, output)
-            yield from gradients_along(output, places, directions(output, probes, random, numbers))
+            yield from gradients_along(output, places, self.directions(output, batch.targets, probes, random))
 
     def outputs_with(self, name: str, flow: Flow, layer: Layer, candidates: Tensor) -> Tensor:
         """Vectorised with ``torch.vmap``; a network that ``vmap`` can't batch runs one candidate at a time."""
@@ -277,7 +292,7 @@ class TorchNetwork(Network):
             handle = self.modules[name].register_forward_hook(hook, prepend=True)
             try:
                 with evaluating(self.model):
-                    return main_output(self.model(*flow.batch.inputs, **flow.batch.named))
+                    return self.classes_last(main_output(self.model(*flow.batch.inputs, **flow.batch.named)))
             finally:
                 handle.remove()
 
@@ -298,6 +313,6 @@ class TorchNetwork(Network):
             name: linear_from(Dense(weight), known.get(name, self.bias(name))).to(self.arrays[name][0].dtype)
             for name, weight in weights.items()
         }
-        found = TorchNetwork(swapped(self.model, modules), data)
+        found = TorchNetwork(swapped(self.model, modules), data, self.reading)
         found.times_called = dict(self.times_called)
         return found

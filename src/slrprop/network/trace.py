@@ -22,6 +22,10 @@ _ACTIVATIONS: dict[Any, str] = {
 _SOFTMAX = {torch.softmax, functional.softmax, Tensor.softmax}
 _LOG_SOFTMAX = {torch.log_softmax, functional.log_softmax, Tensor.log_softmax}
 _DROPOUT = {functional.dropout, functional.alpha_dropout, torch.dropout}
+_CONVOLUTIONS = {
+    torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
+}  # fmt: skip
+_PRODUCTS = {functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__}
 _SIZED = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.squeeze, torch.squeeze}  # may name a size, or need one
 _SAME = {torch.flatten, Tensor.flatten, Tensor.contiguous, *_SIZED}
 
@@ -43,17 +47,39 @@ class _Call:
         return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
 
 
-class Trace(TorchFunctionMode):
-    """Records every torch call that gives a tensor; tensors are kept, so that their ids stay unique."""
+def feature_axis(function: Any, args: tuple[Any, ...]) -> int | None:
+    """On which axis of its result a product has its units; None for other functions."""
+    if function in _CONVOLUTIONS:
+        return 1
+    if function not in _PRODUCTS:
+        return None
+    return -2 if function is not functional.linear and isinstance(args[0], nn.Parameter) else -1  # weight @ x
 
-    def __init__(self) -> None:
+
+class Trace(TorchFunctionMode):
+    """Records every torch call that gives a tensor; tensors are kept, so that their ids stay unique.
+
+    ``products`` has the numbers of units and of all numbers of each product.
+
+    Args:
+        place, unit: raise this unit of the ``place``-th product (from 1) far above all others.
+    """
+
+    def __init__(self, place: int = 0, unit: int = 0) -> None:
         super().__init__()
         self.calls: list[_Call] = []
+        self.products: list[tuple[int, int]] = []
+        self._place, self._unit = place, unit
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        axis = feature_axis(func, args)
+        if axis is not None and isinstance(result, Tensor) and result.ndim > max(axis, -1 - axis):
+            self.products.append((result.shape[axis], result.numel()))
+            if len(self.products) == self._place:
+                result.select(axis, self._unit).add_(10 * (1 + result.abs().max()))
         if _tensors(result):
             self.calls.append(_Call(func, args, kwargs or {}, result))
         return result

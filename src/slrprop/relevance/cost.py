@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from slrprop.data import Data
 from slrprop.linalg import SVD
-from slrprop.losses import LossName, Point, loss_point, pick_loss, rows_of
+from slrprop.losses import IGNORED, LossName, Point, check_labels, loss_point, require_labels, rows_of
 from slrprop.network.base import Flow, Layer, Network
 from slrprop.network.chain import Chain
 from slrprop.relevance.changes import Walk, chain_changes
@@ -51,18 +51,25 @@ def cost_scores(
     original, samples, most = 0.0, 0, HELD // max(svd.vt.shape[1], svd.left.shape[0])
     for flow in tqdm(network.stream((name,), data), desc=f"cost of {name}", unit="batch", disable=None, leave=False):
         target = flow.batch.targets
-        chosen = pick_loss(target, rows_of(flow.output), loss)
+        chosen = network.loss(target, rows_of(flow.output), loss)
         output = rows_of(flow.output if chosen == "squared" else network.scores(flow.output))
+        counted: Any = slice(None)  # rows whose label is not to be ignored
+        if chosen == "cross_entropy" and target is not None:
+            labels = check_labels(target, output)
+            counted = labels != IGNORED
+            output, target = output[counted], labels[counted]
+            if not len(output):
+                continue
         original += float(loss_point(chosen, output, target, output).values.double().sum())
         samples += len(output)
         seen_through = not (network.ending and chosen == "squared")
         if chain is not None and seen_through and network.reproduces(chain, flow.calls[name][0][1], flow.output):
-            held.append(_Seen(flow.calls[name][0][0].to(svd.u), output, target))
+            held.append(_Seen(flow.calls[name][0][0].to(svd.u)[counted], output, target))
             if sum(len(seen.x) for seen in held) >= most:
                 sums.add(*_by_chain(chain, network.bias(name), held, svd, reduced_rank, chosen, inputs))
                 held.clear()
         else:
-            outputs = _changed_outputs(network, flow, name, svd, chosen)
+            outputs = _changed_outputs(network, flow, name, svd, chosen, counted)
             base = outputs(
                 lambda x, _: torch.zeros((), dtype=x.dtype, device=x.device), torch.zeros(1, dtype=torch.long)
             )[0]
@@ -70,6 +77,7 @@ def cost_scores(
             sums.add(_general_changes(outputs, svd, reduced_rank, base, point, inputs), point)
     if chain is not None and held:
         sums.add(*_by_chain(chain, network.bias(name), held, svd, reduced_rank, chosen, inputs))
+    require_labels(samples)
     rows, columns = sums.rows / samples, sums.columns / samples
     if baseline == "original":
         shift = (sums.truncated - original) / samples
@@ -113,8 +121,8 @@ def _by_chain(
 Outputs = Callable[[Layer, Tensor], Tensor]
 
 
-def _changed_outputs(network: Network, flow: Flow, name: str, svd: SVD, loss: LossName) -> Outputs:
-    """The network's outputs (c, p, classes) when the layer is truncated and, on top, moved for each of c candidates."""
+def _changed_outputs(network: Network, flow: Flow, name: str, svd: SVD, loss: LossName, counted: Any) -> Outputs:
+    """The network's outputs (c, p, classes), of the rows that count, when the layer is truncated and, on top, moved for each of c candidates."""
     bias = network.bias(name)
 
     def outputs(move: Layer, candidates: Tensor) -> Tensor:
@@ -124,7 +132,9 @@ def _changed_outputs(network: Network, flow: Flow, name: str, svd: SVD, loss: Lo
             return ((y if bias is None else y + bias) + move(wide, candidate)).to(x.dtype)
 
         found = network.outputs_with(name, flow, layer, candidates)
-        return torch.stack([rows_of(output if loss == "squared" else network.scores(output)) for output in found])
+        return torch.stack(
+            [rows_of(output if loss == "squared" else network.scores(output))[counted] for output in found]
+        )
 
     return outputs
 

@@ -14,6 +14,7 @@ import torch
 from slrprop import __version__
 from slrprop.checks import share
 from slrprop.errors import without_passwords
+from slrprop.metrics import MEANING, PERCENT
 from slrprop.plan import LayerPlan, method_of
 from slrprop.report import words
 from slrprop.search import Candidate, Compression, Point, hull
@@ -34,10 +35,11 @@ def facts_of(
         "met": compression.met,
         "verdict": _verdict(compression),
         "metric": compression.metric,
-        "meaning": words.MEANING.get(compression.metric, compression.metric),
-        "percent": compression.metric in words.PERCENT,
+        "meaning": MEANING.get(compression.metric, compression.metric),
+        "percent": compression.metric in PERCENT,
         "quality": list(compression.quality),
         "drop": compression.drop,
+        "change": compression.change,
         "interval": [_finite(end) for end in compression.interval],
         "bytes": list(compression.bytes),
         "latency": [_finite(seconds) for seconds in compression.latency],
@@ -62,19 +64,19 @@ def _short(values: Sequence[float]) -> list[float]:
 
 
 def _verdict(c: Compression) -> str:
-    lost = "a gain" if c.drop < 0 else "a drop"
+    lost = c.change if c.drop >= 0 else "gain" if c.change == "drop" else "fall"
     return (
         f"{'Budget met' if c.met else 'Budget not met'}: {_budget(c)}. "
         f"{'The' if c.met else 'In the nearest network that was found, the'} file goes from {words.short_size(c.bytes[0])} to "
         f"{words.short_size(c.bytes[1])}, {c.metric.replace('_', ' ')} from {words.quality(c.quality[0], c.metric)} to "
-        f"{words.quality(c.quality[1], c.metric)} ({lost} of {words.drop(abs(c.drop), c.metric)}, "
-        f"95 % interval of the drop {words.interval(c.interval, c.metric)})."
+        f"{words.quality(c.quality[1], c.metric)} (a {lost} of {words.drop(abs(c.drop), c.metric)}, "
+        f"95 % interval of the {c.change} {words.interval(c.interval, c.metric)})."
     )
 
 
 def _budget(c: Compression) -> str:
     given = c.budget
-    parts = [] if given.max_drop is None else [f"a drop of at most {words.drop(given.max_drop, c.metric)}"]
+    parts = [] if given.max_drop is None else [f"a {c.change} of at most {words.drop(given.max_drop, c.metric)}"]
     parts += [] if given.max_bytes is None else [f"at most {words.size(given.max_bytes)}"]
     parts += [] if given.max_latency is None else [f"at most {words.milliseconds(given.max_latency)}"]
     return ", ".join(parts)
@@ -88,8 +90,9 @@ def _summary(c: Compression) -> Rows:
         ("share of the original file", f"{100 * after / before:.2f} %"),
         (f"{c.metric} before", words.quality(c.quality[0], c.metric)),
         (f"{c.metric} after", words.quality(c.quality[1], c.metric)),
-        ("drop", words.drop(c.drop, c.metric)),
-        ("95 % interval of the drop", words.interval(c.interval, c.metric)),
+        (c.change, words.drop(c.drop, c.metric)),
+        (f"95 % interval of the {c.change}", words.interval(c.interval, c.metric)),
+        *((name, f"{before:.2f} -> {after:.2f} %") for name, (before, after) in c.beside.items()),
     ]
     if not math.isnan(c.latency[0]):
         rows += [
@@ -106,7 +109,7 @@ def _goals(c: Compression) -> list[tuple[str, str, str, bool]]:
     if c.budget.max_drop is not None:
         confident = bool(c.settings.get("confident"))
         value = c.interval[1] if confident else c.drop
-        what = "drop, upper end of its interval" if confident else "drop"
+        what = f"{c.change}, upper end of its interval" if confident else c.change
         asked = f"at most {words.drop(c.budget.max_drop, c.metric)}"
         found.append((what, asked, words.drop(value, c.metric), value <= c.budget.max_drop))
     if c.budget.max_bytes is not None:

@@ -78,7 +78,7 @@ def _tied(text: str) -> str:
 
 
 def _head(facts: dict[str, Any]) -> str:
-    summary, metric = dict(facts["summary"]), facts["metric"]
+    summary, metric, change = dict(facts["summary"]), facts["metric"], facts["change"]
     before, after = facts["bytes"]
     first, last = facts["quality"]
     cards = [
@@ -87,7 +87,7 @@ def _head(facts: dict[str, Any]) -> str:
             metric.replace("_", " ").capitalize(),
             quality(last, metric),
             f"before: {quality(first, metric)}",
-            f"drop {summary['drop']}, 95 % interval {summary['95 % interval of the drop']}",
+            f"{change} {summary[change]}, 95 % interval {summary[f'95 % interval of the {change}']}",
         ),
     ]
     slow, fast = facts["latency"]
@@ -114,7 +114,7 @@ def _head(facts: dict[str, Any]) -> str:
 <section>{_table(["budget", "asked", "reached", "holds"], goals)}
 <details><summary>Exact figures</summary>{_table([], facts["summary"], "facts")}</details>
 <p class="note">{escape(metric.replace("_", " ").capitalize())}: {escape(facts["meaning"])}. Before and after are measured on the check part of the data, which
-the search did not see; the interval is of the paired drop, both networks on the same samples, and speaks of samples like those.</p></section>"""
+the search did not see; the interval is of the paired {change}, both networks on the same samples, and speaks of samples like those.</p></section>"""
 
 
 def _trade_off(facts: dict[str, Any]) -> str:
@@ -128,7 +128,7 @@ def _trade_off(facts: dict[str, Any]) -> str:
     )
     return f"""<section id="trade-off"><h2>What else was possible</h2>
 <p class="note">Every point is one plan for the whole network. Quality here is that of the search part of the data, known for the plans that were measured;
-the diamonds, with the 95 % interval of the drop, are from the check part. Below is the damage predicted from the layers alone, for every plan. Click a point or move the slider to see its plan.</p>
+the diamonds, with the 95 % interval of the {facts["change"]}, are from the check part. Below is the damage predicted from the layers alone, for every plan. Click a point or move the slider to see its plan.</p>
 {switch}<div class="legend" id="curve-legend"></div><div id="curve" class="plot"></div>
 <div id="picker"><label for="step">Plan <output id="step-name"></output></label>
 <div class="ends"><span>original</span><span>smallest</span></div>

@@ -65,7 +65,7 @@
     const at = (indices, key) => ({ x: indices.map(place), y: indices.map((index) => points[index][key]), customdata: indices, text: name(indices), hovertemplate: "%{text}<extra></extra>" });
     const ends = [0, chosen].filter((index, order, both) => place(index) !== null && both.indexOf(index) === order);
     const [low, high] = facts.interval;
-    const worse = facts.percent ? -1 : 1; // the direction in which a drop moves the metric
+    const worse = facts.change === "drop" ? -1 : 1; // the direction that is for the worse
     const bar = { type: "data", symmetric: false, color: colour("c1"), thickness: 1.5, width: 5,
       array: ends.map((index) => (index && low !== null ? Math.max(0, worse * ((worse > 0 ? high : low) - facts.drop)) : 0)),
       arrayminus: ends.map((index) => (index && low !== null ? Math.max(0, worse * (facts.drop - (worse > 0 ? low : high)) * 1) : 0)) };

@@ -4,14 +4,9 @@ import math
 import shlex
 from collections.abc import Sequence
 
+from slrprop.metrics import PERCENT
 from slrprop.plan import SIZES, LayerPlan, unpack, wording
 
-PERCENT = ("accuracy", "agreement")
-MEANING = {
-    "accuracy": "share of right answers",
-    "agreement": "share of answers equal to the original's",
-    "squared_error": "mean squared error, smaller is better",
-}
 CRITERIA = {
     "weight": "sum of the weights' magnitudes",
     "activation": "mean activation",
@@ -73,6 +68,8 @@ def drop(value: float, metric: str) -> str:
 
 def interval(ends: tuple[float, float], metric: str) -> str:
     """``-0.21 to 0.88 points``."""
+    if math.isnan(ends[0]):
+        return "not known"
     return f"{ends[0]:.2f} to {ends[1]:.2f} points" if metric in PERCENT else f"{ends[0]:.4g} to {ends[1]:.4g}"
 
 

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
+from slrprop.metrics import Score
 from slrprop.plan import Plan
-from slrprop.search.judge import Door, Judge, interval_of
+from slrprop.search.judge import Door, Judge
 from slrprop.search.result import Budget
 
 RISK = 0.05  # that the interval of what is returned does not hold the truth
@@ -37,13 +38,14 @@ def samples_for(limit: float, upper: Callable[[int], float]) -> int | None:
 
 
 class Look(NamedTuple):
-    """A network on the check part: its quality, how much worse than the original it is, and the interval of that."""
+    """A network on the check part: its quality, how much worse than the original it is, the interval of that; see :meth:`Judge.beside`."""
 
     made: Any
     quality: float
     drop: float
     interval: tuple[float, float]
     within: bool
+    beside: dict[str, tuple[float, float]]
 
 
 class Check:
@@ -55,13 +57,14 @@ class Check:
 
     def __init__(self, judge: Judge, door: Door, budget: Budget, confident: bool) -> None:
         self.judge, self.door, self.budget, self.confident = judge, door, budget, confident
-        self.before = judge.quality(door.realise(Plan(())), judge.original)
+        self.before = judge.judged(door.realise(Plan(())), judge.original)
         self.looks = 0
         self.needed: int | None = None
 
     def original(self) -> Look:
         """The original, of which everything is known."""
-        return Look(self.door.realise(Plan(())), self.before, 0.0, (0.0, 0.0), True)
+        beside = self.judge.beside(self.judge.original)
+        return Look(self.door.realise(Plan(())), self.before.value, 0.0, (0.0, 0.0), True, beside)
 
     def look(self, plan: Plan) -> Look:
         """Run a plan's network over the check part."""
@@ -70,16 +73,15 @@ class Check:
         self.looks += 1
         limit, made = self.budget.max_drop, self.door.realise(plan)
         outputs, wide = self.judge.outputs(made), errors(self.looks, only=limit is None)
-        quality = self.judge.quality(made, outputs)
-        drop = quality - self.before if self.judge.lower_is_better else self.before - quality
-        interval = self.judge.interval(outputs, wide)
+        after = self.judge.judged(made, outputs)
+        drop = (self.before.value - after.value) * (-1 if self.judge.lower_is_better else 1)
+        interval = self.judge.interval(self.before, after, wide)
         within = limit is None or (interval[1] if self.confident else drop) <= limit
-        self.need(self.judge, outputs)
-        return Look(made, quality, drop, interval, within)
+        self.need(self.before, after)
+        return Look(made, after.value, drop, interval, within, self.judge.beside(outputs))
 
-    def need(self, judge: Judge, outputs: Any) -> None:
-        """Find how many samples to check on would be enough for a network with these outputs on some part of the data."""
+    def need(self, before: Score, after: Score) -> None:
+        """Find how many samples to check on would be enough for a network with this score on some part of the data."""
         limit = self.budget.max_drop
-        if limit is not None and judge.own is None:
-            lost, binary = judge.drops(outputs), judge.metric != "squared_error"
-            self.needed = samples_for(limit, lambda count: interval_of(lost, binary, errors(), count)[1])
+        if limit is not None and after.influence is not None:
+            self.needed = samples_for(limit, lambda count: self.judge.interval(before, after, errors(), count)[1])

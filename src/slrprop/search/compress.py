@@ -44,8 +44,10 @@ def compress(
     max_latency_ms: float | None = None,
     max_latency: str | None = None,
     metric: str | None = None,
-    evaluate: Callable[[Any], float] | None = None,
+    evaluate: Callable[..., Any] | None = None,
     lower_is_better: bool = False,
+    class_axis: int | None = None,
+    ignore_label: int | None = None,
     level: str = "calibrated",
     methods: Mapping[str, dict[str, Any]] | Sequence[Choice] | Literal["auto"] = "auto",
     size_only: bool = False,
@@ -69,14 +71,20 @@ def compress(
         data: labelled or not. Half of it is for the check, and the model must not have been trained on that: what is promised
             holds for samples like those. Of the other half two thirds are what forms are fitted to and tuned on, and by the rest they are chosen.
         check: samples for the check alone; ``data`` then serves the search, and may have been trained on.
-        max_drop: points of the metric (percent for ``accuracy`` and ``agreement``) that may be lost.
+        max_drop: how much of the metric may be lost: points of percent, or of ``squared_error``, ``mae`` and ``r2`` in their
+            own unit. By so much an error may grow.
         max_bytes: size of the file, a number, ``"300KB"`` or ``"25%"`` of the original.
         max_latency_ms: milliseconds for one sample in ONNX Runtime on one thread.
         max_latency: the same as a share of the original's, ``"50%"``.
-        metric: ``accuracy`` (labels), ``agreement`` with the original's answers, or ``squared_error``; found by default.
-        evaluate: your own measure instead: takes a torch module or the path of an ONNX file, gives a number. It sees to
-            its own data, so nothing is set apart for the check and no interval is known.
+        metric: of :data:`slrprop.metrics.MEANING`, in percent ``accuracy``, ``balanced_accuracy``, ``f1`` (mean over classes), ``miou`` and
+            ``auc`` of labels, ``agreement`` with the original's answers, and ``cosine`` similarity; ``squared_error``, ``mae`` and ``r2`` in
+            their own unit. Found by default: see ``docs/metrics.md``.
+        evaluate: your own measure instead. It takes a torch module or the path of an ONNX file, and as a second argument, if it has one,
+            the :class:`slrprop.data.Data` to measure on: what the search chooses by, and for the check what it did not see. It gives a
+            number, or an array of one value a sample, whose mean counts; then the drop has an interval.
         lower_is_better: for ``evaluate``.
+        class_axis: the axis of the network's outputs that holds the classes; found by default.
+        ignore_label: a label that leaves its sample or position out; -100 always does.
         level: what the search may use, ``weights`` (the factors come from the weights alone), ``calibrated`` (they are fitted
             to the data; no labels, nothing is trained) or ``tuned`` (each measured plan is fine-tuned on the original's
             outputs).
@@ -108,17 +116,13 @@ def compress(
         raise SlrpropError(f"max_drop must be a finite number of points from 0, got {max_drop!r}")
     require_choice("level", level, LEVELS)
     choices, narrow = choices_of(methods, level), size_only_of(methods, level, size_only)
-    if confident and evaluate:
-        raise SlrpropError(
-            "confident needs an interval, which a measure of your own does not have; leave one of them out"
-        )
     if output is not None:
         if isinstance(model, nn.Module):
             raise SlrpropError("output is where an ONNX file is written; a module's compression has no file")
         file = OnnxFile.open(model)
         with together(*file.files, ("the data", data), ("the checking samples", check)) as places:
             name = file.places(output, places)[0].name
-    search_part, check_part = parts_of(data, check, seed)
+    search_part, check_part = parts_of(data, check, seed, class_axis, ignore_label)
     fitting_part, choosing_part = search_part, search_part
     tuned = (tuning or TuneSettings()) if level == "tuned" else None
     fits = any(find_method(name).settings(**given).needs() for name, given in choices + narrow)
@@ -138,10 +142,15 @@ def compress(
     if tuned:
         require_tunable(problem.network, fitting_part, names)
     judge = Judge(model, choosing_part, metric, evaluate, lower_is_better)
+    problem.network.reading = judge.network.reading  # forms are fitted to what is judged
     check_judge = Judge(model, check_part, judge.metric, evaluate, lower_is_better)
-    trials = Trials(door, judge, Log(None if run_dir is None else Path(run_dir)), len(check_judge.original))
+    trials = Trials(door, judge, Log(None if run_dir is None else Path(run_dir)), check_judge.samples)
+    if confident and trials.original.influence is None:
+        raise SlrpropError(
+            "confident needs an interval, which a measure has only where it gives one value a sample; let evaluate give an array"
+        )
     shares = Shares(trials, problem, choices, tuned, workers, cluster, narrow, in_file=True)
-    budget = Budget(max_drop, most_bytes, trials.latency_limit(max_latency_ms, max_latency))
+    budget = Budget(max_drop, most_bytes, trials.latency_limit(max_latency_ms, max_latency), judge.change)
     if not str(budget):
         raise SlrpropError("no budget was given; state max_drop, max_bytes or max_latency")
     shares.explore(layers)
@@ -155,30 +164,31 @@ def compress(
     latency = (math.nan, math.nan) if budget.max_latency is None else (run.timed(0), run.timed(at))
     result = Compression(
         model=look.made, plan=plan_now, budget=budget, met=feasible and look.within, metric="evaluate" if evaluate else judge.metric,
-        quality=(checked.before, look.quality), drop=look.drop, interval=look.interval, bytes=(original_bytes, door.size(look.made)),
+        quality=(checked.before.value, look.quality), drop=look.drop, interval=look.interval, bytes=(original_bytes, door.size(look.made)),
         latency=latency, evaluations=evaluations, points=tuple(run.points), chosen=at, curves=shares.curves, seed=seed,
         data_fingerprint=judge.fingerprint, seconds=time.perf_counter() - start,
-        samples=(len(judge.original), len(check_judge.original)), observed=shares.observed(plan_now), left_dense=shares.left_dense,
-        looks=checked.looks, needed=checked.needed, learnt=judge.metric == "accuracy" and checked.before > LEARNT,
+        samples=(judge.samples, check_judge.samples), observed=shares.observed(plan_now), left_dense=shares.left_dense,
+        looks=checked.looks, needed=checked.needed, learnt=judge.metric == "accuracy" and checked.before.value > LEARNT,
         settings={
             "model": type(model).__name__ if isinstance(model, nn.Module) else Path(model).name, "level": level, "methods": [list(choice) for choice in choices + narrow],
             "layers": layers, "metric": metric, "confident": confident,
         },
+        reason="" if evaluate else judge.reason, change=judge.change, beside=look.beside, notes=tuple(check_judge.notes),
     )  # fmt: skip
     if not result.met:
-        nearest = "is the original" if at == 0 else f"has a drop of {look.drop:.2f} ({result.metric}{result.between()}) at {result.bytes[1]:,} bytes"  # fmt: skip
+        nearest = "is the original" if at == 0 else f"has a {judge.change} of {result.number(look.drop)} ({result.metric}{result.between()}) at {result.bytes[1]:,} bytes"  # fmt: skip
         raise BudgetError(f"no plan was found for {budget}{result.enough()}; the nearest {nearest}; {reach}; allow more, or give more methods or layers", result)  # fmt: skip
     return result
 
 
-def parts_of(data: Any, check: Any, seed: int) -> tuple[Data, Data]:
-    """What the search sees, and what it does not."""
+def parts_of(data: Any, check: Any, seed: int, *read: int | None) -> tuple[Data, Data]:
+    """What the search sees, and what it does not; how it is read as in :func:`slrprop.data.open_data`."""
     if check is None:
-        return open_data(data).split(seed)
+        return open_data(data, *read).split(seed)
     paths = [Path(given) for given in (data, check) if isinstance(given, (str, Path))]
     if check is data or (len(paths) == 2 and all(path.exists() for path in paths) and paths[0].samefile(paths[1])):
         raise SlrpropError("check names the very samples that the search sees; give others, or leave it out, and half of the data is kept for it")  # fmt: skip
-    return open_data(data), open_data(check)
+    return open_data(data, *read), open_data(check, *read)
 
 
 def choices_of(methods: Any, level: str) -> tuple[Choice, ...]:

@@ -2,11 +2,11 @@
 
 import contextlib
 import hashlib
+import inspect
 import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -22,129 +22,219 @@ from slrprop.errors import SlrpropError
 from slrprop.export import export_onnx
 from slrprop.files import made_folder, scratch
 from slrprop.latency import latencies
-from slrprop.losses import check_labels, goal_of, loss_point, rows_of
+from slrprop.losses import IGNORED, check_labels, goal_of, loss_point, require_labels, rows_of
+from slrprop.metrics import LABELLED, LOWER, METRICS, NUMBERS, SOME, Score, interval_between, score
 from slrprop.network import OnnxNetwork, open_network
 from slrprop.network.onnx_file import OnnxFile
 from slrprop.plan import Plan
 from slrprop.storage import to_bytes
 
-METRICS = ("accuracy", "agreement", "squared_error")
 LONGEST = "x" * 245 + ".onnx"  # with .data the longest name a file can have
 
 
-def interval_of(
-    differences: Tensor, binary: bool, errors: float = 1.96, count: int | None = None
-) -> tuple[float, float]:
-    """95 % interval of the mean paired difference (p,), in the metric's unit: ``errors`` standard errors on each side.
+class Judge:
+    """Measures networks on one part of the data against the original's outputs there.
 
-    For percentages of right answers: Agresti and Min, Statistics in Medicine 24, 2005 (half an observation added to
-    each cell), which does not collapse where both networks agree. Otherwise the normal interval.
+    ``metric`` is taken for the ``reason`` told; ``notes`` say what is odd about the samples or the original on them.
 
     Args:
-        count: of how many samples like these it is to be; None: of these.
+        own: the user's measure instead of the metric; see ``evaluate`` of :func:`slrprop.compress`.
     """
-    n = count or len(differences)
-    if not binary:
-        mean, deviation = float(differences.mean()), float(differences.std()) if len(differences) > 1 else math.inf
-        half = errors * deviation / math.sqrt(n)
-        return mean - half, mean + half
-    lost, won = (n * float(side.double().mean()) for side in (differences > 0, differences < 0))
-    mean = (lost - won) / (n + 2)
-    half = errors * math.sqrt(max(lost + won + 1 - (lost - won) ** 2 / (n + 2), 0.0)) / (n + 2)
-    return 100 * (mean - half), 100 * (mean + half)
-
-
-class Judge:
-    """Measures networks on one part of the data against the original's outputs there."""
 
     def __init__(
         self,
         model: Any,
         part: Data,
         metric: str | None,
-        own: Callable[[Any], float] | None = None,
+        own: Callable[..., Any] | None = None,
         lower_is_better: bool = False,
     ) -> None:
         self.own, self.part = own, part
         self.network = open_network(model, part)
-        digest, outputs, targets = hashlib.sha256(), [], []
+        digest, outputs, targets, samples, first = hashlib.sha256(), [], [], [], None
+        count, constant = 0, True
         for flow in self.network.stream((), part):
-            outputs.append(rows_of(flow.output))
-            targets.append(flow.batch.targets)
-            for tensor in (*flow.batch.inputs, *flow.batch.named.values(), flow.batch.targets, outputs[-1]):
+            rows = rows_of(flow.output)
+            inputs = [x for x in (*flow.batch.inputs, *flow.batch.named.values()) if isinstance(x, Tensor)]
+            size = min((len(x) for x in inputs if x.ndim), default=1)
+            size = size if len(rows) % size == 0 else len(rows)  # rows of no sample stand for themselves
+            samples.append(count + torch.arange(len(rows), device=rows.device) // (len(rows) // size))
+            outputs.append(rows)
+            targets.append(_by_row(flow.batch.targets, rows))
+            count, first = count + size, inputs if first is None else first
+            constant = (
+                constant
+                and len(inputs) == len(first)
+                and all(_repeats(*pair) for pair in zip(inputs, first, strict=True))
+            )
+            for tensor in (*inputs, flow.batch.targets, rows):
                 if isinstance(tensor, Tensor):
                     digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        self.original = torch.cat(outputs)
-        self.fingerprint = digest.hexdigest()
+        self.original, sample = torch.cat(outputs), torch.cat(samples)
         labelled = all(target is not None for target in targets)
         self.targets = torch.cat([target for target in targets if target is not None]) if labelled else None
-        self.metric = metric or self._usual()
+        self.fingerprint = digest.hexdigest()
+        self.metric, self.reason = (metric, "") if metric else self._usual()
         require_choice("metric", self.metric, METRICS)
-        self.lower_is_better = lower_is_better if own else self.metric == "squared_error"
-        if self.metric != "squared_error" and self.original.shape[1] < 2:
+        self.lower_is_better = lower_is_better if own else self.metric in LOWER
+        if self.metric not in NUMBERS and self.original.shape[1] < 2:
             raise SlrpropError(
                 f"metric '{self.metric}' needs two outputs or more, and the network has one; use metric='squared_error'"
             )
-        if self.metric == "accuracy" and self.targets is None:
-            raise SlrpropError("metric 'accuracy' needs labels, and the data has none; use metric='agreement'")
+        if self.metric in LABELLED and self.targets is None:
+            raise SlrpropError(f"metric '{self.metric}' needs labels, and the data has none; use metric='agreement'")
+        self.counted: Any = slice(None)  # rows whose label is not to be ignored
+        self.labels: Tensor | None = None
+        if self.targets is not None and ((self.metric in LABELLED and own is None) or self._are_labels()):
+            self.labels = check_labels(self.targets, self.original)
+            self.counted = self.labels != IGNORED
+            require_labels(int(self.counted.sum()))
+            self.labels = self.labels[self.counted]
+        self.original = self.original[self.counted]
+        self.sample = sample[self.counted].unique(return_inverse=True)[1]
+        self.samples = int(self.sample.max()) + 1
+        if self.targets is None and self.network.reading is not None:  # what the search minimises is what is judged
+            told = (self.network.reading.embedding or self.metric) if self.metric in NUMBERS else ""
+            self.network.reading = self.network.reading._replace(embedding=told)
+        self.change = "growth" if self.lower_is_better else "drop"  # for the worse
+        self.notes = [f"all {count:,} samples are the same"] if constant and count > 1 else []
+        self.notes += self._unfitting()
 
-    def _usual(self) -> str:
-        if self.own is not None and self.original.shape[1] < 2:
-            return "squared_error"  # what the search itself compares outputs by
-        if self.targets is not None:
-            return "squared_error" if self.targets.is_floating_point() else "accuracy"
-        return "agreement" if self.original.shape[1] > 1 else "squared_error"
+    def _are_labels(self) -> bool:
+        """Whether the targets are a class of the network, or none, for each row."""
+        (rows, classes), targets = self.original.shape, self.targets
+        if targets is None or targets.is_floating_point() or targets.shape != (rows,) or classes < 2:
+            return False
+        valid = targets[targets.long() != IGNORED]
+        return len(valid) > 0 and int(valid.min()) >= 0 and int(valid.max()) < classes
 
-    def qualities(self, outputs: Tensor) -> Tensor:
-        """The metric of every sample (p,): 100 or 0 for right or wrong answers, else the squared error."""
-        if self.metric == "squared_error":
-            goal = self.original if self.targets is None else goal_of(self.targets, outputs)
-            return (outputs - goal).square().sum(1).double()
-        right = (
-            check_labels(self.targets, outputs)
-            if self.metric == "accuracy" and self.targets is not None
-            else self.original.argmax(1)
+    def _usual(self) -> tuple[str, str]:
+        """The metric where none was asked for, and why."""
+        one = self.original.shape[1] < 2
+        if self.targets is not None and not (self.own and one):
+            if self.targets.is_floating_point():
+                return "squared_error", "the data has real targets"
+            return "accuracy", "the data has labels"
+        if one:
+            return "squared_error", "the network has one output"  # what the search itself compares outputs by
+        why = "" if self.network.reading is None else self.network.reading.embedding
+        if not why:
+            return "agreement", "the data has no labels"
+        return "cosine", (
+            f"the data has no labels and {why}, so that they are an embedding more likely than classes; "
+            "if they are classes, ask for the metric agreement"
         )
-        return 100.0 * (outputs.argmax(1) == right).double()
 
-    def drops(self, outputs: Tensor) -> Tensor:
-        """How much worse than the original every sample is (p,)."""
-        change = self.qualities(outputs) - self.qualities(self.original)
-        return change if self.metric == "squared_error" else -change
+    def _unfitting(self) -> list[str]:
+        """What speaks against the labels or targets being those that the original was trained for."""
+        if self.labels is not None:
+            counts, right = self.labels.bincount(), self.score("accuracy", self.original).value / 100
+            most, n = float(counts.max()) / len(self.labels), len(self.labels)
+            if most == 1:
+                return [f"all labels are {int(self.labels[0])}, so that they tell little"]
+            if right <= most + 2 * (most * (1 - most) / n) ** 0.5:
+                return [
+                    f"the original is right on {100 * right:.1f} % of the labels, and always naming the most frequent class would be "
+                    f"on {100 * most:.1f} %; check that labels and inputs fit the network"
+                ]
+        targets = self.targets
+        if targets is None or targets.shape != self.original.shape or bool((targets == targets[:1]).all()):
+            return []
+        explained = self.score("r2", self.original).value
+        told = f"the original predicts the targets no better than their mean would (r2 {explained:.2f}); check that targets and inputs fit the network"
+        return [told] if explained <= 0 else []
 
-    def interval(self, outputs: Tensor, errors: float, count: int | None = None) -> tuple[float, float]:
-        """Interval of the drop, NaN where the measure is the user's own: see :func:`interval_of`."""
-        if self.own is not None:
-            return math.nan, math.nan
-        return interval_of(self.drops(outputs), self.metric != "squared_error", errors, count)
+    def score(self, name: str, outputs: Tensor) -> Score:
+        """A metric of a network with these outputs (p x c)."""
+        if name in NUMBERS:
+            real = self.targets is not None and (self.targets.is_floating_point() or name != "cosine")
+            return score(name, outputs, goal_of(self.targets, outputs) if real else self.original, self.sample)  # type: ignore[arg-type]
+        if name == "auc":
+            outputs = self.network.scores(outputs).double().softmax(1)
+        goal = self.original.argmax(1) if name == "agreement" else self.labels
+        assert goal is not None
+        return score(name, outputs, goal, self.sample)
+
+    def judged(self, model: Any, outputs: Tensor) -> Score:
+        """The metric, or the user's measure, of a network with these outputs."""
+        if self.own is None:
+            return self.score(self.metric, outputs)
+        if isinstance(model, nn.Module):
+            return self._owned(model)
+        with scratch() as folder:
+            model.write(folder / "model.onnx")
+            return self._owned(folder / "model.onnx")
+
+    def _owned(self, model: nn.Module | Path) -> Score:
+        """What the user's measure says: one number, or one a sample."""
+        assert self.own is not None
+        told = takes_data(self.own)
+        given = self.own(model, self.part) if told else self.own(model)
+        try:
+            values = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
+        except (TypeError, ValueError, RuntimeError):
+            values = torch.tensor(math.nan)
+        unfit = values.ndim > 1 or (values.ndim == 1 and len(values) != (self.samples if told else max(len(values), 1)))
+        if isinstance(given, bool) or unfit or not torch.isfinite(values).all():
+            what = f"values of shape {tuple(values.shape)}" if values.ndim else repr(given)[:80]
+            raise SlrpropError(f"evaluate must give a finite number, or one for each of the samples, got {what}")
+        if not values.ndim:
+            return Score(float(values))
+        mean, answers = values.mean(), len(values.unique()) <= 2  # right or wrong
+        return Score(float(mean), (values - mean) / len(values), float(values.abs().max()) if answers else 0.0)
+
+    def interval(
+        self, before: Score, after: Score, errors: float = SOME, count: int | None = None
+    ) -> tuple[float, float]:
+        """Interval of how much worse ``after`` is, NaN where only the values are known: see :func:`slrprop.metrics.interval_of`."""
+        low, high = interval_between(before, after, errors, count)
+        return (low, high) if self.lower_is_better else (0.0 - high, 0.0 - low)
+
+    def beside(self, outputs: Tensor) -> dict[str, tuple[float, float]]:
+        """What the mean over samples may hide where one class has at least twice the labels of another: before and after."""
+        if self.labels is None:
+            return {}
+        counts = self.labels.bincount()
+        names = ("balanced_accuracy", "worst_recall") if counts.max() >= 2 * counts[counts > 0].min() else ()
+        return {
+            name: (self.score(name, self.original).value, self.score(name, outputs).value)
+            for name in names
+            if name != self.metric
+        }
 
     def divergence(self, outputs: Tensor) -> float:
         """Mean KL divergence from the original's outputs; mean squared distance where there are no classes."""
-        if self.metric == "squared_error":
+        if self.metric in NUMBERS:
             return float(loss_point("squared", outputs, None, self.original).values.double().mean())
         scores, original = self.network.scores(outputs), self.network.scores(self.original)
         return float(loss_point("kl", scores, None, original).values.double().mean())
 
-    def quality(self, model: Any, outputs: Tensor) -> float:
-        """The metric of a network with these outputs."""
-        if self.own is None:
-            return float(self.qualities(outputs).mean())
-        if isinstance(model, nn.Module):
-            return self._finite(self.own(model))
-        with scratch() as folder:
-            model.write(folder / "model.onnx")
-            return self._finite(self.own(folder / "model.onnx"))
-
-    @staticmethod
-    def _finite(value: Any) -> float:
-        if not isinstance(value, Real) or not math.isfinite(float(value)):
-            raise SlrpropError(f"evaluate must give a finite number, got {value!r}")
-        return float(value)
-
     def outputs(self, model: Any) -> Tensor:
-        """The outputs (p x c) of another network on this part."""
-        network = open_network(model, None)  # it is only run: what follows what is not looked at
-        return torch.cat([rows_of(flow.output) for flow in network.stream((), self.part)])
+        """The outputs (p x c) of another network on this part, of the rows that count."""
+        network = open_network(model, None, self.network.reading)  # it is only run: what follows what is not looked at
+        return torch.cat([rows_of(flow.output) for flow in network.stream((), self.part)])[self.counted]
+
+
+def _repeats(x: Tensor, first: Tensor) -> bool:
+    """Whether all samples of an input are the first one of another batch of it."""
+    return x.ndim == 0 or (x.shape[1:] == first.shape[1:] and bool((x == first[:1]).all()))
+
+
+def _by_row(targets: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Targets as rows (p x c) are where there is one for each number, as (p,) where there is one for each row, else as they are."""
+    if targets is None or targets.numel() not in (len(rows), rows.numel()):
+        return targets
+    return targets.reshape(rows.shape if targets.is_floating_point() and targets.numel() == rows.numel() else -1)
+
+
+def takes_data(own: Callable[..., Any]) -> bool:
+    """Whether a measure takes the samples beside the network: a second argument without a default."""
+    try:
+        given = inspect.signature(own).parameters.values()
+    except (TypeError, ValueError):  # a function that does not tell
+        return False
+    must = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(one.kind in must and one.default is one.empty for one in given) > 1
 
 
 class Log:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from slrprop.errors import SlrpropError
+from slrprop.metrics import PERCENT
 from slrprop.plan import Plan, method_of, wording
 from slrprop.search.observed import Observed
 from slrprop.search.path import (
@@ -22,10 +23,11 @@ class Budget:
     max_drop: float | None = None
     max_bytes: int | None = None
     max_latency: float | None = None
+    change: str = "drop"  # or "growth", of a metric of which less is better
 
     def __str__(self) -> str:
         parts = [
-            "" if self.max_drop is None else f"a drop of at most {self.max_drop:g}",
+            "" if self.max_drop is None else f"a {self.change} of at most {self.max_drop:g}",
             "" if self.max_bytes is None else f"at most {self.max_bytes:,} bytes",
             "" if self.max_latency is None else f"at most {1e3 * self.max_latency:.3g} ms",
         ]
@@ -70,6 +72,8 @@ class Compression:
     check part was looked at, which the interval allows for, ``needed`` about how many samples of it would bring the interval's end into
     the budget (None: unknown or no number). ``learnt``: the original is right on so many of them that it was probably trained on them. ``observed`` says more of
     each layer that has candidates, ``left_dense`` why others have none; ``settings`` are the arguments of the call.
+    ``reason`` says why the metric was taken where none was asked for, ``change`` whether it is a drop or a growth that is for the
+    worse; ``beside`` has metrics that show what the chosen one may hide (before, after), ``notes`` what is odd about the data.
     """
 
     model: Any
@@ -96,13 +100,19 @@ class Compression:
     looks: int = 1
     needed: int | None = None
     learnt: bool = False
+    reason: str = ""
+    change: str = "drop"
+    beside: dict[str, tuple[float, float]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         before, after = self.bytes
         lines = [
             f"bytes: {before:,} -> {after:,} ({before / after:.1f}x smaller)",
-            f"{self.metric}: {self.quality[0]:.2f} -> {self.quality[1]:.2f}, a drop of {self.drop:.2f}{self.between()}"
+            f"{self.metric}: {self.number(self.quality[0])} -> {self.number(self.quality[1])}, "
+            f"a {self.change} of {self.number(self.drop)}{self.between()}"
             + ("" if math.isnan(self.interval[0]) or not self.plan.layers else f", {self.basis()}"),
+            *(f"{name}: {before:.2f} -> {after:.2f}" for name, (before, after) in self.beside.items()),
             *self.remarks(),
         ]
         if not math.isnan(self.latency[1]):
@@ -141,7 +151,8 @@ class Compression:
 
     def remarks(self) -> list[str]:
         """What a user should know before the promise is relied on."""
-        found = []
+        found = [f"metric: {self.metric}, since {self.reason}"] if self.reason else []
+        found += [f"note: {note}" for note in self.notes]
         if self.learnt:
             found.append(
                 f"note: the original is right on {self.quality[0]:.2f} % of the samples checked, so it was probably trained on them; "
@@ -155,6 +166,13 @@ class Compression:
             found.append(
                 f"note: the interval reaches beyond {limit}; confident (--confident) asks for its upper end too"
             )
+        lost, most = {name: before - after for name, (before, after) in self.beside.items()}, self.budget.max_drop
+        if most is not None and lost and max(lost.values()) > most:
+            name = max(lost, key=lambda name: lost[name])
+            found.append(
+                f"note: {name} fell by {lost[name]:.2f}, {self.metric} by {self.number(self.drop)}: rare classes lost more; "
+                "metric balanced_accuracy (--metric) weighs all classes alike"
+            )
         return found
 
     def enough(self) -> str:
@@ -165,12 +183,18 @@ class Compression:
     def between(self) -> str:
         """The interval in words; nothing where none is known."""
         low, high = self.interval
-        return "" if math.isnan(low) else f", 95 % interval {low:.2f} to {high:.2f}"
+        return "" if math.isnan(low) else f", 95 % interval {self.number(low)} to {self.number(high)}"
+
+    def number(self, value: float) -> str:
+        """A value of the metric."""
+        return f"{value:.2f}" if self.metric in PERCENT else f"{value:.4g}"
 
     def summary(self) -> dict[str, Any]:
         """The facts as JSON; what is not known is null."""
 
         def known(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: known(part) for name, part in value.items()}
             if isinstance(value, tuple):
                 return [known(part) for part in value]
             return None if isinstance(value, float) and math.isnan(value) else value
@@ -180,6 +204,10 @@ class Compression:
             "metric",
             "quality",
             "drop",
+            "change",
+            "reason",
+            "beside",
+            "notes",
             "interval",
             "looks",
             "needed",

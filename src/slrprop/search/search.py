@@ -213,5 +213,6 @@ class Search:
         measured = {i: point.measured.upper for i, point in enumerate(self.points) if i and point.measured}
         if self.confident and not check.looks and measured:
             plan = self.final_at(min(measured, key=lambda i: measured[i]))
-            check.need(self.trials.judge, self.trials.judge.outputs(self.trials.door.realise(plan)))
+            made = self.trials.door.realise(plan)
+            check.need(self.trials.original, self.trials.judge.judged(made, self.trials.judge.outputs(made)))
         return at, feasible, look

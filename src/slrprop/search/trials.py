@@ -4,9 +4,11 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cached_property
 from numbers import Real
 
 from slrprop.errors import SlrpropError
+from slrprop.metrics import Score
 from slrprop.plan import Plan
 from slrprop.search.check import errors
 from slrprop.search.judge import Door, Judge, Log
@@ -33,11 +35,15 @@ class Trials:
         content = f"{what} {self.judge.fingerprint} {self.judge.metric} {plan.to_json()}"
         return hashlib.sha256(content.encode()).hexdigest()
 
+    @cached_property
+    def original(self) -> Score:
+        """How the original does on the search part."""
+        return self.judge.judged(self.door.realise(Plan(())), self.judge.original)
+
     def evaluate(self, plan: Plan) -> Evaluation:
         """Run a plan's network over the search part."""
         if not plan.layers:
-            made = self.door.realise(plan)
-            return Evaluation(self.judge.quality(made, self.judge.original), 0.0, self.door.size(made))
+            return Evaluation(self.original.value, 0.0, self.size(plan))
         key = plan.to_json()
         if key not in self._known:
             self._known[key] = self._measure(plan)
@@ -49,9 +55,9 @@ class Trials:
         def measure() -> dict[str, float]:
             made = self.door.realise(plan)
             outputs = self.judge.outputs(made)
-            quality, divergence = self.judge.quality(made, outputs), self.judge.divergence(outputs)
-            upper = self.judge.interval(outputs, errors(), self.checked)[1]
-            return asdict(Evaluation(quality, divergence, self.door.size(made), upper))
+            found = self.judge.judged(made, outputs)
+            upper = self.judge.interval(self.original, found, errors(), self.checked)[1]
+            return asdict(Evaluation(found.value, self.judge.divergence(outputs), self.door.size(made), upper))
 
         if self.judge.own is not None:  # nobody knows whether the user's measure is still the same
             return Evaluation(**measure())  # type: ignore[arg-type]
@@ -94,9 +100,6 @@ class Trials:
     def better(self, one: Evaluation, other: Evaluation) -> bool:
         """Whether a measurement is better: by the metric where it differs by more than chance would, else by the divergence."""
         gain = (one.quality - other.quality) * (-1 if self.judge.lower_is_better else 1)
-        chance = (
-            math.inf
-            if self.judge.metric == "squared_error" or self.judge.own
-            else 100 / math.sqrt(len(self.judge.original))
-        )
+        told = self.judge.metric in ("accuracy", "agreement") and not self.judge.own
+        chance = 100 / math.sqrt(self.judge.samples) if told else math.inf
         return gain > 0 if abs(gain) > chance else one.divergence < other.divergence
