@@ -70,6 +70,11 @@ def inspect(model: Model) -> Inspection:
     return found
 
 
+def other_numbers(model: Model) -> str:
+    """:attr:`Inspection.other` of a model."""
+    return inspect(model).other
+
+
 def plan(
     model: Model,
     data: Any,
