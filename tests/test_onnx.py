@@ -171,7 +171,7 @@ def test_a_fixed_batch(kind, tmp_path):
     path = export(model, inputs, tmp_path / "fixed.onnx", False, batch=4)
     named = {f"in{i}": value for i, value in enumerate(inputs)} | {"targets": labels}
     network = OnnxNetwork(path, None)
-    assert network.batch == 4
+    assert network.fixed_batch(next(iter(Data(named)))) == 4
     for name, other in list(same_layers(network, model).items())[:2]:
         got, want = slrprop.relevance.cost(path, name, named, rank=2), slrprop.relevance.cost(model, other, [(*inputs, labels)], rank=2)  # fmt: skip
         torch.testing.assert_close(got.rows, want.rows, rtol=0, atol=1e-5)

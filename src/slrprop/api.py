@@ -1,5 +1,6 @@
 """The few verbs a user needs: inspect, plan, apply."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
@@ -10,18 +11,19 @@ from torch import Tensor, nn
 
 from slrprop.arrange import arranged
 from slrprop.checks import require_choice, suggestion
-from slrprop.data import open_data
-from slrprop.errors import SlrpropError
+from slrprop.data import Axes, open_data
+from slrprop.errors import SlrpropError, SlrpropWarning, printable
 from slrprop.factors import Dense, Factors, Quantized, stored_bytes
 from slrprop.files import together
-from slrprop.layers import linear_from, note_shape, original_shape
+from slrprop.layers import FactoredLinear, linear_from, note_shape, original_shape
 from slrprop.methods import METHODS, Decision, Method, Problem, Settings, find_method
 from slrprop.network import open_network
 from slrprop.network.base import Network, fingerprint
 from slrprop.network.onnx import OnnxNetwork
+from slrprop.network.onnx_census import forms_of
 from slrprop.network.onnx_file import OnnxFile
 from slrprop.network.onnx_parity import Parity, write
-from slrprop.network.onnx_rewrite import rewritten
+from slrprop.network.onnx_rewrite import is_own, rewritten
 from slrprop.network.torch import swapped
 from slrprop.network.torch_modules import computed_arrays, dense_modules, weight_and_bias
 from slrprop.plan import LayerPlan, Plan, pack
@@ -61,6 +63,7 @@ class Inspection(list[LayerInfo]):
 def inspect(model: Model) -> Inspection:
     """The dense layers of a torch module or an ONNX file, in the order of its modules or nodes, and what else holds numbers."""
     network, found = open_network(model, None), Inspection()
+    warn_if_compressed(model)
     total, found.other = max(1, network.number_bytes), network.other_numbers()
     for name in network.names:
         m, n = network.shape(name)
@@ -75,6 +78,20 @@ def other_numbers(model: Model) -> str:
     return inspect(model).other
 
 
+def warn_if_compressed(model: Model) -> None:
+    """Say it where a model's layers are compressed already."""
+    if isinstance(model, nn.Module):
+        found = {name: part.factors().kind for name, part in model.named_modules() if isinstance(part, FactoredLinear)}
+        own = bool(found)
+    else:
+        proto = OnnxFile.open(model).proto
+        found, own = forms_of(proto.graph), is_own(proto.graph)
+    if own or any("bits" in form for form in found.values()):
+        by = "by slrprop: give the original" if own else "by another tool: give the model of before"
+        told = "; ".join(f"{name}: {form}" for name, form in found.items()) or "in real numbers"
+        warnings.warn(printable(f"layers are compressed already {by} instead ({told})"), SlrpropWarning, stacklevel=3)
+
+
 def plan(
     model: Model,
     data: Any,
@@ -85,6 +102,7 @@ def plan(
     reduction_rate: float = 0.5,
     class_axis: int | None = None,
     ignore_label: int | None = None,
+    batch_axis: Axes = None,
     **settings: Any,
 ) -> Plan:
     """Decide for each layer what to do with it.
@@ -98,6 +116,7 @@ def plan(
             neurons.
         class_axis: the axis of the network's outputs that holds the classes; found by default.
         ignore_label: a label that leaves its sample or position out; -100 always does.
+        batch_axis: where samples stand in the data, see :class:`slrprop.data.Data`.
         settings: further settings of the method, see its settings class.
 
     Returns:
@@ -106,8 +125,9 @@ def plan(
     Raises:
         SlrpropError: bad settings, unknown layers, unusable data, a model with weights that are not finite.
     """
-    opened = None if data is None else open_data(data, class_axis, ignore_label)
+    opened = None if data is None else open_data(data, class_axis, ignore_label, batch_axis)
     problem = Problem(open_network(model, opened), opened)
+    warn_if_compressed(model)
     return plan_problem(
         problem, method, layers, rank=rank, sparsity_rate=sparsity_rate, reduction_rate=reduction_rate, **settings
     )
@@ -206,10 +226,20 @@ def feeds_between(network: Network, wanted: tuple[str, ...]) -> dict[str, str]:
 def apply(model: nn.Module, plan: Plan) -> nn.Module: ...
 @overload
 def apply(
-    model: str | Path, plan: Plan, output: str | Path, data: Any = None, integer_products: bool = False
+    model: str | Path,
+    plan: Plan,
+    output: str | Path,
+    data: Any = None,
+    integer_products: bool = False,
+    batch_axis: Axes = None,
 ) -> Parity: ...
 def apply(
-    model: Model, plan: Plan, output: str | Path | None = None, data: Any = None, integer_products: bool = False
+    model: Model,
+    plan: Plan,
+    output: str | Path | None = None,
+    data: Any = None,
+    integer_products: bool = False,
+    batch_axis: Axes = None,
 ) -> nn.Module | Parity:
     """A new model with the plan carried out; the original is untouched.
 
@@ -223,6 +253,7 @@ def apply(
             multiplied out; made-up inputs by default.
         integer_products: for an ONNX file, let ONNX Runtime multiply whole numbers in dense layers of 8 or 4 bits with 100 000 numbers
             or more, and in low-rank ones with a million: faster, but their inputs are rounded too (about 1 %; docs/quantisation.md).
+        batch_axis: where samples stand in ``data``, see :class:`slrprop.data.Data`.
 
     Returns:
         The new module; or, for a file, how far its outputs are from the factors' mathematics.
@@ -243,7 +274,7 @@ def apply(
     with together(*network.file.files, ("the data", data)) as outputs:
         network.file.places(output, outputs)
         done = _file_forms(network, plan)
-        samples = None if data is None else open_data(data)
+        samples = None if data is None else open_data(data, batch_axis=batch_axis)
         return write(network, done.forms, done.biases, done.moved, done.moved_biases, output, samples, integer_products)
 
 

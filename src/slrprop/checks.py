@@ -17,6 +17,13 @@ def require_count(what: str, value: Any, least: int) -> int:
     return int(value)
 
 
+def require_seed(seed: Any) -> int:
+    """A seed is a whole number from 0 to 2^63 - 1."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
+        raise SlrpropError(f"seed must be a whole number from 0 to 2^63 - 1, got {str(seed)[:40]}")
+    return int(seed)
+
+
 def require_rate(what: str, rate: Any) -> float:
     """A rate is a number in [0, 1)."""
     if isinstance(rate, bool) or not isinstance(rate, Real) or rate < 0 or not rate < 1:

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import sys
+import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,11 +13,23 @@ import typer
 
 from slrprop.checks import need_extra
 from slrprop.comparison.commands import compare
-from slrprop.errors import SlrpropError, printable
+from slrprop.errors import SlrpropError, SlrpropWarning, printable
 from slrprop.files import raising_on_signals, together
 from slrprop.paper.commands import paper
 from slrprop.research.commands import interpret
-from slrprop.terminal import ClassAxis, Cluster, IgnoreLabel, Json, Metric, Output, Workers, show_table
+from slrprop.terminal import (
+    BatchAxis,
+    ClassAxis,
+    Cluster,
+    IgnoreLabel,
+    Json,
+    Metric,
+    Output,
+    Workers,
+    axes_of,
+    show_json,
+    show_table,
+)  # fmt: skip
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,7 +82,7 @@ def methods(
             }
             for method in chosen
         ]  # fmt: skip
-        typer.echo(json.dumps(listed, indent=1))
+        show_json(listed, 1)
     elif name is None:
         rows = [[method.name, method.summary, needs[method.name]] for method in chosen]
         show_table(["method", "summary", "needs"], rows, wrap=("summary",))
@@ -85,7 +99,7 @@ def inspect(model: OnnxFile, as_json: Json = False) -> None:
     """
     found = importlib.import_module("slrprop.api").inspect(model)
     if as_json:
-        typer.echo(json.dumps([asdict(layer) for layer in found], indent=1))
+        show_json([asdict(layer) for layer in found], 1)
         return
     rows = [
         [layer.name, "{} x {}".format(*layer.shape), f"{layer.numbers:,}", f"{100 * layer.share:.1f}", str(layer.break_even_rank),
@@ -115,6 +129,7 @@ def plan(
     ] = None,
     class_axis: ClassAxis = None,
     ignore_label: IgnoreLabel = None,
+    batch_axis: BatchAxis = None,
     as_json: Json = False,
 ) -> None:
     """Decide for each dense layer of an ONNX file what to do with it.
@@ -128,24 +143,16 @@ def plan(
         for place, refusal in ((output, plans.no_plan), plans.places(output)):
             outputs.place(place, refusal)
     made = importlib.import_module("slrprop.api").plan(
-        model,
-        calibration,
-        method,
-        layers or None,
-        rank,
-        sparsity_rate,
-        reduction_rate,
-        class_axis,
-        ignore_label,
+        model, calibration, method, layers or None, rank, sparsity_rate, reduction_rate, class_axis, ignore_label, axes_of(batch_axis),
         **parsed(settings or []),
-    )
+    )  # fmt: skip
     with together(*reads):
         made.save(output)
     typer.echo(made.to_json() if as_json else f"{made}\n" + printable(f"Written: {output}"))
 
 
 OPTIONS = (
-    "model", "data", "method", "layers", "rank", "sparsity_rate", "reduction_rate", "class_axis", "ignore_label",
+    "model", "data", "method", "layers", "rank", "sparsity_rate", "reduction_rate", "class_axis", "ignore_label", "batch_axis",
 )  # of plan  # fmt: skip
 
 
@@ -172,6 +179,7 @@ def apply_plan(
     output: Annotated[Path, typer.Option("--output", "-o", help="The .onnx file to write.")],
     calibration: Calibration = None,
     integer_products: IntegerProducts = False,
+    batch_axis: BatchAxis = None,
     as_json: Json = False,
 ) -> None:
     """Carry a plan out; the new file's outputs are compared (on the data, or on made-up inputs) before it is kept.
@@ -181,11 +189,13 @@ def apply_plan(
     plans = importlib.import_module("slrprop.plan")
     loaded = plans.Plan.load(plan)
     with together(("the plan", plan), ("the plan's factors", plans.beside(plan))):
-        parity = importlib.import_module("slrprop.api").apply(model, loaded, output, calibration, integer_products)
+        parity = importlib.import_module("slrprop.api").apply(
+            model, loaded, output, calibration, integer_products, axes_of(batch_axis)
+        )
     files = importlib.import_module("slrprop.network.onnx_file").OnnxFile
     before, after = files.open(model).bytes, files.open(output).bytes
     if as_json:
-        typer.echo(json.dumps(asdict(parity) | {"bytes": after, "bytes_before": before, "file": str(output)}))
+        show_json(asdict(parity) | {"bytes": after, "bytes_before": before, "file": str(output)})
         return
     for name, apart in parity.outputs.items():
         told = f"output '{name}': at most {apart:.1e} from the factors' values (allowed: {parity.tolerance:.0e} of the largest)"
@@ -202,23 +212,20 @@ def measure(
     against: Annotated[Path | None, typer.Option("--against", help="Another .onnx file to compare with.")] = None,
     class_axis: ClassAxis = None,
     ignore_label: IgnoreLabel = None,
+    batch_axis: BatchAxis = None,
     as_json: Json = False,
 ) -> None:
     """Measure an ONNX file on labels or real targets, alone or against another file; without them against another file only.
 
     Example: slrprop measure small.onnx --data test.npz --against model.onnx
     """
-    samples = importlib.import_module("slrprop.data").Data(data)
+    samples = importlib.import_module("slrprop.data").Data(data, batch_axis=axes_of(batch_axis))
     run = importlib.import_module("slrprop.measure").measure
     found = {str(model): asdict(run(model, samples, against, class_axis, ignore_label))}
     if against is not None:
         found[str(against)] = asdict(run(against, samples, against, class_axis, ignore_label))
     if as_json:
-        known = {
-            file: {key: value if value == value else None for key, value in item.items()}
-            for file, item in found.items()
-        }
-        typer.echo(json.dumps(known, indent=1))
+        show_json(found, 1)
         return
     metrics = {name: [item[name] for item in found.values()] for name in next(iter(found.values()))}
     rows = [
@@ -268,6 +275,7 @@ def compress(
     workers: Workers = 1,
     cluster: Cluster = None,
     integer_products: IntegerProducts = False,
+    batch_axis: BatchAxis = None,
     as_json: Json = False,
 ) -> None:
     """Compress an ONNX file within a budget, checked on data the search did not see.
@@ -297,22 +305,24 @@ def compress(
             model, calibration, check=check, max_drop=max_drop, max_bytes=max_bytes, max_latency_ms=max_latency_ms, max_latency=max_latency,
             metric=metric, class_axis=class_axis, ignore_label=ignore_label, level=level, methods="auto" if method == ["auto"] else [(name, search.QUICK.get(name, {})) for name in method],
             size_only=size_only, layers=layers or None, confident=confident, seed=seed, run_dir=run_dir,
-            workers=workers, cluster=cluster, integer_products=integer_products, output=output,
+            workers=workers, cluster=cluster, integer_products=integer_products, output=output, batch_axis=axes_of(batch_axis),
         )  # fmt: skip
     except search.BudgetError as error:
         if report is not None and error.best is not None:
             with together(*reads):
                 reports.write_report(error.best, report, command)
         if as_json:
-            typer.echo(json.dumps({"met": False, "error": str(error)} if error.best is None else error.best.summary()))
+            show_json({"met": False, "error": str(error)} if error.best is None else error.best.summary())
         typer.echo(f"error: {error}", err=True)
         sys.exit(3)
     with together(*reads):
-        parity = importlib.import_module("slrprop.api").apply(model, found.plan, output, calibration, integer_products)
+        parity = importlib.import_module("slrprop.api").apply(
+            model, found.plan, output, calibration, integer_products, axes_of(batch_axis)
+        )
         if report is not None:
             reports.write_report(found, report, command, parity.outputs)
     if as_json:
-        typer.echo(json.dumps(found.summary() | {"file": str(output), "parity": asdict(parity)}))
+        show_json(found.summary() | {"file": str(output), "parity": asdict(parity)})
         return
     if found.plan.layers:
         typer.echo(found.plan)
@@ -334,9 +344,7 @@ def demo(output: Output = Path("build/demo"), as_json: Json = False) -> None:
     need_extra("matplotlib", "paper")
     rows, best = importlib.import_module("slrprop.demo").run(output)
     if as_json:
-        typer.echo(
-            json.dumps({"rows": [asdict(row) for row in rows], "chosen": best.name, "onnx": str(output / "demo.onnx")})
-        )
+        show_json({"rows": [asdict(row) for row in rows], "chosen": best.name, "onnx": str(output / "demo.onnx")})
         return
     original = rows[0]
     lines = [
@@ -382,6 +390,10 @@ def demo(output: Output = Path("build/demo"), as_json: Json = False) -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one sentence and exit code 1, a signal (Ctrl-C, SIGTERM, SIGHUP) in 128 and its number."""
+    for name in ("stdout", "stderr"):  # where one is closed, nothing that is opened later may take its number
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # noqa: SIM115
+    plainly = warnings.formatwarning
+    warnings.formatwarning = lambda text, kind, *rest: f"note: {text}\n" if kind is SlrpropWarning else plainly(text, kind, *rest)  # fmt: skip
     try:
         with raising_on_signals(lambda number: SystemExit(128 + number)):
             app()

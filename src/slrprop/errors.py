@@ -1,6 +1,8 @@
-"""The one exception class of slrprop, and text that a terminal takes as it is."""
+"""The one exception class of slrprop, text that a terminal takes as it is, and numbers that JSON takes."""
 
+import math
 import re
+from typing import Any
 
 
 class SlrpropError(ValueError):
@@ -18,6 +20,10 @@ def without_passwords(text: str) -> str:
     return re.sub(r"(?i)((?:password|passwd|pwd|secret|token)=)('[^']*'|[^&\s']+)", r"\1***", text)
 
 
+class SlrpropWarning(UserWarning):
+    """What was done is hardly what was meant."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what another library raised, for one sentence of our own."""
     return str(error).strip().split("\n")[0] or type(error).__name__
@@ -26,3 +32,19 @@ def first_line(error: BaseException) -> str:
 def printable(text: str) -> str:
     """The text on one line, its control, bidirectional and other invisible characters escaped as Python writes them."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def finite(value: Any) -> Any:
+    """A value for JSON: numbers that are infinite or none become null, and ``why_null`` beside them says of each why."""
+    if isinstance(value, dict):
+        reasons = {key: why for key, part in value.items() if (why := _why_null(part))}
+        return {key: finite(part) for key, part in value.items()} | ({"why_null": reasons} if reasons else {})
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return None if _why_null(value) else value
+
+
+def _why_null(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return next(filter(None, map(_why_null, value)), "")
+    return "" if not isinstance(value, float) or math.isfinite(value) else "not known" if value != value else "infinite"

@@ -89,7 +89,13 @@ def _strip(path: Path) -> None:
     onnx.save(model, path)
 
 
-def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_batch: bool = True) -> float:
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    example_input: Any,
+    dynamic_batch: bool = True,
+    batch_axis: int | Mapping[Any, int] = 0,
+) -> float:
     """Write the model as ONNX, check it, and run it: its outputs must equal the torch model's.
 
     Args:
@@ -97,6 +103,7 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_
             a data loader: targets are left out), with the batch in the first axis (two samples or more, if it is to stay
             dynamic).
         dynamic_batch: leave the batch size open.
+        batch_axis: where samples stand, of all inputs or by position of those whose samples are not on the first axis.
 
     Returns:
         The largest absolute difference between torch and ONNX Runtime on the example, over all outputs.
@@ -116,7 +123,11 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_
     tensors = (*inputs, *named.values())
     if not tensors or any(item.ndim == 0 for item in tensors):
         raise SlrpropError(f"the example input must be tensors with the batch in the first axis, got {example_input!r}")
-    if dynamic_batch and any(len(item) < 2 for item in tensors):
+    axes = {key: batch_axis if isinstance(batch_axis, int) else batch_axis.get(key, 0) for key in items}
+    for key, item in items.items():
+        if not 0 <= axes[key] < item.ndim:
+            raise SlrpropError(f"batch_axis {axes[key]!r} is no axis of an example of shape {tuple(item.shape)}")
+    if dynamic_batch and any(item.shape[axes[key]] < 2 for key, item in items.items()):
         raise SlrpropError(
             "the example input has one sample; give two or more, or dynamic_batch=False for a fixed batch of one"
         )
@@ -139,8 +150,10 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Any, dynamic_
         plain = swapped(model, dict(unpacked)) if packed else model
         with replacing(path, no_model) as part:
             dynamic = torch.export.ShapesCollection()
-            for item in tensors:
-                dynamic[item] = {0: torch.export.Dim("batch")}
+            for tensor, axis in zip(
+                tensors, [axes[key] for key in sorted(items, key=lambda key: isinstance(key, str))], strict=True
+            ):
+                dynamic[tensor] = {axis: torch.export.Dim("batch")}
             try:
                 with _quiet():
                     torch.onnx.export(

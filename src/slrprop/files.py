@@ -46,6 +46,13 @@ def require_seen(path: Path) -> Path:
     return path
 
 
+def require_regular(path: str | Path) -> None:
+    """Refuse to read what has no end that is known: a pipe, a device."""
+    path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise SlrpropError(f"'{path}' is no regular file (a pipe or a device); give the path of a file")
+
+
 def made_folder(path: str | Path, what: str = "folder") -> Path:
     """The folder, made with those above it where it is missing.
 

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from slrprop.data import open_data
+from slrprop.data import Axes, open_data
 from slrprop.errors import SlrpropError
 from slrprop.losses import IGNORED, check_labels, goal_of, require_labels, rows_of
 from slrprop.metrics import score
@@ -75,6 +75,7 @@ def measure(
     against: nn.Module | str | Path | None = None,
     class_axis: int | None = None,
     ignore_label: int | None = None,
+    batch_axis: Axes = None,
 ) -> Measurement:
     """Measure a network on labels or real targets, or against another.
 
@@ -84,11 +85,12 @@ def measure(
         against: another network for the same inputs, as a rule the original.
         class_axis: the axis of the networks' outputs that holds the classes; found by default.
         ignore_label: a label that leaves its sample or position out; -100 always does.
+        batch_axis: where samples stand in the data, see :class:`slrprop.data.Data`.
 
     Raises:
         SlrpropError: neither labels nor ``against``, labels out of range, or outputs that are no class scores.
     """
-    opened = open_data(data, class_axis, ignore_label)
+    opened = open_data(data, class_axis, ignore_label, batch_axis)
     network = open_network(model, opened)
     parts, targets = [], []
     for flow in network.stream((), opened):

@@ -6,16 +6,10 @@ place in the shared sequence.
 
 import numpy as np
 
+from slrprop.checks import require_seed
 from slrprop.errors import SlrpropError
 
 GOLDEN, MIX_1, MIX_2 = (np.uint64(value) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-MAX_SEED = 2**63 - 1
-
-
-def require_seed(seed: int) -> None:
-    """A seed is a whole number from 0 to 2^63 - 1."""
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed <= MAX_SEED:
-        raise SlrpropError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")
 
 
 def entry_bits(m: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from slrprop.checks import suggestion
+from slrprop.checks import require_seed, suggestion
 from slrprop.data import open_data
 from slrprop.errors import SlrpropError
 from slrprop.factors.shared import Shared
@@ -17,7 +17,6 @@ from slrprop.layers import FactoredLinear, computes_with
 from slrprop.network.onnx_shared import seeded_nodes, unpacked_nodes
 from slrprop.network.torch import main_output, swapped
 from slrprop.network.torch_modules import dense_modules, device_of
-from slrprop.permutations import require_seed
 
 
 class _InGraph:
@@ -176,9 +175,8 @@ def train(
             for batch in opened:
                 if batch.targets is None:
                     raise SlrpropError("training needs labels, and the data has none; give (inputs, labels)")
-                inputs, named, targets = batch.to(device_of(model))
-                assert targets is not None
-                loss = nn.functional.cross_entropy(main_output(model(*inputs, **named)), targets)
+                batch = batch.to(device_of(model))
+                loss = nn.functional.cross_entropy(main_output(model(*batch.inputs, **batch.named)), batch.targets)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -16,9 +17,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from slrprop.data import content
 from slrprop.errors import SlrpropError, printable
 from slrprop.factors import Factors, restored
-from slrprop.files import Refusal, replacing, together
+from slrprop.files import Refusal, replacing, require_regular, together
 
 FORMAT = "slrprop-plan"
 VERSION = 1
@@ -40,9 +42,8 @@ def arrays_digest(head: str, arrays: Mapping[str, Tensor]) -> str:
     """SHA-256 of a text and of arrays: their names, shapes, dtypes and values."""
     digest = hashlib.sha256(head.encode())
     for name, array in sorted(arrays.items()):
-        array = array.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(array.shape)} {array.dtype}".encode())
-        digest.update(array.flatten().view(torch.uint8).numpy().data)
+        digest.update(content(array))
     return digest.hexdigest()
 
 
@@ -174,6 +175,7 @@ class Plan:
                 "version": self.version,
                 "layers": [
                     {key: value for key, value in vars(layer).items() if key not in ("factors", "bias")}
+                    | {"notes": {key: note for key, note in layer.notes.items() if math.isfinite(note)}}
                     for layer in self.layers
                 ],
                 "left_dense": self.left_dense,
@@ -206,6 +208,7 @@ class Plan:
         Raises:
             SlrpropError: no such file, not JSON, not a plan, or of another version.
         """
+        require_regular(path)
         try:
             if Path(path).stat().st_size > MAX_PLAN_BYTES:
                 raise SlrpropError(f"'{path}' is larger than {MAX_PLAN_BYTES:,} bytes; it is no plan")
@@ -284,6 +287,7 @@ def _with_factors(layer: LayerPlan, path: Path) -> LayerPlan:
     if not layer.fitted:
         return layer
     prefix = f"{layer.name}/"
+    require_regular(path)
     try:
         with safetensors.safe_open(path, "pt") as file:
             arrays = {

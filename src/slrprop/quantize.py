@@ -25,6 +25,10 @@ SMALLEST, LARGEST = 2.0**-24, 65504.0  # positive float16
 TINY = 2.0**-10  # a left component smaller than that is scaled up, its right one down
 
 
+class TooLargeError(SlrpropError):
+    """Numbers that few bits can't store: the scales are no float16."""
+
+
 def scales_of(matrix: Tensor, axis: int, bits: int) -> Tensor:
     """For every component the float16 scale of least squared rounding error, in the dtype of ``matrix``.
 
@@ -32,13 +36,13 @@ def scales_of(matrix: Tensor, axis: int, bits: int) -> Tensor:
         axis: the axis along which numbers share a scale; a vector has one scale.
 
     Raises:
-        SlrpropError: not finite, or so large that its scale is no float16.
+        TooLargeError: not finite, or so large that its scale is no float16.
     """
     flat = matrix.reshape(1, -1) if matrix.ndim == 1 else matrix.movedim(axis, 1)
     low, high = CODES[bits]
     top = (flat.abs().amax(1, keepdim=True) if flat.shape[1] else flat.new_zeros(len(flat), 1)) / high
     if not (top <= LARGEST).all():  # nor if it is NaN
-        raise SlrpropError(f"a matrix with numbers up to {float(flat.abs().max()):.3g} can't be stored in {bits} bits; leave its layer out, or use bits=32")  # fmt: skip
+        raise TooLargeError(f"a matrix with numbers up to {float(flat.abs().max()):.3g} can't be stored in {bits} bits; leave its layer out, or use bits=32")  # fmt: skip
     best, error = torch.ones_like(top), torch.full_like(top, torch.inf)
     for clip in CLIPS.tolist():
         scale = (top * clip).clamp(SMALLEST, LARGEST).half().to(flat)

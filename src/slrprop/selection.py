@@ -7,6 +7,8 @@ from slrprop.errors import SlrpropError
 from slrprop.methods import Settings
 from slrprop.network.base import Network
 
+LARGEST = 1e75  # weights whose squares, weighed by other squares, are numbers in double precision
+
 
 def treated(
     network: Network, method: str, settings: Settings, layers: str | list[str] | tuple[str, ...] | None
@@ -25,7 +27,9 @@ def _select(network: Network, layers: Any, settings: Settings, method: str) -> t
         if not eligible:
             told = network.other_numbers()
             raise SlrpropError(
-                "the model has no dense layer (nn.Linear; in ONNX a Gemm or MatMul with a constant matrix of real numbers) that is called "
+                f"method '{method}' treats none of the layers {', '.join(network.order)} of this model; choose another"
+                if network.order
+                else "the model has no dense layer (nn.Linear; in ONNX a Gemm or MatMul with a constant matrix of real numbers) that is called "
                 f"on this data{f'; its numbers are elsewhere: {told}' if told else ''}"
             )
         return eligible, set()
@@ -45,7 +49,7 @@ def _select(network: Network, layers: Any, settings: Settings, method: str) -> t
         network.require(name)
         if name not in eligible:
             raise SlrpropError(
-                f"method '{method}' can't treat layer '{name}'; on this model it treats {', '.join(eligible)}"
+                f"method '{method}' can't treat layer '{name}'; on this model it treats {', '.join(eligible) or 'none'}"
             )
     selected = tuple(name for name in eligible if name in names)
     if not selected:
@@ -63,7 +67,10 @@ def _why_dense(network: Network, name: str, settings: Settings, must: bool) -> s
             untie = "untie them first, or " if network.tied[name] else ""
             raise SlrpropError(f"layer '{name}' can't be factored: {reason}; {untie}leave it out")
         return reason
-    if reason := settings.refusal(m, n):
+    weight = network.weight(name)
+    largest = float(weight.abs().max())
+    told = f"its weights go up to {largest:.0e}, beyond what can be squared" if largest > LARGEST else ""
+    if reason := settings.refusal(m, n) or told:
         if must:
             raise SlrpropError(f"layer '{name}' ({m} x {n}) can't be treated: {reason}; choose other settings")
         return reason

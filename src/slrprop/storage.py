@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense
-from slrprop.files import replacing
+from slrprop.files import replacing, require_regular
 from slrprop.layers import LAYERS, FactoredLinear, linear_from, note_shape, original_shape
 from slrprop.network.torch import swapped
 from slrprop.network.torch_modules import dense_modules, named_modules, plain_name
@@ -82,6 +82,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         SlrpropError: unreadable or damaged file, or one made from another network.
     """
+    require_regular(path)
     try:
         with safetensors.safe_open(path, "pt") as file:
             header = file.metadata() or {}

@@ -1,15 +1,16 @@
 """What the commands share: options and tables."""
 
+import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from slrprop.errors import printable
+from slrprop.errors import SlrpropError, finite, printable
 
 Output = Annotated[Path, typer.Option("--output", help="Folder to write to.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -34,6 +35,26 @@ IgnoreLabel = Annotated[
     int | None,
     typer.Option("--ignore-label", help="A label that leaves its sample or position out; -100 always does."),
 ]
+
+BatchAxis = Annotated[
+    list[str] | None,
+    typer.Option("--batch-axis", help="Axis of the samples: of all inputs, or by input like x=1; may be repeated."),
+]
+
+
+def axes_of(given: list[str] | None) -> int | dict[str, int] | None:
+    """``--batch-axis``: an axis for all inputs, or ``input=axis`` once for each."""
+    try:
+        if not given or given == [given[0].replace("=", "")]:
+            return int(given[0]) if given else None
+        return {name: int(axis) for name, _, axis in (pair.rpartition("=") for pair in given)}
+    except ValueError as error:
+        raise SlrpropError(f"--batch-axis takes an axis, like 1, or input=axis, like x=1, got '{' '.join(given or [])}'") from error  # fmt: skip
+
+
+def show_json(value: Any, indent: int | None = None) -> None:
+    """Print what :func:`slrprop.errors.finite` makes of a value as JSON."""
+    typer.echo(json.dumps(finite(value), indent=indent, allow_nan=False))
 
 
 def show_table(header: list[str], rows: list[list[str]], title: str = "", wrap: tuple[str, ...] = ()) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from slrprop.checks import require_count, require_flag, require_positive
+from slrprop.checks import require_count, require_flag, require_positive, require_seed
 from slrprop.data import Batch, Data, open_data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Factors, Quantized
@@ -63,9 +63,10 @@ class TuneSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch", 1), ("seed", 0)):
+        for name in ("epochs", "batch"):
             if (name, getattr(self, name)) != ("epochs", None):
-                require_count(name, getattr(self, name), least)
+                require_count(name, getattr(self, name), 1)
+        require_seed(self.seed)
         require_flag("mixup", self.mixup)
         for name in ("learning_rate", "temperature"):
             require_positive(name, getattr(self, name))
@@ -201,11 +202,11 @@ def distilled(
         student, teacher = _along(network, entry, layers), _along(network, entry, {})
     else:
         assert isinstance(network, TorchNetwork)
-        inputs = _whole_inputs(data).to(network.device)
+        inputs, like = _whole_inputs(data).to(network.device), next(iter(data))
         with evaluating(network.model):  # the copy stays in that mode
-            student = _whole(network, swapped(network.model, dict(layers)))
-        teacher = evaluating(network.model)(_whole(network, network.model))
-    targets = next(iter(data)).targets
+            student = _whole(network, swapped(network.model, dict(layers)), like)
+        teacher = evaluating(network.model)(_whole(network, network.model, like))
+    targets = network.numbered(next(iter(data)).targets)
     notes = _distil(
         student, teacher, inputs, nn.ModuleList(layers.values()), chosen, quiet,
         lambda outputs: network.real_valued(targets, outputs),
@@ -226,7 +227,7 @@ def require_tunable(network: Network, data: Data, names: Sequence[str]) -> str |
         )
     if entry is None:
         _only_input(next(iter(data)))
-        rows: Iterable[int] = (len(batch.inputs[0]) for batch in data)
+        rows: Iterable[int] = (batch.samples for batch in data)
     else:
         rows = (len(x) for flow in network.stream((entry,), data, whole=False) for x, _ in flow.calls[entry])
     count = 0
@@ -265,12 +266,14 @@ def _along(network: Network, first: str, layers: Mapping[str, Tunable]) -> Forwa
     return run
 
 
-def _whole(network: TorchNetwork, model: nn.Module) -> Forward:
-    return lambda x: network.classes_last(network.scores(main_output(model(x))))
+def _whole(network: TorchNetwork, model: nn.Module, like: Batch) -> Forward:
+    axis, place = like.axes.get(0, 0), network.place(like)
+    return lambda x: network.classes_last(network.scores(main_output(model(x.movedim(0, axis))).movedim(place, 0)))
 
 
 def _whole_inputs(data: Data) -> Tensor:
-    return torch.cat([_only_input(batch) for batch in data])
+    """The only input of all batches, its samples on the first axis."""
+    return torch.cat([_only_input(batch).movedim(batch.axes.get(0, 0), 0) for batch in data])
 
 
 def _only_input(batch: Batch) -> Tensor:

@@ -1,7 +1,6 @@
 """``slrprop compare``: every method at equal stored bytes."""
 
 import importlib
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ from slrprop.checks import need_extra
 from slrprop.errors import SlrpropError
 from slrprop.files import made_folder, together
 from slrprop.paper.commands import Database, DataFolder, Rows, Seeds
-from slrprop.terminal import Cluster, Json, Workers, show_table
+from slrprop.terminal import Cluster, Json, Workers, show_json, show_table
 
 GROUPS = ("fast", "slow", "all")
 
@@ -95,7 +94,7 @@ def compare(
     tables = importlib.import_module("slrprop.comparison.results")
     results = tables.Results(experiment, kept.results(name))
     if as_json:
-        typer.echo(json.dumps([asdict(row) for row in results.rows]).replace("NaN", "null"))
+        show_json([asdict(row) for row in results.rows])
     else:
         lines = tables.accuracy_table(results, plain=True)
         show_table(

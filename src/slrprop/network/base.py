@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slrprop.checks import suggestion
-from slrprop.data import Batch, Data
+from slrprop.data import Batch, Data, content
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense, Factors, stored_bytes
 from slrprop.losses import IGNORED, LossName, pick_loss, rows_of
@@ -23,10 +23,8 @@ Layer = Callable[[Tensor, Tensor], Tensor]  # (input (..., m), candidate) -> out
 
 def fingerprint(weight: Tensor) -> str:
     """SHA-256 of shape, dtype and values (n x m, like ``nn.Linear.weight``)."""
-    array = weight.detach().cpu().contiguous()
-    head = f"{tuple(array.shape)} {array.dtype}".encode()
-    digest = hashlib.sha256(head)
-    digest.update(array.view(torch.uint8).numpy().data)
+    digest = hashlib.sha256(f"{tuple(weight.shape)} {weight.dtype}".encode())
+    digest.update(content(weight))
     return digest.hexdigest()
 
 
@@ -54,6 +52,99 @@ class Network(ABC):
         self._reads: dict[str, Any] = {}  # by layer, what tells apart the tensors that they read
         self._paths: dict[str, Path] = {}
         self._chains: dict[str, Chain | None] = {}
+        self.classes: tuple[str, ...] = ()  # their names in the order of the outputs, where the model holds them
+        self._place: int | None = None
+
+    @abstractmethod
+    def outputs_of(self, batches: Iterable[Batch]) -> list[Tensor]:
+        """The main output for each batch, as the model gives it."""
+
+    def fixed_batch(self, batch: Batch) -> int | None:
+        """How many samples the model insists on, which stand on the batch's axes; None where that is open."""
+        return None
+
+    def numbered(self, targets: Any) -> Any:
+        """Labels by the names of classes as their numbers; others as they are.
+
+        Raises:
+            SlrpropError: text that is no class of the model's.
+        """
+        if targets is None or (isinstance(targets, Tensor) and (targets.is_floating_point() or not self.classes)):
+            return targets
+        words = [str(word) for word in (targets.long() if isinstance(targets, Tensor) else targets).flatten().tolist()]
+        places = {str(IGNORED): IGNORED} | {name: place for place, name in enumerate(self.classes)}
+        if foreign := set(words) - places.keys():
+            if isinstance(targets, Tensor):
+                return targets  # numbers already
+            known = (
+                f"the model's classes are {', '.join(self.classes)}" if self.classes else "the model names no classes"
+            )
+            raise SlrpropError(f"the label '{min(foreign)}' is text, and {known}; give class numbers")
+        return torch.tensor([places[word] for word in words]).reshape(targets.shape)
+
+    def place(self, batch: Batch) -> int:
+        """The axis of the main output along which the samples stand.
+
+        Raises:
+            SlrpropError: the outputs have no axis of them.
+        """
+        if not batch.axes:
+            return 0
+        if self._place is None:
+            self._place = self._samples_axis(batch)
+        if self._place is None:  # they see each other
+            shape = tuple(self.outputs_of([batch])[0].shape)
+            if batch.samples not in shape:
+                raise SlrpropError(f"the data has {batch.samples} samples along batch_axis, and the output has shape {shape}; give the axes on which samples stand (--batch-axis)")  # fmt: skip
+            self._place = shape.index(batch.samples)
+        return self._place
+
+    def look(self, data: Data) -> None:
+        """Try whether the samples stand on the first axis, where nothing was said of it.
+
+        Raises:
+            SlrpropError: the outputs show another axis, or labels are text that the model does not know.
+        """
+        batch = next(iter(data))
+        self.numbered(batch.targets)
+        if data.batch_axis is not None or self._samples_axis(batch) is not None:
+            return
+        values = {key: value for key, value in batch.values().items() if getattr(value, "ndim", 0)}
+        for axis in range(1, max((value.ndim for value in values.values()), default=1)):
+            other = batch._replace(axes={key: axis for key, value in values.items() if value.ndim > axis}, targets=None)
+            sizes = {value.shape[other.axes.get(key, 0)] for key, value in values.items()}
+            if len(sizes) == 1 and min(sizes) > 1 and self._samples_axis(other) is not None:
+                shapes = ", ".join(str(tuple(value.shape)) for value in values.values())
+                raise SlrpropError(
+                    f"data of shape {shapes} was to be cut into samples along the first axis, but the outputs show that they stand on axis {axis}; "
+                    f"say so with --batch-axis {axis} (batch_axis={axis}), or with 0 that it is the first after all"
+                )
+
+    def _samples_axis(self, batch: Batch) -> int | None:
+        """The axis of the main output with an entry, or several, for each sample; None where samples see each other.
+
+        Two samples are run in each other's company and in their own; axis 0 where there is one sample alone.
+        """
+        size = self.fixed_batch(batch) or 3
+        if batch.samples < 2 or size < 2:
+            return 0
+        others = [0, *[1] * (size - 2), 0] if size > 2 else [0, 1]
+        own = [place for place, sample in enumerate(others) if not sample]
+        try:
+            alone, among = (out.double() for out in self.outputs_of(map(batch.take, ([0] * size, others))))
+        except SlrpropError:  # it takes no other number of samples
+            try:
+                shape = () if batch.axes else self.outputs_of([batch])[0].shape
+            except SlrpropError:
+                return None
+            return 0 if shape and not shape[0] % batch.samples else None
+        room = 1e-3 * float(alone.abs().max()) if alone.numel() else 0.0
+        for axis in range(max(1, alone.ndim - 1)) if alone.ndim and alone.shape == among.shape else ():
+            if not alone.shape[axis] % size:
+                one, other = (value.movedim(axis, 0).reshape(size, -1) for value in (alone, among))
+                if ((one - one[:1]).abs() <= room).all() and ((other - one)[own].abs() <= room).all():
+                    return axis
+        return None
 
     @property
     @abstractmethod
@@ -109,7 +200,7 @@ class Network(ABC):
         left = {name for name in self.names if treated is not None and name not in treated}
         found = {**self.elsewhere(), "dense layers that stay": self._dense_bytes(left)}
         parts, total = sorted(found.items(), key=lambda part: -part[1]), self.number_bytes
-        return ", ".join(f"{kind} {100 * size / total:.0f} %" for kind, size in parts if 100 * size >= total)
+        return ", ".join(f"{kind} {100 * size / total:.0f} %" for kind, size in parts if size and 100 * size >= total)
 
     @property
     def number_bytes(self) -> int:
@@ -302,6 +393,8 @@ def gradients_along(
     output: Tensor, places: Sequence[tuple[str, Tensor]], along: Iterable[Tensor]
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """By automatic differentiation: the gradient (p, n) of an output along each direction, at named tensors (..., n); zeros where there is none."""
+    if not output.requires_grad:  # none of them leads to it
+        output = output + 0 * sum((y.flatten()[:1].sum() for _, y in places), output.new_zeros(()))
     for turn, direction in enumerate(along if places else ()):
         parts = torch.autograd.grad(
             output, [y for _, y in places], direction, retain_graph=True, allow_unused=True, materialize_grads=True

@@ -1,6 +1,6 @@
 """ONNX models: stream what flows through them on ONNX Runtime, run what follows a layer on changed outputs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from slrprop.network.onnx_tensors import reading
 from slrprop.network.onnx_torch import Behind
 from slrprop.network.reading import LAST, Raised, Reading
 
+MOST_AT_ONCE = 1 << 20  # samples of a batch whose size is fixed
 STACKED = 1 << 22  # numbers of a layer's changed outputs that are run at once
 Feed = dict[str, np.ndarray]
 
@@ -69,15 +70,16 @@ class OnnxNetwork(Network):
         with reading(self.file.path):
             self.graph = Graph(self.file)
             super().__init__(tuple(self.graph.layers), self.graph.tied())
-            self.ending = self.graph.ending
+            self.ending, self.classes = self.graph.ending, self.graph.classes()
             self._paths = {name: self.graph.follow(layer) for name, layer in self.graph.layers.items()}
             self._reads = {name: layer.x for name, layer in self.graph.layers.items()}
         self._cuts: dict[str, Cut] = {}
         self.pieces: dict[str, Any] = {}  # of the graph, by the layer that they lead to (:mod:`onnx_lockstep`)
-        self.batch, self.reading = self._fixed_batch(), reading_of
+        self.reading = reading_of
         if data is not None:
             batch = next(iter(data))
             self.feed(batch)
+            self.look(data)
             if self.reading is None and (batch.targets is None or self.graph.rank(self.graph.main) != 2):
                 self._read(next(self.parts(batch)), data)
 
@@ -103,9 +105,9 @@ class OnnxNetwork(Network):
             behind = self.file.session([graph.main], [*graph.inputs, kind], leading - {index})
             feed = part.feed | {end: np.ascontiguousarray(np.moveaxis(higher, 0, axis))}
             made = tensor_of(self.run(behind, feed)[graph.main])
-            return Raised(unpadded(made, part), value.shape[axis], value.size)
+            return Raised(self._samples_first(made, part), value.shape[axis], value.size)
 
-        self.read(graph.main, unpadded(output, part), part.batch, data, products, raised)
+        self.read(graph.main, self._samples_first(output, part), part.batch, data, products, raised)
 
     def dtype(self, name: str) -> torch.dtype:
         """What the layer is computed with."""
@@ -156,11 +158,21 @@ class OnnxNetwork(Network):
         forms = {name: DenseFactors(weight) for name, weight in weights.items()}
         return OnnxNetwork(rewritten(self.file, self.graph, forms, biases or {}), data, self.reading)
 
-    def _fixed_batch(self) -> int | None:
-        """The batch size that the model insists on; None where it is open."""
-        shapes = [value.type.tensor_type.shape.dim for value in self.graph.inputs]
-        sizes = {shape[0].dim_value for shape in shapes if shape}
-        return sizes.pop() if len(sizes) == 1 and min(sizes) > 0 else None
+    def outputs_of(self, batches: Iterable[Batch]) -> list[Tensor]:
+        session, main = self.file.session([self.graph.main]), self.graph.main
+        return [tensor_of(self.run(session, next(self.parts(batch)).feed)[main]) for batch in batches]
+
+    def fixed_batch(self, batch: Batch) -> int | None:
+        rest = [value for value in self.graph.inputs if value.name not in batch.named]
+        axes = {value.name: batch.axes.get(place, 0) for place, value in enumerate(rest)} | dict(batch.axes)
+        shapes = [(value.type.tensor_type.shape.dim, axes.get(value.name, 0)) for value in self.graph.inputs]
+        sizes = {shape[axis].dim_value for shape, axis in shapes if len(shape) > axis}
+        size = sizes.pop() if len(sizes) == 1 and min(sizes) > 0 else None
+        if size is not None and size > MOST_AT_ONCE:
+            raise SlrpropError(
+                f"the model insists on batches of {size:,} samples, more than the {MOST_AT_ONCE:,} that are run at once; export it with an open batch size"
+            )
+        return size
 
     def feed(self, batch: Batch) -> Feed:
         """A batch as the model's inputs, in the types it declares.
@@ -192,27 +204,16 @@ class OnnxNetwork(Network):
 
     def parts(self, batch: Batch) -> Iterator[Part]:
         """A batch in parts of the size the model wants, the last one filled up with its last sample."""
-        feed = self.feed(batch)
-        count = min((len(array) for array in feed.values() if array.ndim), default=1)
-        size = self.batch
+        batch = batch._replace(targets=self.numbered(batch.targets))
+        count, size = batch.samples, self.fixed_batch(batch)
         if size is None:
-            yield Part(batch, feed, count, count)
+            yield Part(batch, self.feed(batch), count, count)
             return
         for start in range(0, count, size):
             stop = min(start + size, count)
-
-            def part(value: Any, start: int = start, stop: int = stop) -> Any:
-                return value[start:stop] if hasattr(value, "ndim") and value.ndim else value
-
-            named = {name: part(value) for name, value in batch.named.items()}
-            small = Batch(tuple(map(part, batch.inputs)), named, part(batch.targets))
-            padded = {
-                name: np.concatenate([part(array), *[part(array)[-1:]] * (size - stop + start)])
-                if array.ndim
-                else array
-                for name, array in feed.items()
-            }
-            yield Part(small, padded, stop - start, size)
+            small = batch.take(slice(start, stop))
+            padded = batch.take([min(place, stop - 1) for place in range(start, start + size)])
+            yield Part(small, self.feed(padded), stop - start, size)
 
     def run(self, session: Session, feed: Feed) -> dict[str, np.ndarray]:
         """A session's outputs, or one sentence."""
@@ -231,8 +232,9 @@ class OnnxNetwork(Network):
         session = self.file.session(sorted(wanted - fed))
         for part in (part for batch in data for part in self.parts(batch)):
             found = {**part.feed, **self.run(session, part.feed)}
-            output = unpadded(tensor_of(found[self.graph.main]), part) if whole else torch.empty(0)
+            output = torch.empty(0)
             if whole:
+                output = self._samples_first(tensor_of(found[self.graph.main]), part)
                 require_finite(output)
             calls = {}
             for name, layer in layers.items():
@@ -259,7 +261,7 @@ class OnnxNetwork(Network):
                     yield from super().gradients(names, data, probes)
                 return
             output, seen = made
-            output = rows_of(self.classes_last(unpadded(self.scores(output), part)))
+            output = rows_of(self.classes_last(self._samples_first(self.scores(output), part)))
             along = self.directions(output, part.batch.targets, probes, random)
             for turn, gradients in gradients_along(output, list(seen.items()), along):
                 yield turn, {name: unpadded(rows, part) for name, rows in gradients.items()}
@@ -278,8 +280,12 @@ class OnnxNetwork(Network):
         for chosen in candidates.split(at_once):
             y = torch.vmap(lambda candidate: layer(x, candidate))(chosen)
             output = self._behind(cut, dense, y.flatten(0, 1), len(chosen)).unflatten(0, (len(chosen), -1))
-            found += [self.classes_last(unpadded(one, cut.part)) for one in output]
+            found += [self.classes_last(self._samples_first(one, cut.part)) for one in output]
         return torch.stack(found)
+
+    def _samples_first(self, output: Tensor, part: Part) -> Tensor:
+        """The main output without padding, its samples on the first axis."""
+        return unpadded(output.movedim(self.place(part.batch), 0), part._replace(batch=part.batch._replace(axes={})))
 
     def _behind(self, cut: Cut, dense: Dense, y: Tensor, copies: int) -> Tensor:
         """The main output for ``copies`` batches of the layer's output, stacked on axis 0."""
@@ -336,12 +342,13 @@ class OnnxNetwork(Network):
         """How crossing tensors grow with the batch, found on a batch and its double; proved on two stacked batches."""
         assert cut.tensors is not None and cut.part is not None
         found: dict[str, bool | np.ndarray] = {}
-        if self.batch is None:
-            samples = min(2, cut.part.size)
-            one = {name: value[:samples] if value.ndim else value for name, value in cut.part.feed.items()}
-            two = {name: np.concatenate([value] * 2) if value.ndim else value for name, value in one.items()}
+        batch = cut.part.batch
+        size = self.fixed_batch(batch)
+        if size is None:
+            rows = list(range(min(2, cut.part.size)))
             try:
-                one, two = ({**feed, **self.run(cut.before, feed)} for feed in (one, two))
+                feeds = (self.feed(batch.take(some)) for some in (rows, rows * 2))
+                one, two = ({**feed, **self.run(cut.before, feed)} for feed in feeds)
             except SlrpropError:  # the inputs do not all have the samples on their first axis
                 return None
             for name in cut.crossing:
@@ -354,7 +361,7 @@ class OnnxNetwork(Network):
                     return None
         else:
             for name in cut.crossing:
-                found[name] = cut.tensors[name].ndim > 0 and len(cut.tensors[name]) == self.batch
+                found[name] = cut.tensors[name].ndim > 0 and len(cut.tensors[name]) == size
         y = tensor_of(cut.tensors[dense.y])
         other = y.roll(1, -1) * 0.5  # another batch, so that samples that see each other are noticed
         want = torch.cat([self._behind(cut, dense, one_y, 1) for one_y in (y, other)])
@@ -375,6 +382,8 @@ def input_dtype(value: ValueInfoProto) -> np.dtype[Any] | None:
         return None
     if code not in TensorProto.DataType.values():
         raise SlrpropError(f"input '{value.name}' has element type {code}, which ONNX does not know")
+    if code == TensorProto.BFLOAT16:
+        raise SlrpropError(f"input '{value.name}' is bfloat16, which ONNX Runtime does not take from NumPy; export the model in float32")  # fmt: skip
     return np.dtype(helper.tensor_dtype_to_np_dtype(code))
 
 
@@ -390,7 +399,10 @@ def layer_input(layer: Dense, found: Feed) -> Tensor:
 
 
 def unpadded(value: Tensor, part: Part) -> Tensor:
-    """A tensor without what the padding samples gave: the end of axis 0."""
+    """A tensor without what the padding samples gave: the end of the samples' axis, as far as that can be told."""
+    axis = max(part.batch.axes.values(), default=0)
+    if part.samples < part.size and axis < value.ndim - 1 and value.shape[axis] == part.size:
+        return value.narrow(axis, 0, part.samples)
     if part.samples == part.size or not value.ndim or len(value) % part.size:
         return value
     return value[: len(value) // part.size * part.samples]

@@ -3,7 +3,8 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 from onnx import GraphProto, TensorProto, helper
 
@@ -66,3 +67,31 @@ def elsewhere(graph: GraphProto, dense: set[str]) -> Counter[str]:
 def _word(operator: str) -> str:
     """An operator's name in words that torch modules share."""
     return "Embedding" if operator == "Gather" else operator.replace("Normalization", "Norm")
+
+
+def forms_of(graph: GraphProto) -> dict[str, str]:
+    """Products with stored numbers that are compressed already: in 8 or 4 bits, or as two factors in a row."""
+    makers = {name: node for node in graph.node for name in node.output}
+    stored = {tensor.name: tensor.data_type for tensor in graph.initializer}
+
+    @cache
+    def made_of(name: str, steps: int = 32) -> frozenset[Any] | None:
+        """The kinds of numbers and operators that a tensor is made of; None where it depends on an input."""
+        if name in stored:
+            return frozenset([stored[name]])
+        node = makers.get(name)
+        parts = [made_of(part, steps - 1) for part in node.input] if node is not None and steps else [None]
+        return (
+            None if node is None or None in parts else frozenset([node.op_type]).union(*(part or () for part in parts))
+        )
+
+    found: dict[str, str] = {}
+    for node in graph.node:
+        place = {"MatMul": 1, "Gemm": 1, "MatMulInteger": 1, "QLinearMatMul": 3}.get(node.op_type, len(node.input))
+        kinds = made_of(node.input[place]) if place < len(node.input) else None
+        if kinds is not None:
+            four = kinds & {TensorProto.INT4, TensorProto.UINT4, "Floor"}
+            bits = "4 bits" if four else "8 bits" if kinds & FEW_BITS else ""
+            before = found.pop(node.input[0], None)
+            found[node.output[0]] = ", ".join(filter(None, [bits, "" if before is None else "two factors"]))
+    return {name: form for name, form in found.items() if form}

@@ -8,6 +8,7 @@ file to the new one as they are.
 import contextlib
 import math
 import mmap
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -80,6 +81,10 @@ class OnnxFile:
             SlrpropError: no such file, no ONNX model, damaged, or external data that is missing or outside its folder.
         """
         path = Path(path)
+        if str(path).encode(errors="replace") != os.fsencode(path):
+            raise SlrpropError(
+                f"the path '{path}' is not UTF-8, and ONNX Runtime opens no other; rename the file or its folder"
+            )
         with reading(path):
             size = path.stat().st_size
             if not path.is_file() or size == 0:

@@ -2,11 +2,12 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnx import NodeProto, helper
+from onnx import NodeProto, TensorProto, helper
 
 from slrprop.errors import SlrpropError
 from slrprop.network.chain import ACTIVATIONS, Affine, Element, Linear, Path
@@ -71,13 +72,31 @@ class Graph:
         outputs = list(self.file.proto.graph.output)
         outputs.sort(key=lambda value: value.name != "logits")
         for value in outputs:
-            maker = self.nodes[self.maker[value.name]] if value.name in self.maker else None
-            if maker is not None and maker.op_type in ("ZipMap", "Identity") and maker.input:
-                return maker.input[0]  # class names or another name for the same numbers
+            maker = self.nodes[self.maker[value.name]] if value.name in self.maker else NodeProto()
             kind = value.type.WhichOneof("value")
-            if kind in (None, "tensor_type") and value.type.tensor_type.elem_type in (0, *FLOATS):
+            real = kind in (None, "tensor_type") and value.type.tensor_type.elem_type in (0, *FLOATS)
+            if maker.op_type == "ZipMap" or (real and maker.op_type == "Identity"):
+                return maker.input[0]  # with class names, or another name for the same numbers
+            if real:
                 return value.name
-        raise SlrpropError(f"'{self.file.path}' has no output of real numbers to judge it by")
+        bfloat = any(value.type.tensor_type.elem_type == TensorProto.BFLOAT16 for value in outputs)
+        told = " (bfloat16, which ONNX Runtime does not compute on the CPU: export it in float32)" if bfloat else ""
+        raise SlrpropError(f"'{self.file.path}' has no output of real numbers to judge it by{told}")
+
+    def classes(self) -> tuple[str, ...]:
+        """The names or numbers of the classes in the order of the scores, where nodes of scikit-learn's models hold them."""
+        stored = {tensor.name: tensor for tensor in self.file.proto.graph.initializer}
+        keys = ("classlabels_strings", "classlabels_int64s", "classlabels_ints")
+        found = [attribute(node, key, []) for node in self.nodes for key in keys]
+        for node in self.nodes:
+            if (
+                node.op_type == "ArrayFeatureExtractor"
+                and node.input[0] in stored
+                and node.output[0] not in self.constants
+            ):
+                found.append(onnx.numpy_helper.to_array(stored[node.input[0]]).reshape(-1).tolist())
+        names: list[Any] = next((labels for labels in found if labels), [])
+        return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
 
     def _dense_layers(self) -> dict[str, Dense]:
         found: dict[str, Dense] = {}

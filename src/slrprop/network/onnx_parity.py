@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from onnx import TensorProto
 from torch import Tensor
 
 from slrprop.data import Data
@@ -127,9 +128,8 @@ def _example(network: OnnxNetwork, session: Session, data: Data | None) -> tuple
     """Inputs to compare on, and the outputs for them."""
     if data is not None:
         batch = next(iter(data))
-        feed = network.feed(batch)
-        size = network.batch or SAMPLES
-        feed = {name: np.resize(array, (size, *array.shape[1:])) if network.batch and array.ndim else array[:size] for name, array in feed.items()}  # fmt: skip
+        size = network.fixed_batch(batch) or min(SAMPLES, batch.samples)
+        feed = network.feed(batch.take([place % batch.samples for place in range(size)]))
         return feed, network.run(session, feed)
     reasons = []
     for feed in made_up(network):
@@ -153,5 +153,8 @@ def made_up(network: OnnxNetwork) -> Iterable[Feed]:
             ]
             if np.prod(shape, dtype=object) > 1 << 28:
                 raise SlrpropError(f"input '{value.name}' of shape {tuple(shape)} is too large to make up; give data")
+            if kind.elem_type == TensorProto.STRING:
+                feed[value.name] = np.full(shape, "a", object)
+                continue
             feed[value.name] = random.standard_normal(shape).astype(dtype) if dtype.kind == "f" else random.integers(0, 2, shape).astype(dtype)  # fmt: skip
         yield feed

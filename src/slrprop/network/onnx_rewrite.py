@@ -15,6 +15,7 @@ from slrprop.network.onnx_file import OnnxFile
 from slrprop.network.onnx_graph import Graph
 from slrprop.network.onnx_writer import FOUR_BITS, Additions, Writer
 
+OWN = "slrprop"
 MERGED = 40_000  # zeros that may be multiplied to save nodes: python -m benchmarks.quantisation
 GATHERED = 50  # zeros more for every number that blocks would gather
 SPREAD = 380  # bytes of the nodes that put zeros between numbers
@@ -228,6 +229,9 @@ def rewritten(
                 nodes[adder] = [*writer.nodes[count:], added]
                 del writer.nodes[count:]
         first = Writer(layers, next(iter(forms)), additions).unpacked() if forms else []
+        unnamed = [node for written in nodes.values() for node in written if not node.name]
+        if unnamed and not is_own(graph):
+            unnamed[0].name = OWN  # so that the file is known again: in float a form looks like any two layers
         result = [new_node for i, node in enumerate(graph.node) for new_node in nodes.get(i, [node])]
         copies = [NodeProto.FromString(node.SerializeToString()) for node in (*first, *result)]
         del graph.node[:]
@@ -235,3 +239,8 @@ def rewritten(
         return additions.tensors
 
     return file.edited(edit)
+
+
+def is_own(graph: GraphProto) -> bool:
+    """Whether slrprop wrote layers of a graph."""
+    return any(node.name == OWN for node in graph.node)

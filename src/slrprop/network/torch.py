@@ -3,12 +3,13 @@
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -166,22 +167,26 @@ class TorchNetwork(Network):
         try:
             with evaluating(self.model), parametrize.cached():
                 batch = next(iter(data)).to(self.device)
+                if any(isinstance(value, np.ndarray) for value in batch.values().values()):
+                    raise SlrpropError("an input of the data holds text, which a torch module can't take; give numbers")
                 with trace:
                     result = self.call(batch)
                 weights = {name: module.weight for name, module in self.modules.items()}
         finally:
             for handle in handles:
                 handle.remove()
+        self.look(data)
         output, made = main_output(result), trace.made
         self.ending, self._reads = trace.ending(output), trace.read
         if self.reading is None:
+            axis = self.place(batch)
 
             def raised(place: int, unit: int) -> Raised:
                 with evaluating(self.model), Trace(place, unit) as again:
-                    return Raised(main_output(self.call(batch)), *again.products[place - 1])
+                    return Raised(main_output(self.call(batch)).movedim(axis, 0), *again.products[place - 1])
 
             last = range(len(trace.products), max(len(trace.products) - LAST, 0), -1)
-            self.read(output_name(result), output, batch, data, last, raised)
+            self.read(output_name(result), output.movedim(axis, 0), batch, data, last, raised)
         for name, weight in weights.items():
             # a product outside the modules' own forward reads a weight: such a layer can't be replaced
             own = sum(len(made[other]) for other, twin in weights.items() if twin is weight)
@@ -191,7 +196,16 @@ class TorchNetwork(Network):
             if len(made[name]) == 1:
                 start = made[name][0]
                 self._paths[name] = path = trace.follow(start, result, output)
-                self._chains[name] = fold(path.elements, rows_of(trace.calls[start].result)[0]) if path.whole else None
+                y = trace.calls[start].result
+                if path.whole and y.ndim < 2:
+                    raise SlrpropError(
+                        f"layer '{name}' was handed one sample without an axis of samples; give batches: the samples stacked into one array, or a DataLoader"
+                    )
+                self._chains[name] = fold(path.elements, rows_of(y)[0]) if path.whole else None
+
+    def outputs_of(self, batches: Iterable[Batch]) -> list[Tensor]:
+        with evaluating(self.model):
+            return [main_output(self.call(batch.to(self.device))) for batch in batches]
 
     def call(self, batch: Batch) -> Any:
         """The model's result for a batch (use inside :func:`evaluating`).
@@ -244,10 +258,11 @@ class TorchNetwork(Network):
                 return hook
 
             batch, output = batch.to(self.device), torch.empty(0)
+            place = self.place(batch) if whole else 0
             handles = [self.modules[name].register_forward_hook(note(name, calls), prepend=True) for name in names]
             try:
                 with evaluating(self.model), contextlib.suppress(_Enough):
-                    output = main_output(self.call(batch))
+                    output = main_output(self.call(batch)).movedim(place, 0)
             finally:
                 for handle in handles:
                     handle.remove()
@@ -263,6 +278,7 @@ class TorchNetwork(Network):
         random = torch.Generator().manual_seed(0)
         for batch in data:
             seen: dict[str, list[Tensor]] = {name: [] for name in names}
+            place = self.place(batch)
 
             def watch(name: str, into: dict[str, list[Tensor]]) -> Callable[..., Tensor]:
                 def hook(module: nn.Module, inputs: tuple[Tensor, ...], made: Tensor) -> Tensor:
@@ -275,7 +291,8 @@ class TorchNetwork(Network):
             handles = [self.modules[name].register_forward_hook(watch(name, seen), prepend=True) for name in names]
             try:
                 with evaluating(self.model), frozen(self.model), torch.enable_grad():
-                    output = rows_of(self.classes_last(self.scores(main_output(self.call(batch.to(self.device))))))
+                    output = main_output(self.call(batch.to(self.device))).movedim(place, 0)
+                    output = rows_of(self.classes_last(self.scores(output)))
             finally:
                 for handle in handles:
                     handle.remove()
@@ -284,6 +301,7 @@ class TorchNetwork(Network):
 
     def outputs_with(self, name: str, flow: Flow, layer: Layer, candidates: Tensor) -> Tensor:
         """Vectorised with ``torch.vmap``; a network that ``vmap`` can't batch runs one candidate at a time."""
+        place = self.place(flow.batch)
 
         def output(candidate: Tensor) -> Tensor:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -292,7 +310,8 @@ class TorchNetwork(Network):
             handle = self.modules[name].register_forward_hook(hook, prepend=True)
             try:
                 with evaluating(self.model):
-                    return self.classes_last(main_output(self.model(*flow.batch.inputs, **flow.batch.named)))
+                    output = main_output(self.model(*flow.batch.inputs, **flow.batch.named)).movedim(place, 0)
+                    return self.classes_last(output)
             finally:
                 handle.remove()
 

@@ -1,7 +1,6 @@
 """``slrprop paper``: the experiments of the SLRProp article."""
 
 import importlib
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ from slrprop.checks import need_extra, require_choice
 from slrprop.errors import SlrpropError
 from slrprop.files import holding, made_folder, replacing, together
 from slrprop.research.commands import STUDIES, run_study, show_study
-from slrprop.terminal import Cluster, Json, Output, Workers, show_table
+from slrprop.terminal import Cluster, Json, Output, Workers, show_json, show_table
 
 paper = typer.Typer(
     no_args_is_help=True,
@@ -75,7 +74,7 @@ def paper_train(
         if not as_json:
             typer.echo(f"seed {seed}: {found.accuracy:.2f} % of the test set; {path}, SHA-256 {told[-1]['sha256']}")
     if as_json:
-        typer.echo(json.dumps(told))
+        show_json(told)
 
 
 @paper.command("run")
@@ -116,7 +115,7 @@ def paper_run(
 def _tell(name: str, new: int, store: Any, as_json: bool) -> None:
     count = len(store.results(name))
     told = {"experiment": name, "new": new, "rows": count, "database": store.name}
-    typer.echo(json.dumps(told) if as_json else f"{new} new rows; all {count} of {name} are in {store.name}")
+    show_json(told) if as_json else typer.echo(f"{new} new rows; all {count} of {name} are in {store.name}")
 
 
 def _store(run_dir: Path, database: str | None) -> Any:
@@ -149,7 +148,7 @@ def paper_table(
     experiment, found, results = _results(name, run_dir, database)
     lines = results.table(experiment, found)
     if as_json:
-        typer.echo(json.dumps([asdict(result) for result in found]).replace("NaN", "null"))
+        show_json([asdict(result) for result in found])
     else:
         title = f"{name}: test set, % (published in brackets); rate: compression rate of {experiment.layers[0]}"
         show_table(lines[0], lines[1:], title)
@@ -186,4 +185,4 @@ def paper_figures(
                 written.append(str(path))
     if not written:
         raise SlrpropError(f"there are no results yet; compute them with: slrprop paper run {next(iter(FIGURES))}")
-    typer.echo(json.dumps(written) if as_json else f"Written: {', '.join(written)}")
+    show_json(written) if as_json else typer.echo(f"Written: {', '.join(written)}")

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from slrprop.api import no_integers, settings_of
+from slrprop.api import no_integers, settings_of, warn_if_compressed
 from slrprop.checks import require_choice, require_flag
-from slrprop.data import Data, open_data
+from slrprop.data import Axes, Data, open_data
 from slrprop.errors import SlrpropError
 from slrprop.files import together
 from slrprop.measure import file_bytes
@@ -60,6 +60,7 @@ def compress(
     cluster: str | None = None,
     integer_products: bool = False,
     output: str | Path | None = None,
+    batch_axis: Axes = None,
 ) -> Compression:
     """The network that meets a budget, its promise checked on data that the search did not see.
 
@@ -103,6 +104,7 @@ def compress(
         output: of an ONNX file, the path that :func:`slrprop.apply` will get; nothing is written, but it is refused here already if it
             can't be. Bytes are those of the file of this name. Without it they are those of the longest name there is, where
             tensors are kept beside the file (250 bytes too many for each at most); no other file holds its own name.
+        batch_axis: where samples stand in the data, see :class:`slrprop.data.Data`.
 
     Raises:
         BudgetError: the budget can't be met; it carries the nearest compression found, or none where bytes were asked for that no plan
@@ -122,7 +124,10 @@ def compress(
         file = OnnxFile.open(model)
         with together(*file.files, ("the data", data), ("the checking samples", check)) as places:
             name = file.places(output, places)[0].name
-    search_part, check_part = parts_of(data, check, seed, class_axis, ignore_label)
+    warn_if_compressed(model)
+    opened = open_data(data, class_axis, ignore_label, batch_axis)
+    open_network(model, opened)  # where its samples stand shows before it is cut
+    search_part, check_part = parts_of(opened, data, check, seed, class_axis, ignore_label, batch_axis)
     fitting_part, choosing_part = search_part, search_part
     tuned = (tuning or TuneSettings()) if level == "tuned" else None
     fits = any(find_method(name).settings(**given).needs() for name, given in choices + narrow)
@@ -181,14 +186,14 @@ def compress(
     return result
 
 
-def parts_of(data: Any, check: Any, seed: int, *read: int | None) -> tuple[Data, Data]:
+def parts_of(opened: Data, data: Any, check: Any, seed: int, *read: Any) -> tuple[Data, Data]:
     """What the search sees, and what it does not; how it is read as in :func:`slrprop.data.open_data`."""
     if check is None:
-        return open_data(data, *read).split(seed)
+        return opened.split(seed)
     paths = [Path(given) for given in (data, check) if isinstance(given, (str, Path))]
     if check is data or (len(paths) == 2 and all(path.exists() for path in paths) and paths[0].samefile(paths[1])):
         raise SlrpropError("check names the very samples that the search sees; give others, or leave it out, and half of the data is kept for it")  # fmt: skip
-    return open_data(data, *read), open_data(check, *read)
+    return opened, open_data(check, *read)
 
 
 def choices_of(methods: Any, level: str) -> tuple[Choice, ...]:

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 
 from slrprop.api import realised
 from slrprop.checks import require_choice
-from slrprop.data import Batch, Data
+from slrprop.data import Data, content
 from slrprop.errors import SlrpropError
 from slrprop.export import export_onnx
-from slrprop.files import made_folder, scratch
+from slrprop.files import made_folder, require_regular, scratch
 from slrprop.latency import latencies
 from slrprop.losses import IGNORED, check_labels, goal_of, loss_point, require_labels, rows_of
 from slrprop.metrics import LABELLED, LOWER, METRICS, NUMBERS, SOME, Score, interval_between, score
@@ -54,22 +55,27 @@ class Judge:
         digest, outputs, targets, samples, first = hashlib.sha256(), [], [], [], None
         count, constant = 0, True
         for flow in self.network.stream((), part):
-            rows = rows_of(flow.output)
-            inputs = [x for x in (*flow.batch.inputs, *flow.batch.named.values()) if isinstance(x, Tensor)]
-            size = min((len(x) for x in inputs if x.ndim), default=1)
-            size = size if len(rows) % size == 0 else len(rows)  # rows of no sample stand for themselves
+            rows, batch = rows_of(flow.output), flow.batch
+            values = batch.values().items()
+            inputs = [x.movedim(batch.axes.get(key, 0), 0) for key, x in values if isinstance(x, Tensor)]
+            size = (
+                batch.samples if len(rows) % batch.samples == 0 else len(rows)
+            )  # rows of no sample stand for themselves
             samples.append(count + torch.arange(len(rows), device=rows.device) // (len(rows) // size))
             outputs.append(rows)
-            targets.append(_by_row(flow.batch.targets, rows))
+            targets.append(_by_row(batch.targets, rows))
             count, first = count + size, inputs if first is None else first
             constant = (
                 constant
                 and len(inputs) == len(first)
                 and all(_repeats(*pair) for pair in zip(inputs, first, strict=True))
             )
-            for tensor in (*inputs, flow.batch.targets, rows):
-                if isinstance(tensor, Tensor):
-                    digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            for tensor in (*batch.values().values(), batch.targets, rows):
+                if isinstance(tensor, np.ndarray):
+                    digest.update(repr(tensor.tolist()).encode())
+                    constant = False
+                elif isinstance(tensor, Tensor):
+                    digest.update(content(tensor))
         self.original, sample = torch.cat(outputs), torch.cat(samples)
         labelled = all(target is not None for target in targets)
         self.targets = torch.cat([target for target in targets if target is not None]) if labelled else None
@@ -209,6 +215,11 @@ class Judge:
         scores, original = self.network.scores(outputs), self.network.scores(self.original)
         return float(loss_point("kl", scores, None, original).values.double().mean())
 
+    @property
+    def noise(self) -> float:
+        """A divergence that rounding alone may make."""
+        return 1e-10 * float(self.original.square().mean()) if self.metric in NUMBERS else 1e-7
+
     def outputs(self, model: Any) -> Tensor:
         """The outputs (p x c) of another network on this part, of the rows that count."""
         network = open_network(model, None, self.network.reading)  # it is only run: what follows what is not looked at
@@ -246,22 +257,30 @@ class Log:
         if folder is not None:
             self.path = made_folder(folder, "run folder") / "measured.jsonl"
             try:
+                require_regular(self.path)
                 lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
             except OSError as error:
                 raise SlrpropError(
                     f"the run folder '{folder}' can't be used ({error.strerror}); name another with run_dir"
                 ) from error
             for line in lines:
-                with contextlib.suppress(msgspec.MsgspecError):  # a line cut off by a kill
-                    self.known |= msgspec.json.decode(line, type=dict[str, dict[str, int | float]])
+                with contextlib.suppress(msgspec.MsgspecError, RecursionError):  # a line cut off by a kill, or foreign
+                    for key, values in msgspec.json.decode(line, type=dict[str, dict[str, int | float]]).items():
+                        if values.pop("crc", None) == self._crc(key, values):
+                            self.known[key] = values
+
+    @staticmethod
+    def _crc(key: str, values: dict[str, float]) -> int:
+        return zlib.crc32(json.dumps([key, values], sort_keys=True).encode())
 
     def get(self, key: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """The measurement of that key, made now if it is not known."""
         if key not in self.known:
             self.known[key] = measure()
             if self.path is not None:
+                line = {key: self.known[key] | {"crc": self._crc(key, self.known[key])}}
                 with open(self.path, "a") as file:
-                    file.write("\n" + json.dumps({key: self.known[key]}) + "\n")
+                    file.write("\n" + json.dumps(line) + "\n")
                     file.flush()
                     os.fsync(file.fileno())
         return self.known[key]
@@ -294,15 +313,12 @@ class Door:
                 files[name] = folder / f"{index}.onnx"
                 made = self.realise(plan)
                 if isinstance(made, nn.Module):
-                    export_onnx(made, files[name], tuple(x[:4] for x in self.first.inputs))
+                    export_onnx(made, files[name], self.first.take(slice(4)).inputs, batch_axis=self.first.axes)
                 else:
                     made.write(files[name])
             network = open_network(self.model, None)
-            one = Batch(tuple(x[:1] for x in self.first.inputs), {k: v[:1] for k, v in self.first.named.items()}, None)
+            one = self.first.take([0] * (network.fixed_batch(self.first) or 1))
             feed: Any = [x.numpy() for x in one.inputs]
             if isinstance(network, OnnxNetwork):
-                size = network.batch or 1
-                feed = {
-                    name: np.resize(x, (size, *x.shape[1:])) if x.ndim else x for name, x in network.feed(one).items()
-                }
+                feed = network.feed(one)
             return latencies(files, feed, repetitions)

@@ -16,6 +16,7 @@ from slrprop.methods import METHODS, Method, Problem, Settings, find_method
 from slrprop.methods.base import ranks_for
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
 from slrprop.plan import LayerPlan, Plan
+from slrprop.quantize import TooLargeError
 
 Choice = tuple[str, dict[str, Any]]  # a method and settings of it
 FEW_BITS: tuple[dict[str, Any], ...] = ({"bits": 8}, {"bits": 4})
@@ -132,7 +133,10 @@ def candidates_of(
             settings = kind(**{**step, **given})
             if (settings.stored_numbers(m, n) or 0) * min(settings.bits, 8 * problem.network.itemsize(name)) / 8 > most:
                 continue
-            made = plan_problem(problem, method, [name], **{**step, **alone(method), **given})
+            try:
+                made = plan_problem(problem, method, [name], **{**step, **alone(method), **given})
+            except TooLargeError:  # other forms may hold such numbers
+                continue
             for layer in (layer for layer in made.layers if layer.name == name):
                 factors = layer.factors
                 assert factors is not None

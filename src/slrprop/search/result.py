@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from slrprop.errors import SlrpropError
+from slrprop.errors import SlrpropError, finite
 from slrprop.metrics import PERCENT
 from slrprop.plan import Plan, method_of, wording
 from slrprop.search.observed import Observed
@@ -124,7 +124,7 @@ class Compression:
 
     def reasons(self) -> list[str]:
         """Why each layer has its form: what the best other method of at most as many bytes is predicted to cost."""
-        found = []
+        found = [f"{name} stays as it is: {why}" for name, why in self.left_dense.items()]
         for layer in self.plan.layers:
             curve = self.curves.get(layer.name, [])
             mine = next((c for c in curve if c.layer is not None and wording(c.layer) == wording(layer)), None)
@@ -191,14 +191,6 @@ class Compression:
 
     def summary(self) -> dict[str, Any]:
         """The facts as JSON; what is not known is null."""
-
-        def known(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: known(part) for name, part in value.items()}
-            if isinstance(value, tuple):
-                return [known(part) for part in value]
-            return None if isinstance(value, float) and math.isnan(value) else value
-
         names = (
             "met",
             "metric",
@@ -219,5 +211,6 @@ class Compression:
             "data_fingerprint",
             "seconds",
         )
-        facts = {name: known(getattr(self, name)) for name in names}
-        return facts | {"budget": asdict(self.budget), "plan": json.loads(self.plan.to_json())}
+        facts = {name: getattr(self, name) for name in names}
+        found: dict[str, Any] = finite(facts)
+        return found | {"budget": asdict(self.budget), "plan": json.loads(self.plan.to_json())}

@@ -88,16 +88,23 @@ class Shares:
             name: [replace(c, bytes=c.bytes + self._around(name, c.layer, c.bytes)) for c in found[name]]
             for name in names
         }
+        hulls = {name: hull(found) for name, found in self.curves.items()}
+        self.sensitivity = sensitivity = dict.fromkeys(self.curves, 1.0)
+        noise, chains = self.trials.judge.noise, self.problem.network.chain
+        for name in tqdm(self.curves, desc="sensitivities", unit="layer", disable=None):
+            middle, moved = hulls[name][len(hulls[name]) // 2], 0.0
+            if len(self.curves) > 1 and middle.layer is not None and middle.error > 0:
+                moved = self._alone(middle)
+                sensitivity[name] = max(moved, 1e-12) / middle.error
+            if moved < noise and chains(name) is None and self._alone(hulls[name][-1]) < noise:
+                self.leave_dense(name, "what it does shows in no output that is judged")
         if math.isinf(most) and all(len(curve) < 2 for curve in self.curves.values()):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.left_dense.items())
             raise SlrpropError(f"no layer can be made smaller ({reasons})")
-        hulls = {name: hull(found) for name, found in self.curves.items()}
-        self.sensitivity = sensitivity = dict.fromkeys(self.curves, 1.0)
-        for name in tqdm(self.curves if len(self.curves) > 1 else (), desc="sensitivities", unit="layer", disable=None):
-            middle = hulls[name][len(hulls[name]) // 2]
-            if middle.layer is not None and middle.error > 0:
-                alone = Plan((middle.layer,))
-                sensitivity[name] = max(self.trials.evaluate(alone).divergence, 1e-12) / middle.error
+
+    def _alone(self, candidate: Candidate) -> float:
+        """The divergence of the network that has this form of one layer; infinite for the layer itself."""
+        return math.inf if candidate.layer is None else self.trials.evaluate(Plan((candidate.layer,))).divergence
 
     def leave_dense(self, name: str, why: str) -> None:
         """Take a layer's candidates away."""
