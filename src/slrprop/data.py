@@ -6,7 +6,7 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,23 @@ class Batch(NamedTuple):
         def move(value: Any) -> Any:
             return value.to(device) if isinstance(value, Tensor) else value
 
-        return Batch(tuple(map(move, self.inputs)), {k: move(v) for k, v in self.named.items()}, move(self.targets))
+        return self._each(move)
+
+    @property
+    def samples(self) -> int:
+        """How many samples there are; 0 where the arrays differ in what their first axis counts."""
+        arrays = (*self.inputs, *self.named.values(), self.targets)
+        lengths = {len(array) for array in arrays if isinstance(array, Tensor) and array.ndim}
+        return lengths.pop() if len(lengths) == 1 else 0
+
+    def part(self, start: int, stop: int) -> "Batch":
+        """Some of the samples."""
+        return self._each(lambda value: value[start:stop] if isinstance(value, Tensor) and value.ndim else value)
+
+    def _each(self, change: Callable[[Any], Any]) -> "Batch":
+        return Batch(
+            tuple(map(change, self.inputs)), {k: change(v) for k, v in self.named.items()}, change(self.targets)
+        )
 
 
 def as_tensor(value: Any, what: str) -> Tensor:

@@ -14,7 +14,7 @@ from slrprop.data import open_data
 from slrprop.errors import SlrpropError
 from slrprop.losses import check_labels, rows_of
 from slrprop.network import Network, OnnxNetwork, TorchNetwork, open_network
-from slrprop.storage import to_bytes
+from slrprop.storage import size_of
 
 LABELLED = ("accuracy", "auc", "recall", "precision", "specificity")
 
@@ -111,4 +111,4 @@ def file_bytes(network: Network) -> int:
     if isinstance(network, OnnxNetwork):
         return network.file.bytes
     assert isinstance(network, TorchNetwork)
-    return len(to_bytes(network.model))
+    return size_of(network.model)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense
-from slrprop.files import replacing
+from slrprop.files import replacing, scratch
 from slrprop.layers import LAYERS, FactoredLinear, linear_from, note_shape, original_shape
 from slrprop.network.torch import swapped
 from slrprop.network.torch_modules import dense_modules, named_modules, plain_name
@@ -44,16 +44,35 @@ def _unique_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def to_bytes(model: nn.Module) -> bytes:
-    """The content of the file that :func:`save` writes."""
+def _head(model: nn.Module) -> dict[str, str]:
+    """The header of the model's file, but for the tensors' checksum."""
     kinds = {
         name: _described(module)
         for name, module in named_modules(model).items()
         if isinstance(module, FactoredLinear) or original_shape(module)
     }
-    state = _unique_state(model)
-    head = {"format": FORMAT, "version": VERSION, "layers": json.dumps(kinds)}
+    return {"format": FORMAT, "version": VERSION, "layers": json.dumps(kinds)}
+
+
+def to_bytes(model: nn.Module) -> bytes:
+    """The content of the file that :func:`save` writes."""
+    head, state = _head(model), _unique_state(model)
     return safetensors.torch.save(state, head | {"sha256": arrays_digest(head["layers"], state)})
+
+
+def size_of(model: nn.Module) -> int:
+    """The length of what :func:`to_bytes` gives, by a temporary file: no copy of the tensors is held.
+
+    Raises:
+        SlrpropError: there is no room for the file.
+    """
+    with scratch() as folder:
+        path = folder / "model.safetensors"
+        try:
+            safetensors.torch.save_file(_unique_state(model), path, _head(model) | {"sha256": "0" * 64})
+        except (OSError, safetensors.SafetensorError) as error:
+            raise SlrpropError(f"the network's size can't be measured in '{folder}': {error}") from error
+        return path.stat().st_size
 
 
 def _described(module: nn.Module) -> dict[str, Any]:

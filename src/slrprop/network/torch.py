@@ -32,7 +32,7 @@ from slrprop.network.torch_modules import (
     traits,
     weight_and_bias,
 )
-from slrprop.network.trace import Trace
+from slrprop.network.trace import Held, Trace
 
 
 @contextmanager
@@ -153,11 +153,10 @@ class TorchNetwork(Network):
 
     def _follow(self, data: Data) -> None:
         """Trace the first batch: in which order layers are called, and what follows each."""
-        trace = Trace()
+        batch, trace = next(self.parts_of(next(iter(data)))).to(self.device), Trace()
         handles = trace.watch(self.modules)
         try:
             with evaluating(self.model), parametrize.cached():
-                batch = next(iter(data)).to(self.device)
                 with trace:
                     result = self.call(batch)
                 weights = {name: module.weight for name, module in self.modules.items()}
@@ -191,6 +190,21 @@ class TorchNetwork(Network):
                 f"the model can't take data of shape {', '.join(map(str, shapes))}: {first_line(error)}"
             ) from error
 
+    def _tried(self, batch: Batch) -> tuple[Tensor, int]:
+        batch = batch.to(self.device)
+        held = Held((*self.model.parameters(), *self.model.buffers(), *batch.inputs, *batch.named.values()))
+
+        def note(*_: Any) -> None:
+            self.standing = max(self.standing, held.alive // batch.samples)
+
+        handles = [module.register_forward_pre_hook(note) for module in self.modules.values()]
+        try:
+            with evaluating(self.model), held:
+                return main_output(self.call(batch)), held.bytes
+        finally:
+            for handle in handles:
+                handle.remove()
+
     @property
     def numbers(self) -> int:
         return stored_numbers(self.model)
@@ -215,7 +229,7 @@ class TorchNetwork(Network):
 
     def stream(self, names: tuple[str, ...], data: Data, whole: bool = True) -> Iterator[Flow]:
         once = not whole and all(self.times_called[name] == 1 for name in names)
-        for batch in data:
+        for batch in self.batches(data):
             calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
 
             def note(name: str, into: dict[str, list[tuple[Tensor, Tensor]]]) -> Callable[..., None]:
@@ -245,7 +259,7 @@ class TorchNetwork(Network):
             yield from super().gradients(names, data, probes)
             return
         random = torch.Generator().manual_seed(0)
-        for batch in data:
+        for batch in self.batches(data):
             seen: dict[str, list[Tensor]] = {name: [] for name in names}
 
             def watch(name: str, into: dict[str, list[Tensor]]) -> Callable[..., Tensor]:
@@ -299,5 +313,5 @@ class TorchNetwork(Network):
             for name, weight in weights.items()
         }
         found = TorchNetwork(swapped(self.model, modules), data)
-        found.times_called = dict(self.times_called)
+        found.times_called, found.at_once = dict(self.times_called), self.at_once
         return found

@@ -26,7 +26,7 @@ from slrprop.losses import check_labels, goal_of, loss_point, rows_of
 from slrprop.network import OnnxNetwork, open_network
 from slrprop.network.onnx_file import OnnxFile
 from slrprop.plan import Plan
-from slrprop.storage import to_bytes
+from slrprop.storage import size_of
 
 METRICS = ("accuracy", "agreement", "squared_error")
 LONGEST = "x" * 245 + ".onnx"  # with .data the longest name a file can have
@@ -144,6 +144,7 @@ class Judge:
     def outputs(self, model: Any) -> Tensor:
         """The outputs (p x c) of another network on this part."""
         network = open_network(model, None)  # it is only run: what follows what is not looked at
+        network.at_once = self.network.at_once
         return torch.cat([rows_of(flow.output) for flow in network.stream((), self.part)])
 
 
@@ -192,7 +193,7 @@ class Door:
     def size(self, made: Any) -> int:
         """Bytes of the file of a network that :meth:`realise` gave."""
         if isinstance(made, nn.Module):
-            return len(to_bytes(made))
+            return size_of(made)
         with scratch() as folder:
             return made.write(folder / self.name)
 
