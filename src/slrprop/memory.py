@@ -1,7 +1,7 @@
-"""How much memory the work on a network may take beside the network itself: one bound, of which every part takes its share.
+"""How much memory the work on a network may take: ``SLRPROP_MEMORY`` in the environment, in megabytes, is one bound for all of it.
 
-``SLRPROP_MEMORY`` in the environment is the bound in megabytes, 256 by default. A batch goes through a network in parts whose tensors take
-a quarter of it; what is kept so that nothing is computed twice (a layer's inputs, outputs, sums, factorised Hessians) is let go of beyond it.
+A batch goes through a network in parts whose tensors take a quarter of it. What is kept so that nothing is computed twice (a layer's
+inputs, outputs, sums, factorised Hessians) may take half of it each, or all of it, and is made anew beyond that.
 """
 
 import ctypes
