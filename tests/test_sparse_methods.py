@@ -102,7 +102,7 @@ def test_thin_and_large_supports_are_treated_alike(monkeypatch):
     weight, _, hessian, metric = problem()
     support = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.4
     want = least_squares(hessian, weight, support, metric), SupportedSquares(hessian, support).removal_costs(weight)
-    for name, value in {"THIN": 1, "SMALL": 0, "CHUNK": 3, "KEPT_NUMBERS": 0}.items():
+    for name, value in {"THIN": 1, "SMALL": 0, "CHUNK": 3, "bound": lambda: 0}.items():
         monkeypatch.setattr(sparsity, name, value)
     torch.testing.assert_close(least_squares(hessian, weight, support, metric), want[0])
     torch.testing.assert_close(SupportedSquares(hessian, support).removal_costs(weight), want[1])

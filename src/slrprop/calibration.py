@@ -4,14 +4,18 @@ Inputs may come from a network whose earlier layers are compressed already; what
 original network's pre-activation.
 """
 
+import itertools
 from collections.abc import Mapping
 from functools import partial
 
+import numpy as np
 import torch
+from scipy.linalg.lapack import dtpttr, dtrttp
 from torch import Tensor
 
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
+from slrprop.memory import bound, give_back
 from slrprop.network.base import Network
 from slrprop.pairs import Compressed, Pairs
 from slrprop.regression import DAMPING, Regression, level
@@ -34,8 +38,11 @@ class Calibration:
     def __init__(self, network: Network, data: Data, known: Mapping[str, Moments] | None = None) -> None:
         self.network, self.data, self._known = network, data, known or {}
         self.pairs = Pairs(network, data)
-        self._metrics: dict[str, tuple[Tensor, Tensor] | None] = {}
-        self._first: dict[tuple[str, bool], Regression] = {}  # of layers whose inputs are the original ones
+        self._metrics: dict[str, np.ndarray | None] = {}  # packed triangles
+        self._first: dict[
+            tuple[str, bool], Regression
+        ] = {}  # of layers whose inputs are the original ones, the last ones that fit
+        self._coming: tuple[str, ...] = ()  # layers whose moments are summed together, as many as fit
 
     def prepare(self, names: tuple[str, ...], weighted: bool = True) -> None:
         """Measure all that the named layers of the original network need at once, where each would take a run of its own."""
@@ -43,12 +50,28 @@ class Calibration:
         if len(many) < 2:
             return
         if weighted:
-            self._measure_metrics(many)
+            self._measure_metrics(tuple(name for name in many if name not in self._metrics))
         outputs: dict[str, list[Tensor]] | None = {} if self.pairs.prepare(many) else None
-        for name, summed in moments_of(self.network, many, self.data, False, outputs).items():
-            if summed.count:
-                self._made(name, {}, weighted, self._known.get(name, summed))
+        self._coming = many
+        self._measure_next(many[0], weighted, outputs)
         self.pairs.outputs |= outputs or {}
+
+    def _measure_next(self, name: str, weighted: bool, outputs: dict[str, list[Tensor]] | None = None) -> None:
+        """The regressions of a layer and of those to come that fit into memory beside it, in one run."""
+        group = self._coming[self._coming.index(name) :]
+        sizes = itertools.accumulate(_size(*self.network.shape(other)) for other in group)
+        group = tuple(other for other, size in zip(group, sizes, strict=True) if size <= bound() // 2) or group[:1]
+        self._forget(sum(_size(*self.network.shape(other)) for other in group))
+        found = moments_of(self.network, group, self.data, False, outputs)
+        for other in group:
+            summed = found.pop(other)
+            if summed.count:
+                self._made(other, {}, weighted, self._known.get(other, summed))
+
+    def _forget(self, size: int) -> None:
+        """Let go of the oldest regressions until there is room for such a size."""
+        while self._first and size + sum(_size(*task.weight.shape) for task in self._first.values()) > bound() // 2:
+            del self._first[next(iter(self._first))]
 
     def regression(self, name: str, compressed: Mapping[str, Compressed], weighted: bool = True) -> Regression:
         """The regression of a layer, given what the layers before it compute by now.
@@ -64,6 +87,10 @@ class Calibration:
         if (name, weighted) in self._first and not before:
             return self._first[name, weighted]
         summed = self._known.get(name) if not before else None
+        if summed is None and not before and name in self._coming:
+            self._measure_next(name, weighted)
+            if (name, weighted) in self._first:
+                return self._first[name, weighted]
         if summed is None:
             summed = Moments(*self.network.shape(name), crossed=bool(before))
             for x, z in self.pairs.of(name, before):
@@ -89,11 +116,13 @@ class Calibration:
             right = summed.cross[varying] / summed.count + pull * weight[varying]
             target = weight.clone()
             target[varying] = torch.cholesky_solve(right, torch.linalg.cholesky(left))
-        metric, root = (self._metric(name) if weighted else None) or (None, None)
+        metric = self._metric(name) if weighted else None
+        root = None if metric is None else torch.linalg.cholesky(metric)
         relu = self.network.activation(name) == "relu"
         samples = partial(self.pairs.samples, name, before)
         found = Regression(name, weight, target, bias, mean, covariance, target_mean, metric, root, relu, samples)
         if not before:
+            self._forget(_size(*weight.shape))
             self._first[name, weighted] = found
         return found
 
@@ -101,14 +130,18 @@ class Calibration:
         """Let go of the batches that are on their way through the network."""
         self.pairs.rest()
 
-    def _metric(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """The damped Gauss-Newton metric (n x n) of a layer's outputs and its lower Cholesky factor.
+    def _metric(self, name: str) -> Tensor | None:
+        """The damped Gauss-Newton metric (n x n) of a layer's outputs.
 
         None where the outputs' gradient can't be had or is zero, or outputs are more than ``METRIC_OUTPUTS``.
         """
         if name not in self._metrics:
             self._measure_metrics((name,))
-        return self._metrics[name]
+        packed = self._metrics[name]
+        if packed is None:
+            return None
+        upper = torch.from_numpy(dtpttr(self.network.shape(name)[1], packed)[0])
+        return upper.triu() + upper.triu(1).T
 
     def _measure_metrics(self, names: tuple[str, ...]) -> None:
         self._metrics |= dict.fromkeys(names)
@@ -127,8 +160,14 @@ class Calibration:
                 counts[name] += len(gradient) if turn == 0 else 0
         for name in names:
             if name in totals:
-                total = totals[name] / max(counts[name], 1)
+                total = totals.pop(name) / max(counts[name], 1)
                 mean = total.diagonal().mean()
                 if mean > 0:
                     total.diagonal().add_(METRIC_DAMPING * mean)
-                    self._metrics[name] = total, torch.linalg.cholesky(total)
+                    self._metrics[name] = dtrttp(total.numpy())[0]
+        give_back()
+
+
+def _size(m: int, n: int) -> int:
+    """Bytes of a layer's regression with what it computes once."""
+    return 8 * (3 * m * m + 2 * m * n + n * n)

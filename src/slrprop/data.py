@@ -45,11 +45,18 @@ class Batch(NamedTuple):
         """The inputs by position or name."""
         return dict([*enumerate(self.inputs), *self.named.items()])
 
+    def _sizes(self) -> set[int]:
+        return {value.shape[self.axes.get(key, 0)] for key, value in self.values().items() if _axes_of(value)}
+
     @property
     def samples(self) -> int:
         """How many there are."""
-        sizes = (value.shape[self.axes.get(key, 0)] for key, value in self.values().items() if _axes_of(value))
-        return min(sizes, default=1)
+        return min(self._sizes(), default=1)
+
+    @property
+    def divisible(self) -> bool:
+        """Whether all inputs, and the targets, agree in how many there are."""
+        return len(self._sizes() | ({len(self.targets)} if _axes_of(self.targets) else set())) == 1
 
     def take(self, rows: slice | list[int]) -> "Batch":
         """Some of the samples; numbers without axes, and what is no array, belong to each."""

@@ -16,7 +16,7 @@ from slrprop.errors import SlrpropError
 from slrprop.losses import IGNORED, check_labels, goal_of, require_labels, rows_of
 from slrprop.metrics import score
 from slrprop.network import Network, OnnxNetwork, TorchNetwork, open_network
-from slrprop.storage import to_bytes
+from slrprop.storage import size_of
 
 LABELLED = ("accuracy", "auc", "recall", "precision", "specificity")
 FURTHER = ("balanced_accuracy", "worst_recall", "f1", "miou")  # from labels
@@ -142,4 +142,4 @@ def file_bytes(network: Network) -> int:
     if isinstance(network, OnnxNetwork):
         return network.file.bytes
     assert isinstance(network, TorchNetwork)
-    return len(to_bytes(network.model))
+    return size_of(network.model)

@@ -8,16 +8,16 @@ from torch import Tensor
 
 from slrprop.data import Data
 from slrprop.factors import Factors
+from slrprop.memory import bound
 from slrprop.network import Lockstep, in_lockstep
 from slrprop.network.base import Network
 from slrprop.network.chain import ACTIVATIONS
 
-KEPT_BYTES = 1 << 30  # of inputs or outputs
 SAMPLE_ROWS = 4096
 
 
 class Compressed(NamedTuple):
-    """What a layer computes by now: its dense weight (m x n) and bias (n,), float64, and the factors that the weight is made of."""
+    """What a layer computes by now: its dense weight (m x n) and bias (n,), and the factors that the weight is made of."""
 
     weight: Tensor
     bias: Tensor
@@ -40,13 +40,15 @@ class Pairs:
 
     def prepare(self, names: tuple[str, ...]) -> bool:
         """Find out whether batches may go together; returns whether the pre-activations of all named layers can be kept."""
-        rows = sum(
-            len(z) for flow in self.network.stream(names[:1], self.data, whole=False) for _, z in flow.calls[names[0]]
-        )
+        rows = samples = 0
+        for flow in self.network.stream(names[:1], self.data, whole=False):
+            rows += sum(len(z) for _, z in flow.calls[names[0]])
+            samples += flow.batch.samples
         shapes = [self.network.shape(name) for name in names]
         once = all(self.network.times_called[name] == 1 for name in self.network.order)
-        self.together = once and 4 * rows * max(map(max, shapes)) <= KEPT_BYTES
-        return 4 * rows * sum(n for _, n in shapes) <= KEPT_BYTES
+        standing = max(4 * rows * max(map(max, shapes)), samples * self.network.standing)
+        self.together = once and standing <= bound()
+        return 4 * rows * sum(n for _, n in shapes) <= bound() // 2
 
     def original(self, name: str) -> Compressed:
         """What the layer computes in the original network."""
@@ -89,7 +91,7 @@ class Pairs:
     def _kept(self, name: str, made: Iterable[Tensor], rows: int) -> Iterable[Tensor]:
         """A layer's original pre-activations, from now on kept where they fit."""
         kept = sum(z.nbytes for parts in self.outputs.values() for z in parts)
-        if kept + 4 * rows * self.network.shape(name)[1] > KEPT_BYTES:
+        if kept + 4 * rows * self.network.shape(name)[1] > bound() // 2:
             return made
         self.outputs[name] = list(made)
         return self.outputs[name]
@@ -165,11 +167,11 @@ class Pairs:
 
     def _keep(self, first: str) -> list[Tensor] | None:
         """A layer's inputs, batch by batch; None where they would take too much memory."""
-        kept, size = [], 0
+        kept, size = [], sum(x.nbytes for parts in self._inputs.values() for x in parts or ())
         for flow in self.network.stream((first,), self.data, whole=False):
             for x, _ in flow.calls[first]:
                 size += x.nbytes
-                if size > KEPT_BYTES:
+                if size > bound() // 2:
                     return None
                 kept.append(x.cpu().clone())
         return kept

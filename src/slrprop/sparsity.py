@@ -6,6 +6,7 @@ Singular covariances are the normal case: every Hessian here is ``C + damping * 
 same error the one nearest to W is taken. A covariance of zero (inputs that never vary) counts as the identity.
 """
 
+import collections
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,10 +17,10 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
+from slrprop.memory import bound
 
 DAMPING = 1e-3
 ITERATIONS = 30  # of conjugate gradients
-KEPT_NUMBERS = 1 << 27  # of Hessians kept factorised
 THIN, SMALL, CHUNK = 0.02, 1 << 20, 4096
 POOLS = ThreadpoolController()
 
@@ -58,7 +59,8 @@ def largest_per_output(scores: Tensor, count: int) -> Tensor:
 class SupportedSquares:
     """Least squares of every output on its own support: the factorised Hessians, to solve and to judge by.
 
-    Time and memory: the sum over outputs of the cube, and of the square, of the weights kept (memory up to 1 GiB, then time again).
+    Time and memory: the sum over outputs of the cube, and of the square, of the weights kept (4 bytes each, up to the bound of
+    :mod:`slrprop.memory`; beyond it time again).
 
     Args:
         hessian: positive definite (m, m).
@@ -70,9 +72,9 @@ class SupportedSquares:
         self._matrix = hessian.numpy()
         indices = [column.nonzero()[:, 0].numpy() for column in support.T]
         self._places = [(output, index) for output, index in enumerate(indices) if len(index)]
-        self._kept: list[np.ndarray] = []
-        if sum(len(index) ** 2 for _, index in self._places) <= KEPT_NUMBERS:
-            self._kept = [factor for _, _, factor in self._outputs()]
+        self._packed: dict[int, np.ndarray] = {}
+        self._room = bound()
+        self._inverse: dict[int, np.ndarray] = {}  # the diagonal of each output's inverse Hessian
 
     def _factorised(self, index: np.ndarray) -> np.ndarray:
         """The inverse V of the upper Cholesky factor of the Hessian on a support (s, s): its inverse is ``V V^T``."""
@@ -83,21 +85,28 @@ class SupportedSquares:
         return lapack.dtrtri(upper, overwrite_c=True)[0]
 
     def _outputs(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Every output with weights, its support and factor, which is made anew each time where all would take too much memory.
+        """Every output with weights, its support and factor (packed by columns), those that are too many to keep made anew each time.
 
         On one thread: the matrices are too small to share, and SciPy's threads would wait for each other beside torch's.
         """
-        factors = iter(self._kept)
         with POOLS.limit(limits=1, user_api="blas"):
             for output, index in self._places:
-                yield output, index, next(factors) if self._kept else self._factorised(index)
+                packed = self._packed.get(output)
+                if packed is None:
+                    factor = self._factorised(index)
+                    self._inverse[output] = np.square(factor).sum(1)
+                    packed = lapack.dtrttp(factor)[0]
+                    self._room -= packed.nbytes
+                    if self._room >= 0:
+                        self._packed[output] = packed
+                yield output, index, packed
 
     def _each(self, right: Tensor) -> Tensor:
         """``H^-1`` times a right side (m, n), of every output on its own support; 0 elsewhere."""
         found, rows = torch.zeros_like(right.T), right.T.contiguous().numpy()
-        for output, index, factor in self._outputs():
-            inner = blas.dtrmv(factor, rows[output, index], trans=1, overwrite_x=True)
-            found.numpy()[output, index] = blas.dtrmv(factor, inner, overwrite_x=True)
+        for output, index, packed in self._outputs():
+            inner = blas.dtpmv(len(index), packed, rows[output, index], trans=1, overwrite_x=True)
+            found.numpy()[output, index] = blas.dtpmv(len(index), packed, inner, overwrite_x=True)
         return found.T.contiguous()
 
     def solve(
@@ -143,8 +152,10 @@ class SupportedSquares:
         H is the Hessian on that output's support (OBS, Hassibi and Stork 1993, Eq 5); 0 off the support.
         """
         costs = torch.zeros_like(weight)
-        for output, index, factor in self._outputs():
-            costs[index, output] = weight[index, output] ** 2 / torch.from_numpy(2 * np.square(factor).sum(1))
+        for output, index in self._places:
+            if output not in self._inverse:
+                collections.deque(self._outputs(), 0)
+            costs[index, output] = weight[index, output] ** 2 / torch.from_numpy(2 * self._inverse[output])
         return costs
 
 

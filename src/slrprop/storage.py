@@ -1,5 +1,6 @@
 """Models as safetensors files: tensors, and in the header which layers are factored. No pickle."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense
-from slrprop.files import replacing, require_regular
+from slrprop.files import replacing, require_regular, scratch
 from slrprop.layers import LAYERS, FactoredLinear, linear_from, note_shape, original_shape
 from slrprop.network.torch import swapped
-from slrprop.network.torch_modules import dense_modules, named_modules, plain_name
+from slrprop.network.torch_modules import dense_modules, plain_name
 from slrprop.plan import arrays_digest, header_refusal
 
 FORMAT = "slrprop-model"
@@ -44,16 +45,26 @@ def _unique_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def to_bytes(model: nn.Module) -> bytes:
-    """The content of the file that :func:`save` writes."""
+def _write(model: nn.Module, path: Path) -> None:
+    """Write what :func:`save` writes; no copy of the tensors is held."""
     kinds = {
         name: _described(module)
-        for name, module in named_modules(model).items()
+        for name, module in model.named_modules()
         if isinstance(module, FactoredLinear) or original_shape(module)
     }
     state = _unique_state(model)
     head = {"format": FORMAT, "version": VERSION, "layers": json.dumps(kinds)}
-    return safetensors.torch.save(state, head | {"sha256": arrays_digest(head["layers"], state)})
+    try:
+        safetensors.torch.save_file(state, path, head | {"sha256": arrays_digest(head["layers"], state)})
+    except safetensors.SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from error
+
+
+def size_of(model: nn.Module) -> int:
+    """Bytes of the file that :func:`save` writes."""
+    with scratch() as folder:
+        save(model, folder / "model")
+        return (folder / "model").stat().st_size
 
 
 def _described(module: nn.Module) -> dict[str, Any]:
@@ -70,7 +81,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         SlrpropError: the file can't be written, or another one than this function writes is there, which stays as it is.
     """
     with replacing(path, header_refusal("is no model that slrprop saved", FORMAT)) as part:
-        part.write_bytes(to_bytes(model))
+        _write(model, part)
 
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:

@@ -40,7 +40,7 @@ class Quantized(Factors):
     """Factors whose matrices are whole numbers times scales, and the layer's bias.
 
     Numbers that belong to one rank component (of a dense weight: to one output) share a scale, so neurons can be put in
-    any order. ``codes`` is the form filled with whole numbers of ``bits`` bits; ``scales`` has for every matrix a float16
+    any order. ``codes`` is the form filled with whole numbers of ``bits`` bits, kept as int8; ``scales`` has for every matrix a float16
     vector along its other axis (one number for a vector). The bias (n,), where there is one, takes eight bits a number and
     a scale of its own: ``bias_codes`` float32 whole numbers, ``bias_scale`` float16 (1,).
     """
@@ -59,6 +59,8 @@ class Quantized(Factors):
             scale = self.scales.get(name)
             if scale is None or scale.dtype != torch.float16 or scale.shape != self._scale_shape(name, matrix):
                 raise SlrpropError(f"matrix '{name}' of shape {tuple(matrix.shape)} takes float16 scales of shape {self._scale_shape(name, matrix)}, got {None if scale is None else tuple(scale.shape)}")  # fmt: skip
+        whole = {name: matrix.to(torch.int8) for name, matrix in self.codes.matrices().items()}
+        object.__setattr__(self, "codes", self.codes.with_matrices(whole))  # a search keeps hundreds
         bias, scale = self.bias_codes, self.bias_scale
         if (bias is None) != (scale is None) or (bias is not None and scale is not None and (bias.shape != self.shape[1:] or scale.shape != (1,))):  # fmt: skip
             raise SlrpropError(
@@ -98,7 +100,7 @@ class Quantized(Factors):
         return self.codes.shape
 
     def matrices(self) -> dict[str, Tensor]:
-        return self.codes.matrices()
+        return {name: matrix.float() for name, matrix in self.codes.matrices().items()}
 
     def with_matrices(self, matrices: Mapping[str, Tensor]) -> "Quantized":
         return replace(self, codes=self.codes.with_matrices(matrices))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from slrprop.factors import Dense, Factors, Quantized
@@ -125,8 +126,8 @@ def computed_by(problem: Problem, layer: LayerPlan) -> Compressed:
     assert form is not None
     own = form.bias if isinstance(form, Quantized) else layer.bias
     bias = problem.network.bias(layer.name) if own is None else own
-    weight = form.dense().double().cpu()
-    known = weight.new_zeros(weight.shape[1]) if bias is None else bias.detach().double().cpu()
+    weight = form.dense().cpu()
+    known = torch.zeros(weight.shape[1], dtype=torch.float64) if bias is None else bias.detach().double().cpu()
     return Compressed(weight, known, form)
 
 
@@ -167,4 +168,4 @@ def fit_layer(
         bias = None if mean is None else (mean - task.mean @ form.dense().double()).to(dtype)
     made = form.bias if isinstance(form, Quantized) else bias
     now = task.bias if made is None else made.double()
-    return Decision(name, form, bias=bias, notes=notes), Compressed(form.dense().double(), now, form)
+    return Decision(name, form, bias=bias, notes=notes), Compressed(form.dense(), now, form)

@@ -14,9 +14,10 @@ from slrprop.methods.base import Check
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.methods.density import DensitySettings
 from slrprop.regression import Regression
-from slrprop.sparsity import ITERATIONS, KEPT_NUMBERS, SupportedSquares, damped, largest, least_squares, whole_share
+from slrprop.sparsity import ITERATIONS, SupportedSquares, damped, largest, least_squares, whole_share
 
 STEPS = 10
+DEAR = 1 << 27  # numbers of all outputs' Hessians, beyond which their least squares take minutes
 BLOCK = 128
 ROUGHLY = 4  # iterations of the least squares between two steps
 
@@ -68,11 +69,11 @@ def gradual(
 ) -> tuple[Tensor, Tensor]:
     """Remove weights in ``steps`` steps of equal factors, solve for the others after each; (weight, support).
 
-    Where the n least squares on all the inputs would be dear (1 GiB, such as 1057 inputs for each of 120 outputs, 183 of 4000), the
+    Where the n least squares on all the inputs would be dear (such as 1057 inputs for each of 120 outputs, 183 of 4000), the
     first step goes straight to supports that are not.
     """
     m, n = weight.shape
-    first = min(1.0, (KEPT_NUMBERS / n) ** 0.5 / m)
+    first = min(1.0, (DEAR / n) ** 0.5 / m)
     support = torch.ones_like(weight, dtype=torch.bool)
     found, costs = weight, saliency(weight, hessian, metric)
     for step in range(1, steps + 1):
@@ -82,6 +83,7 @@ def gradual(
         found = squares.solve(weight, metric, ROUGHLY if step < steps else ITERATIONS, found)
         if step < steps:
             costs = _weighted(squares.removal_costs(found), metric)
+        del squares  # before there is another
     return found, support
 
 

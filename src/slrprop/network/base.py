@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
@@ -15,9 +16,11 @@ from slrprop.data import Batch, Data, content
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense, Factors, stored_bytes
 from slrprop.losses import IGNORED, LossName, pick_loss, rows_of
+from slrprop.memory import bound
 from slrprop.network.chain import ACTIVATIONS, Affine, Chain, Element, Linear, Path
 from slrprop.network.reading import Raised, Reading, class_axis, embedding
 
+TRIED = 3  # samples that are run to see what one takes: two together and one alone
 Layer = Callable[[Tensor, Tensor], Tensor]  # (input (..., m), candidate) -> output (..., n)
 
 
@@ -49,6 +52,8 @@ class Network(ABC):
         self.ending: str | None = None
         self.reading: Reading | None = None  # of the main output, once data was seen
         self.times_called = dict.fromkeys(names, 1)
+        self.at_once = 0  # samples that fit into memory together; 0 as long as that is not known
+        self.standing = 0  # bytes that a sample's tensors take before a layer, where that was measured
         self._reads: dict[str, Any] = {}  # by layer, what tells apart the tensors that they read
         self._paths: dict[str, Path] = {}
         self._chains: dict[str, Chain | None] = {}
@@ -194,6 +199,39 @@ class Network(ABC):
         Args:
             data: to see what follows each layer; None for a network that is only to be streamed.
         """
+
+    @abstractmethod
+    def _tried(self, batch: Batch) -> tuple[Tensor, int]:
+        """The main output for a few samples, and the bytes of all tensors that were made on the way."""
+
+    def parts_of(self, batch: Batch) -> Iterator[Batch]:
+        """A batch in equal parts, the bytes of whose tensors are a quarter of the bound (:mod:`slrprop.memory`); whole where the outputs show that parts mean something else."""
+        count = batch.samples
+        if not self.at_once and count > TRIED and batch.divisible:
+            self.at_once = self._fitting(batch)
+        parts = -(-count // self.at_once) if self.at_once and batch.divisible else 1
+        if parts < 2:
+            yield batch
+            return
+        for index in range(parts):
+            yield batch.take(slice(count * index // parts, count * (index + 1) // parts))
+
+    def batches(self, data: Data) -> Iterator[Batch]:
+        """The data in such parts."""
+        return (part for batch in data for part in self.parts_of(batch))
+
+    def _fitting(self, batch: Batch) -> int:
+        """How many samples fit into memory together, from a run of a few, in which it shows whether each has an output of its own."""
+        try:
+            whole, size = self._tried(batch.take(slice(TRIED)))
+            parts = [self._tried(batch.take(slice(*ends)))[0] for ends in ((0, TRIED - 1), (TRIED - 1, TRIED))]
+            apart = alike(torch.cat(parts, self.place(batch)), whole)
+        except (
+            SlrpropError,
+            RuntimeError,
+        ):  # for a fixed number of samples, or outputs that can't be joined or compared
+            apart = False
+        return max(1, TRIED * bound() // (4 * max(size, 1))) if apart else sys.maxsize
 
     def other_numbers(self, treated: Collection[str] | None = None) -> str:
         """:meth:`elsewhere` in words, what is 1 % of all and more; dense layers that are not ``treated`` are part of it."""
@@ -371,6 +409,11 @@ class Network(ABC):
 
     def _elements(self, name: str) -> list[Element]:
         return self._paths[name].elements if name in self._paths else []
+
+
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Whether outputs are the same but for rounding, in half precision too."""
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=1e-2 * float(other.abs().max()))
 
 
 def directions(output: Tensor, probes: int, random: torch.Generator, real_valued: bool = False) -> Iterator[Tensor]:

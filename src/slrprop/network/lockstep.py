@@ -41,7 +41,7 @@ class Lockstep(ABC):
         return bool(self._inputs) and self._order[self._at] in self.network.siblings(name)
 
     def inputs(self, name: str, changed: Mapping[str, Changed]) -> list[Tensor] | None:
-        """What every batch hands to a layer (p x m), once :meth:`reaches` says so; None where a batch does not come by."""
+        """What every batch hands to a layer (p x m), once :meth:`reaches` says so; None where a batch does not come by, or all take too much memory."""
         if self._reads_this(name):
             return self._inputs
         at = self._order.index(name)

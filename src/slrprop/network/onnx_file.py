@@ -327,6 +327,7 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 4
+        options.enable_cpu_mem_arena = False  # it would keep the most that any run took, for every session
         if not any(node.op_type == "DequantizeLinear" for node in proto.graph.node):  # their integer products need it
             options.add_session_config_entry("session.disable_prepacking", "1")  # it would copy every weight
         folder = file.path.resolve().parent

@@ -8,6 +8,7 @@ from onnx import ValueInfoProto, helper
 from torch import Tensor
 
 from slrprop.data import Data
+from slrprop.memory import bound
 from slrprop.network.lockstep import Changed, Lockstep
 from slrprop.network.onnx import Feed, OnnxNetwork, layer_input, unpadded
 from slrprop.network.onnx_file import Session
@@ -40,6 +41,8 @@ class OnnxLockstep(Lockstep):
             dense = graph.layers[layer]
             if layer != name:
                 self._pass(layer, between[layer])
+        if sum(value.nbytes for tensors in self._tensors for value in tensors.values()) > bound():
+            return None
         return [
             unpadded(layer_input(dense, tensors), part).reshape(-1, dense.shape[0])
             for tensors, part in zip(self._tensors, self._parts, strict=True)

@@ -57,7 +57,7 @@ def _(form: Narrowed, writer: Writer, x: str, y: str) -> None:
         writer.product(seen, writer.number(form.block, "block"), y)
         return
     made = writer.product(seen, writer.number(form.block, "block"))
-    zero = writer.product(writer.slice(made, slice(0, 1)), writer.tensor(form.block.new_zeros(1, 1)))
+    zero = writer.product(writer.slice(made, slice(0, 1)), writer.tensor(torch.zeros(1, 1)))
     count = form.block.shape[1]
     writer.gather(writer.join([made, zero]), torch.where(form.columns, form.columns.cumsum(0) - 1, count), y)
 
@@ -146,7 +146,7 @@ def _blocks(form: SparseLowRank, writer: Writer, x: str, y: str) -> None:
             source, right = writer.join(hidden[: segment.level]), writer.number(segment.right, *names)
         else:
             source = writer.slice(hidden[0], slice(0, 1))
-            right = writer.tensor(form.left[0].new_zeros(1, len(segment.columns)))
+            right = writer.tensor(torch.zeros(1, len(segment.columns)))
         parts.append(writer.product(source, right, y if only else None))
     if not only:
         joined = writer.join(parts, y if order is None else None)

@@ -34,7 +34,7 @@ from slrprop.network.torch_modules import (
     traits,
     weight_and_bias,
 )
-from slrprop.network.trace import Trace
+from slrprop.network.trace import Held, Trace
 
 
 @contextmanager
@@ -162,13 +162,13 @@ class TorchNetwork(Network):
 
     def _follow(self, data: Data) -> None:
         """Trace the first batch: in which order layers are called, and what follows each."""
-        trace = Trace()
+        first, trace = next(iter(data)), Trace()
+        if any(isinstance(value, np.ndarray) for value in first.values().values()):
+            raise SlrpropError("an input of the data holds text, which a torch module can't take; give numbers")
+        batch = next(self.parts_of(first)).to(self.device)
         handles = trace.watch(self.modules)
         try:
             with evaluating(self.model), parametrize.cached():
-                batch = next(iter(data)).to(self.device)
-                if any(isinstance(value, np.ndarray) for value in batch.values().values()):
-                    raise SlrpropError("an input of the data holds text, which a torch module can't take; give numbers")
                 with trace:
                     result = self.call(batch)
                 weights = {name: module.weight for name, module in self.modules.items()}
@@ -221,6 +221,21 @@ class TorchNetwork(Network):
                 f"the model can't take data of shape {', '.join(map(str, shapes))}: {first_line(error)}"
             ) from error
 
+    def _tried(self, batch: Batch) -> tuple[Tensor, int]:
+        batch = batch.to(self.device)
+        held = Held((*self.model.parameters(), *self.model.buffers(), *batch.inputs, *batch.named.values()))
+
+        def note(*_: Any) -> None:
+            self.standing = max(self.standing, held.alive // batch.samples)
+
+        handles = [module.register_forward_pre_hook(note) for module in self.modules.values()]
+        try:
+            with evaluating(self.model), held:
+                return main_output(self.call(batch)), held.bytes
+        finally:
+            for handle in handles:
+                handle.remove()
+
     @property
     def numbers(self) -> int:
         return stored_numbers(self.model)
@@ -245,7 +260,7 @@ class TorchNetwork(Network):
 
     def stream(self, names: tuple[str, ...], data: Data, whole: bool = True) -> Iterator[Flow]:
         once = not whole and all(self.times_called[name] == 1 for name in names)
-        for batch in data:
+        for batch in self.batches(data):
             calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
 
             def note(name: str, into: dict[str, list[tuple[Tensor, Tensor]]]) -> Callable[..., None]:
@@ -276,7 +291,7 @@ class TorchNetwork(Network):
             yield from super().gradients(names, data, probes)
             return
         random = torch.Generator().manual_seed(0)
-        for batch in data:
+        for batch in self.batches(data):
             seen: dict[str, list[Tensor]] = {name: [] for name in names}
             place = self.place(batch)
 
@@ -333,5 +348,5 @@ class TorchNetwork(Network):
             for name, weight in weights.items()
         }
         found = TorchNetwork(swapped(self.model, modules), data, self.reading)
-        found.times_called = dict(self.times_called)
+        found.times_called, found.at_once = dict(self.times_called), self.at_once
         return found

@@ -88,7 +88,7 @@ class TorchLockstep(Lockstep):
         self._stops = {name: _Stop(name, *network.arrays[name]) for name in network.order}
         running = copy.copy(network)
         running.model = swapped(network.model, self._stops, sharing=True).eval()
-        self._travellers = [_Traveller(running, batch.to(network.device)) for batch in data]
+        self._travellers = [_Traveller(running, batch.to(network.device)) for batch in network.batches(data)]
         for traveller in self._travellers:
             traveller.start()
 

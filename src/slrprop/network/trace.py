@@ -1,12 +1,14 @@
 """Follow a tensor through one run of a torch network, whatever code its modules are made of."""
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from slrprop.network.chain import Affine, Element, Linear, Path
@@ -27,6 +29,7 @@ _CONVOLUTIONS = {
 }  # fmt: skip
 _PRODUCTS = {functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__}
 _SIZED = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.squeeze, torch.squeeze}  # may name a size, or need one
+PLAIN = (Tensor, nn.Parameter)
 _SAME = {torch.flatten, Tensor.flatten, Tensor.contiguous, *_SIZED}
 
 
@@ -148,6 +151,29 @@ class Trace(TorchFunctionMode):
             elements += [element] if element != "same" else []
             private = private and (call.function not in _SIZED or any(isinstance(e, Linear) for e in elements))
             here, tensor = users[0], call.result
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make: of all, and of those that are still ``alive``; what is ``given`` counts nothing."""
+
+    def __init__(self, given: Iterable[Any]) -> None:
+        super().__init__()
+        self.bytes = self.alive = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in given if type(tensor) in PLAIN}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage() if type(tensor) in PLAIN else None
+            if storage is not None and storage._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self.bytes, self.alive = self.bytes + storage.nbytes(), self.alive + storage.nbytes()
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return result
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.alive -= size
 
 
 def _element(call: _Call, tensor: Tensor, name: str | None) -> Element | None:

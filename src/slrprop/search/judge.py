@@ -28,7 +28,7 @@ from slrprop.metrics import LABELLED, LOWER, METRICS, NUMBERS, SOME, Score, inte
 from slrprop.network import OnnxNetwork, open_network
 from slrprop.network.onnx_file import OnnxFile
 from slrprop.plan import Plan
-from slrprop.storage import to_bytes
+from slrprop.storage import size_of
 
 LONGEST = "x" * 245 + ".onnx"  # with .data the longest name a file can have
 
@@ -223,6 +223,7 @@ class Judge:
     def outputs(self, model: Any) -> Tensor:
         """The outputs (p x c) of another network on this part, of the rows that count."""
         network = open_network(model, None, self.network.reading)  # it is only run: what follows what is not looked at
+        network.at_once = self.network.at_once
         return torch.cat([rows_of(flow.output) for flow in network.stream((), self.part)])[self.counted]
 
 
@@ -301,7 +302,7 @@ class Door:
     def size(self, made: Any) -> int:
         """Bytes of the file of a network that :meth:`realise` gave."""
         if isinstance(made, nn.Module):
-            return len(to_bytes(made))
+            return size_of(made)
         with scratch() as folder:
             return made.write(folder / self.name)
 

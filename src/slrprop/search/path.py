@@ -12,6 +12,7 @@ from torch import Tensor
 from slrprop.api import finished, plan_problem, planned_layer
 from slrprop.errors import SlrpropError
 from slrprop.factors import Quantized
+from slrprop.memory import give_back
 from slrprop.methods import METHODS, Method, Problem, Settings, find_method
 from slrprop.methods.base import ranks_for
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
@@ -82,11 +83,15 @@ class Point:
 
 def layer_inputs(problem: Problem, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Up to ``CALIBRATION_ROWS`` inputs of each layer (p x m), spread over the data."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    seen = {name: problem.weight(name).new_empty(0, problem.network.shape(name)[0]) for name in names}
+    apart = dict.fromkeys(names, 1)  # of so many rows one is taken
     for flow in problem.network.stream(names, problem.data, whole=False):
         for name, calls in flow.calls.items():
-            seen[name] += [x[:: max(1, len(x) // 128)].clone() for x, _ in calls]
-    return {name: torch.cat(parts)[:: max(1, sum(map(len, parts)) // CALIBRATION_ROWS)] for name, parts in seen.items()}
+            for x, _ in calls:
+                seen[name] = torch.cat([seen[name], x[:: apart[name] * max(1, len(x) // 128)]])
+                if len(seen[name]) > 2 * CALIBRATION_ROWS:
+                    seen[name], apart[name] = seen[name][::2].clone(), 2 * apart[name]
+    return {name: rows[:: max(1, len(rows) // CALIBRATION_ROWS)].clone() for name, rows in seen.items()}
 
 
 def candidates_of(
@@ -145,6 +150,7 @@ def candidates_of(
                 made_of = next(iter(factors.matrices().values()))  # factors have their own dtype and device
                 error = weighed(y - factors.product(x.to(made_of)).to(y) - moved) / energy
                 found.append(Candidate(problem.network.stored(name, factors, own), error, layer))
+    give_back()
     return found
 
 

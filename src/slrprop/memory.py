@@ -1,0 +1,36 @@
+"""How much memory the work on a network may take: ``SLRPROP_MEMORY`` in the environment, in megabytes, is one bound for all of it.
+
+A batch goes through a network in parts whose tensors take a quarter of it. What is kept so that nothing is computed twice (a layer's
+inputs, outputs, sums, factorised Hessians) may take half of it each, or all of it, and is made anew beyond that.
+"""
+
+import ctypes
+import math
+import os
+
+from slrprop.errors import SlrpropError
+
+VARIABLE, MEGABYTES = "SLRPROP_MEMORY", 256
+
+
+def bound() -> int:
+    """The bound in bytes.
+
+    Raises:
+        SlrpropError: the variable holds no number of megabytes.
+    """
+    given = os.environ.get(VARIABLE, "").strip() or str(MEGABYTES)
+    try:
+        megabytes = float(given)
+    except ValueError:
+        megabytes = math.nan
+    if not 1 <= megabytes < math.inf:
+        raise SlrpropError(f"{VARIABLE} must be a number of megabytes from 1, like {MEGABYTES}, got {given[:40]!r}")
+    return int(megabytes * (1 << 20))
+
+
+def give_back() -> None:
+    """Let the system have what was freed and lies between what is in use, where its C library can do that."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
