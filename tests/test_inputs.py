@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -94,7 +93,7 @@ def test_costs_do_not_depend_on_the_axis_of_samples():
     one = slrprop.relevance.cost(steps_first, "fc", Data((x, labels), batch_axis=1), rank=4)
     two = slrprop.relevance.cost(other, "fc", (x.movedim(0, 1), labels), rank=4)
     three = slrprop.relevance.cost(
-        steps_first, "fc", Data({"x": x, "labels": labels.T}, 7, {"x": 1, "labels": 1}), rank=4
+        steps_first, "fc", Data({"x": x, "labels": labels.T}, 7, batch_axis={"x": 1, "labels": 1}), rank=4
     )
     for found in (one, three):
         torch.testing.assert_close(found.rows, two.rows, rtol=1e-4, atol=1e-7)
@@ -209,15 +208,14 @@ class TwoHeads(nn.Module):
         return self.head(r), self.other(r), r
 
 
-@pytest.fixture(scope="module", params=["torch", "onnx"])
-def two_heads(request, tmp_path_factory):
+@pytest.fixture(params=["torch", "onnx"])
+def two_heads(request, tmp_path):
     torch.manual_seed(0)
-    model = TwoHeads()
     if request.param == "torch":
-        return model
-    path = tmp_path_factory.mktemp("heads") / "m.onnx"
-    slrprop.export_onnx(model, path, torch.randn(4, WIDTH))
-    return path
+        return TwoHeads()
+    nodes = [*mlp(), helper.make_node("MatMul", ["r", "U"], ["u"], "other")]
+    outputs = [value("y", None), value("u", None), value("r", None)]
+    return saved(tmp_path / "m.onnx", nodes, [value("x", ["N", WIDTH])], outputs, {"W": W[:, :24].copy(), "V": V[:24].copy(), "U": numbers((24, 12)).astype(np.float32)})  # fmt: skip
 
 
 def test_a_layer_behind_no_judged_output(two_heads):
@@ -240,8 +238,10 @@ def test_a_layer_behind_no_judged_output(two_heads):
 @pytest.mark.parametrize(("m", "n"), [(1, 30), (30, 1), (1, 1)])
 def test_layers_of_one_row_or_column(m, n, tmp_path):
     model, x = nn.Sequential(nn.Linear(WIDTH, m), nn.Linear(m, n), nn.Linear(n, 3)), torch.randn(30, WIDTH)
-    path = tmp_path / "m.onnx"
-    slrprop.export_onnx(model, path, x)
+    arrays = (layer.weight.detach().numpy().T.copy() for layer in model)
+    nodes = [helper.make_node("MatMul", [a, w], [b]) for a, w, b in (("x", "A", "a"), ("a", "B", "b"), ("b", "C", "y"))]
+    tensors = dict(zip("ABC", arrays, strict=True))
+    path = saved(tmp_path / "m.onnx", nodes, [value("x", ["N", WIDTH])], [value("y", None)], tensors)
     for door, bits in itertools.product((model, path), (32, 4)):
         made = slrprop.plan(door, x, method="low_rank", rank=1, bits=bits)
         assert {layer.name for layer in made.layers} | made.left_dense.keys() == {i.name for i in slrprop.inspect(door)}
@@ -337,13 +337,17 @@ def test_json_has_no_infinite_numbers():
     }  # fmt: skip
 
 
-def test_closed_streams(tmp_path):
+def test_closed_streams(monkeypatch, tmp_path):
     path = saved(tmp_path / "m.onnx", mlp(), [value("x", ["N", WIDTH])], [value("y", None)], {"W": W, "V": V})
     out = tmp_path / "p.json"
-    script = "import sys; sys.argv = sys.argv[1:]; from slrprop.cli import main; main()"
-    command = [sys.executable, "-c", script, "slrprop", "plan", path, "--method", "svd", "--rank", "2", "-o", out]
-    done = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *map(str, command)])
-    assert done.returncode == 0 and slrprop.Plan.load(out).layers
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)  # as Python does where they are closed
+    for command, code in ((["plan", path, "--method", "svd", "--rank", "2", "-o", out], 0), (["inspect", out], 1), (["inspect", path], 0)):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["slrprop", *map(str, command)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert (end.value.code or 0) == code
+    assert slrprop.Plan.load(out).layers
 
 
 def test_a_path_that_is_not_utf8(tmp_path):

@@ -63,9 +63,8 @@ class TuneSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch"):
-            if (name, getattr(self, name)) != ("epochs", None):
-                require_count(name, getattr(self, name), 1)
+        for name in ("batch",) if self.epochs is None else ("batch", "epochs"):
+            require_count(name, getattr(self, name), 1)
         require_seed(self.seed)
         require_flag("mixup", self.mixup)
         for name in ("learning_rate", "temperature"):

@@ -58,9 +58,8 @@ class Judge:
             rows, batch = rows_of(flow.output), flow.batch
             values = batch.values().items()
             inputs = [x.movedim(batch.axes.get(key, 0), 0) for key, x in values if isinstance(x, Tensor)]
-            size = (
-                batch.samples if len(rows) % batch.samples == 0 else len(rows)
-            )  # rows of no sample stand for themselves
+            size = batch.samples  # rows of no sample stand for themselves
+            size = size if len(rows) % size == 0 else len(rows)
             samples.append(count + torch.arange(len(rows), device=rows.device) // (len(rows) // size))
             outputs.append(rows)
             targets.append(_by_row(batch.targets, rows))
