@@ -1,13 +1,12 @@
 """The command line: parse, call, print."""
 
 import importlib
-import json
 import os
 import sys
 import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,7 +16,7 @@ from slrprop.errors import SlrpropError, SlrpropWarning, printable
 from slrprop.files import raising_on_signals, together
 from slrprop.paper.commands import paper
 from slrprop.research.commands import interpret
-from slrprop.terminal import (
+from slrprop.terminal import (  # fmt: skip
     BatchAxis,
     ClassAxis,
     Cluster,
@@ -27,9 +26,10 @@ from slrprop.terminal import (
     Output,
     Workers,
     axes_of,
+    parsed,
     show_json,
     show_table,
-)  # fmt: skip
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -149,27 +149,6 @@ def plan(
     with together(*reads):
         made.save(output)
     typer.echo(made.to_json() if as_json else f"{made}\n" + printable(f"Written: {output}"))
-
-
-OPTIONS = (
-    "model", "data", "method", "layers", "rank", "sparsity_rate", "reduction_rate", "class_axis", "ignore_label", "batch_axis",
-)  # of plan  # fmt: skip
-
-
-def parsed(settings: list[str]) -> dict[str, Any]:
-    """``name=value`` pairs; values as JSON where they are (numbers, true, false, null), else as words."""
-    found = {}
-    for pair in settings:
-        name, equals, value = pair.partition("=")
-        if not (equals and name.isidentifier()):
-            raise SlrpropError(f"--set takes name=value, like bits=4, got '{pair}'")
-        if name in OPTIONS:
-            raise SlrpropError(f"--set can't give {name}, which has a place of its own; see: slrprop plan --help")
-        try:
-            found[name] = json.loads(value)
-        except (ValueError, RecursionError):
-            found[name] = value
-    return found
 
 
 @app.command("apply")

@@ -70,3 +70,24 @@ def show_table(header: list[str], rows: list[list[str]], title: str = "", wrap: 
         grid.add_row(*(Text(printable(cell)) for cell in row))
     width = None if sys.stdout.isatty() else 200
     Console(width=width).print(grid)
+
+
+OPTIONS = (
+    "model", "data", "method", "layers", "rank", "sparsity_rate", "reduction_rate", "class_axis", "ignore_label", "batch_axis",
+)  # of plan  # fmt: skip
+
+
+def parsed(settings: list[str]) -> dict[str, Any]:
+    """``name=value`` pairs; values as JSON where they are (numbers, true, false, null), else as words."""
+    found = {}
+    for pair in settings:
+        name, equals, value = pair.partition("=")
+        if not (equals and name.isidentifier()):
+            raise SlrpropError(f"--set takes name=value, like bits=4, got '{pair}'")
+        if name in OPTIONS:
+            raise SlrpropError(f"--set can't give {name}, which has a place of its own; see: slrprop plan --help")
+        try:
+            found[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[name] = value
+    return found

@@ -3,40 +3,32 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from onnx import TensorProto, ValueInfoProto, helper
+from onnx import ValueInfoProto, helper
 from torch import Tensor
 
 from slrprop.data import Batch, Data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense as DenseFactors
 from slrprop.losses import rows_of
-from slrprop.network.base import Flow, Layer, Network, alike, gradients_along, require_finite
+from slrprop.network.base import Flow, Layer, Network, gradients_along, require_finite
 from slrprop.network.chain import Chain, Linear, fold
 from slrprop.network.onnx_census import elsewhere
 from slrprop.network.onnx_constants import tensor_of
+from slrprop.network.onnx_feed import Feed, Part, input_dtype, unpadded
 from slrprop.network.onnx_file import OnnxFile, Session
 from slrprop.network.onnx_graph import Dense, Graph
 from slrprop.network.onnx_rewrite import rewritten
 from slrprop.network.onnx_tensors import reading
 from slrprop.network.onnx_torch import Behind
 from slrprop.network.reading import LAST, Raised, Reading
+from slrprop.network.samples import alike
 
 MOST_AT_ONCE = 1 << 20  # samples of a batch whose size is fixed
 STACKED = 1 << 22  # numbers of a layer's changed outputs that are run at once
-Feed = dict[str, np.ndarray]
-
-
-class Part(NamedTuple):
-    """Samples as the session takes them: ``feed`` may be padded beyond the ``samples`` of the batch."""
-
-    batch: Batch
-    feed: Feed
-    samples: int
-    size: int
 
 
 @dataclass(eq=False)
@@ -387,29 +379,7 @@ class OnnxNetwork(Network):
         return found if got.shape == want.shape and bool(((got - want).abs() <= room).all()) else None
 
 
-def input_dtype(value: ValueInfoProto) -> np.dtype[Any] | None:
-    """The type of an input's numbers; None where it declares none, or text."""
-    code = value.type.tensor_type.elem_type
-    if code in (TensorProto.UNDEFINED, TensorProto.STRING):
-        return None
-    if code not in TensorProto.DataType.values():
-        raise SlrpropError(f"input '{value.name}' has element type {code}, which ONNX does not know")
-    if code == TensorProto.BFLOAT16:
-        raise SlrpropError(f"input '{value.name}' is bfloat16, which ONNX Runtime does not take from NumPy; export the model in float32")  # fmt: skip
-    return np.dtype(helper.tensor_dtype_to_np_dtype(code))
-
-
 def layer_input(layer: Dense, found: Feed) -> Tensor:
     """What a layer multiplies (..., m)."""
     x = tensor_of(found[layer.x])
     return x.T if layer.trans_a else x
-
-
-def unpadded(value: Tensor, part: Part) -> Tensor:
-    """A tensor without what the padding samples gave: the end of the samples' axis, as far as that can be told."""
-    axis = max(part.batch.axes.values(), default=0)
-    if part.samples < part.size and axis < value.ndim - 1 and value.shape[axis] == part.size:
-        return value.narrow(axis, 0, part.samples)
-    if part.samples == part.size or not value.ndim or len(value) % part.size:
-        return value
-    return value[: len(value) // part.size * part.samples]

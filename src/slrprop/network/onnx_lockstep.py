@@ -10,7 +10,8 @@ from torch import Tensor
 from slrprop.data import Data
 from slrprop.memory import bound
 from slrprop.network.lockstep import Changed, Lockstep
-from slrprop.network.onnx import Feed, OnnxNetwork, layer_input, unpadded
+from slrprop.network.onnx import OnnxNetwork, layer_input
+from slrprop.network.onnx_feed import Feed, unpadded
 from slrprop.network.onnx_file import Session
 
 

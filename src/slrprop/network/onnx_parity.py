@@ -11,7 +11,8 @@ from torch import Tensor
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense, Factors, Quantized
-from slrprop.network.onnx import Feed, OnnxNetwork, input_dtype
+from slrprop.network.onnx import OnnxNetwork
+from slrprop.network.onnx_feed import Feed, input_dtype
 from slrprop.network.onnx_file import OnnxFile, Session
 from slrprop.network.onnx_rewrite import rewritten
 

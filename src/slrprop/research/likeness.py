@@ -14,8 +14,8 @@ from slrprop.data import Data, open_data
 from slrprop.errors import SlrpropError
 from slrprop.losses import rows_of
 from slrprop.network import OnnxNetwork, open_network
-from slrprop.network.onnx import unpadded
 from slrprop.network.onnx_constants import tensor_of
+from slrprop.network.onnx_feed import unpadded
 from slrprop.research.matrix import Model, input_of
 
 

@@ -15,9 +15,10 @@ from slrprop.errors import SlrpropError
 from slrprop.losses import rows_of
 from slrprop.network import OnnxNetwork, TorchNetwork, open_network
 from slrprop.network.base import Network
-from slrprop.network.onnx import alike, unpadded
 from slrprop.network.onnx_constants import tensor_of
+from slrprop.network.onnx_feed import unpadded
 from slrprop.network.onnx_torch import OPS, Behind, Op
+from slrprop.network.samples import alike
 from slrprop.network.torch import evaluating, frozen, main_output
 
 Model = nn.Module | str | Path
