@@ -103,16 +103,16 @@ class Calibration:
         """The regression out of moments; kept where nothing is compressed before."""
         weight, bias, _ = self.pairs.original(name)
         mean, target_mean = summed.mean, summed.target_mean
-        square = summed.square
-        covariance = square / summed.count
+        covariance = summed.square.div_(summed.count)
+        varying = covariance.diagonal() > 0
         # what rounding left of constant inputs is not below zero
         floor = ROUNDING * covariance.diagonal().mean().clamp_min(0) + (ROUNDING * mean).square().mean()
         covariance.diagonal().add_(floor)
         target = weight
         if summed.cross is not None and before:
-            varying = square.diagonal() > 0  # removed neurons give nothing: their weights stay
             pull = DAMPING * level(covariance)
-            left = covariance[varying][:, varying] + pull * torch.eye(int(varying.sum()), dtype=torch.float64)
+            left = covariance[varying][:, varying]  # removed neurons give nothing: their weights stay
+            left.diagonal().add_(pull)
             right = summed.cross[varying] / summed.count + pull * weight[varying]
             target = weight.clone()
             target[varying] = torch.cholesky_solve(right, torch.linalg.cholesky(left))

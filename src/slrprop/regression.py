@@ -31,10 +31,11 @@ class Spread(NamedTuple):
         """From the covariance (r x r) of what the rows are multiplied with."""
         order = covariance.diagonal().argsort(descending=True)
         spread = covariance[order][:, order]
-        damping = ROUNDING_DAMPING * level(spread) * torch.eye(len(order), dtype=spread.dtype)
+        spread.diagonal().add_(ROUNDING_DAMPING * level(spread))
         # from A = U U^T with U upper triangular: A^-1 = R^T R for R = U^-1
-        factor = torch.linalg.cholesky((spread + damping).flip(0, 1)).flip(0, 1)
-        return cls(order, torch.linalg.solve_triangular(factor, torch.eye(len(order), dtype=spread.dtype), upper=True))
+        factor = torch.linalg.cholesky(spread.flip(0, 1)).flip(0, 1)
+        del spread
+        return cls(order, torch.linalg.solve_triangular(factor, torch.eye(len(order), dtype=factor.dtype), upper=True))
 
 
 class Components(NamedTuple):

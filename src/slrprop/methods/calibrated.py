@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from slrprop.factors import Dense, Factors, Quantized
+from slrprop.memory import give_back
 from slrprop.methods.base import Decision, Method, Problem, Settings
 from slrprop.pairs import Compressed
 from slrprop.plan import LayerPlan
@@ -100,6 +101,7 @@ def in_order(
             before = {key: value for key, value in compressed.items() if precedes(problem, key, name)}
             decision, compressed[name] = fit_layer(problem, name, method, settings, before)
             yield decision
+            give_back()
         wanted = all(settings.refit_head and settings.sequential for _, settings in chosen.values())
         last = head_after(problem, [*names, *(fixed or {})]) if wanted else None
         if last is not None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from slrprop.api import finished, plan_problem, planned_layer
 from slrprop.errors import SlrpropError
 from slrprop.factors import Quantized
-from slrprop.memory import give_back
 from slrprop.methods import METHODS, Method, Problem, Settings, find_method
 from slrprop.methods.base import ranks_for
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
@@ -150,7 +149,6 @@ def candidates_of(
                 made_of = next(iter(factors.matrices().values()))  # factors have their own dtype and device
                 error = weighed(y - factors.product(x.to(made_of)).to(y) - moved) / energy
                 found.append(Candidate(problem.network.stored(name, factors, own), error, layer))
-    give_back()
     return found
 
 
