@@ -33,7 +33,7 @@ from slrprop.paper.training import fit
 from slrprop.permutations import packed_bytes
 from slrprop.permuted import PermutedLinear, SharedLinear, permute, train
 from slrprop.quantize import quantised, with_bias
-from slrprop.storage import to_bytes
+from slrprop.storage import size_of
 
 SEEDS = (0, 1, 2)
 
@@ -102,7 +102,7 @@ def train_table(name: str, variants: dict, data, seeds: tuple[int, ...], epochs:
         numbers, seconds = dense_part(model)[0], (time.perf_counter() - start) / len(seeds)
         for bits, form in forms.items():
             name = title if bits == 32 else f"the same, permuted layers in {bits} bits"
-            cells = f"{numbers:,}", f"{dense_part(form)[1]:,}", f"{len(to_bytes(form)):,}", f"{onnx_bytes(form, data.x_test):,}", spread(found[bits])  # fmt: skip
+            cells = f"{numbers:,}", f"{dense_part(form)[1]:,}", f"{size_of(form):,}", f"{onnx_bytes(form, data.x_test):,}", spread(found[bits])  # fmt: skip
             row(name, rate, *cells, f"{seconds:.0f}")
 
 

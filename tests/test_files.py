@@ -200,7 +200,7 @@ def test_what_signals_leave(tmp_path: Path) -> None:
             assert len(list(tmp_path.iterdir())) == len(foreign) + 2 * len(runs) + 1
         for left, (number, code) in zip((4, 2, 2), ends.items(), strict=True):
             runs[number].send_signal(number)
-            told = runs[number].communicate(timeout=30)[1]
+            told = runs[number].communicate(timeout=120)[1]
             assert runs[number].returncode == code and "Traceback" not in told
             assert len(list(tmp_path.iterdir())) == len(foreign) + left
         with scratch(tmp_path):

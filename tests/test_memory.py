@@ -72,7 +72,7 @@ class Sequences(nn.Module):
 
 def test_what_sees_its_neighbours_stays_whole(monkeypatch):
     monkeypatch.setenv("SLRPROP_MEMORY", "1")
-    data = Data([torch.randn(40, 50, 6)])
+    data = Data([torch.randn(40, 50, 6)], batch_axis=0)
     network = open_network(Sequences().eval(), data)
     (flow,) = network.stream((), data)
     assert flow.batch.samples == 40 and network.at_once > 40

@@ -258,13 +258,14 @@ class TestErrors:
         [
             ({"epochs": 0}, "epochs must be a whole number from 1, got 0"),
             ({"batch": 2.5}, "batch must be a whole number from 1, got 2.5"),
-            ({"seed": True}, "seed must be a whole number from 0, got True"),
+            ({"seed": True}, r"seed must be a whole number from 0 to 2\^63 - 1, got True"),
             ({"mixup": 1}, "mixup must be True or False, got 1"),
             ({"learning_rate": 0}, "learning_rate must be a number above 0, got 0"),
             ({"learning_rate": float("nan")}, "learning_rate must be a number above 0, got nan"),
             ({"temperature": "2"}, "temperature must be a number above 0, got '2'"),
-            ({"seed": "a"}, "seed must be a whole number from 0, got 'a'"),
-            ({"seed": -1}, "seed must be a whole number from 0, got -1"),
+            ({"seed": "a"}, r"seed must be a whole number from 0 to 2\^63 - 1, got 'a'"),
+            ({"seed": -1}, r"seed must be a whole number from 0 to 2\^63 - 1, got -1"),
+            ({"seed": 10**5000}, r"seed must be a whole number from 0 to 2\^63 - 1, got a longer one"),
         ],
     )
     def test_settings(self, given, message):

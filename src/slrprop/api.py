@@ -83,6 +83,8 @@ def warn_if_compressed(model: Model) -> None:
     if isinstance(model, nn.Module):
         found = {name: part.factors().kind for name, part in model.named_modules() if isinstance(part, FactoredLinear)}
         own = bool(found)
+    elif not isinstance(model, (str, Path, OnnxFile)):
+        return  # what it is will be told where it is opened
     else:
         proto = OnnxFile.open(model).proto
         found, own = forms_of(proto.graph), is_own(proto.graph)

@@ -20,7 +20,8 @@ def require_count(what: str, value: Any, least: int) -> int:
 def require_seed(seed: Any) -> int:
     """A seed is a whole number from 0 to 2^63 - 1."""
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
-        raise SlrpropError(f"seed must be a whole number from 0 to 2^63 - 1, got {str(seed)[:40]}")
+        told = "a longer one" if isinstance(seed, int) and abs(seed) >= 2**128 else repr(seed)[:40]
+        raise SlrpropError(f"seed must be a whole number from 0 to 2^63 - 1, got {told}")
     return int(seed)
 
 

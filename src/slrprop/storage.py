@@ -15,7 +15,7 @@ from slrprop.factors import Dense
 from slrprop.files import replacing, require_regular, scratch
 from slrprop.layers import LAYERS, FactoredLinear, linear_from, note_shape, original_shape
 from slrprop.network.torch import swapped
-from slrprop.network.torch_modules import dense_modules, plain_name
+from slrprop.network.torch_modules import dense_modules, named_modules, plain_name
 from slrprop.plan import arrays_digest, header_refusal
 
 FORMAT = "slrprop-model"
@@ -49,7 +49,7 @@ def _write(model: nn.Module, path: Path) -> None:
     """Write what :func:`save` writes; no copy of the tensors is held."""
     kinds = {
         name: _described(module)
-        for name, module in model.named_modules()
+        for name, module in named_modules(model).items()
         if isinstance(module, FactoredLinear) or original_shape(module)
     }
     state = _unique_state(model)

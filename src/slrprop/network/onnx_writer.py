@@ -152,7 +152,7 @@ class Writer:
         merged into its product instead, which rounds the inputs to 8 bits too: see :meth:`integer_product`.
         """
         if codes.numel() <= FEW:
-            real = codes if scale is None else codes * scale
+            real = codes if scale is None else codes.float() * scale.float()
             return self.tensor(real.cpu().numpy().astype(self.unpacks), exact=True)
         return self.times(self.whole(codes, bits), scale)
 

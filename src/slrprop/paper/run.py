@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ def measured(bench: Bench, method: str, rank: int, plan: Plan, seconds: float) -
     found = measure(apply(bench.head, plan), (bench.x_test, bench.data.y_test))
     whole = TorchNetwork(apply(bench.model, plan), None)
     found = replace(found, bytes=file_bytes(whole), numbers=whole.numbers)
-    told = {name: value for name, value in asdict(found).items() if name not in ("agreement", "deviation")}
+    kept = {field.name for field in fields(Result)}
+    told = {name: value for name, value in asdict(found).items() if name in kept}
     return Result(experiment.name, bench.seed, method, rank, **told, compression_rate=rate, seconds=seconds)
 
 
