@@ -420,7 +420,10 @@ def test_of_very_wide_layers_only_the_likely_forms_are_fitted_in_order(trained, 
         ({"max_drop": 1, "size_only": 1}, "size_only must be True or False, got 1"),
         ({"max_drop": 1, "methods": ["svd"]}, "methods must be 'auto' or map names to settings"),
         ({"max_drop": 1, "methods": {"svd": {"rnk": 3}}}, "method 'svd' has no setting 'rnk'; did you mean rank?"),
-        ({"max_drop": 1, "evaluate": lambda _: math.nan}, "evaluate must give a finite number, or one for each of the samples, got nan"),
+        (
+            {"max_drop": 1, "evaluate": lambda _: math.nan},
+            "evaluate must give a finite number, or one for each of the samples, got nan",
+        ),
         ({"max_drop": 1, "evaluate": len, "confident": True}, "confident needs an interval"),
     ],
 )
