@@ -170,8 +170,9 @@ def test_a_file_that_would_grow_is_not_written(folder: Path) -> None:
 
 
 HELD = """
-import sys, time, types
+import signal, sys, time, types
 from pathlib import Path
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have it ignored
 sys.modules["slrprop"] = package = types.ModuleType("slrprop")  # without torch, which takes seconds
 package.__path__ = [sys.argv[2]]
 from slrprop import cli, files

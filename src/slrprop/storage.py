@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,8 @@ def _write(model: nn.Module, path: Path) -> None:
     try:
         safetensors.torch.save_file(state, path, head | {"sha256": arrays_digest(head["layers"], state)})
     except safetensors.SafetensorError as error:
-        raise OSError(errno.EIO, str(error)) from error
+        told = re.search(r"os error (\d+)", str(error))  # it wraps the system's in words of its own
+        raise OSError(int(told[1]), os.strerror(int(told[1]))) if told else OSError(errno.EIO, str(error)) from error
 
 
 def size_of(model: nn.Module) -> int:
