@@ -12,8 +12,8 @@ from torch import nn
 from slrprop.errors import SlrpropError
 from slrprop.files import made_folder, replacing, require_seen
 from slrprop.paper.datasets import DATASETS, Dataset
-from slrprop.paper.networks import VGG16, DenseHead, Headed, LeNet5, LeNet300, RoomMLP
-from slrprop.paper.training import Recipe, Trainer, cut_out, shifted, write_log
+from slrprop.paper.networks import VGG16, DenseHead, Headed, LeNet5, LeNet300, ResNet20, RoomMLP
+from slrprop.paper.training import Recipe, Trainer, cropped, cut_out, shifted, write_log
 from slrprop.parallel import each
 from slrprop.search.path import LEVELS
 
@@ -30,7 +30,7 @@ class Experiment:
     name: str
     dataset: str
     network: Callable[..., Headed]
-    layers: tuple[str, str]
+    layers: tuple[str, ...]
     ranks: tuple[int, ...]
     calibration: int
     recipe: Recipe
@@ -85,6 +85,10 @@ EXPERIMENTS = {
 LENET300 = Experiment(
     "lenet300-mnist", "mnist", LeNet300, ("fc1", "fc2"), (), 10_000, Recipe(epochs=10, batch=64, learning_rate=2e-3)
 )
+RESNET20 = Experiment(
+    "resnet20-cifar10", "cifar10", ResNet20, (), (), 512,
+    Recipe(epochs=48, batch=128, learning_rate=0.2, weight_decay=5e-4, momentum=0.9, augment=cropped, convolutional=True), 1,
+)  # fmt: skip
 COMPARED = EXPERIMENTS | {LENET300.name: LENET300}  # with what other articles than SLRProp's measure on
 
 

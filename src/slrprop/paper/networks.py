@@ -1,4 +1,4 @@
-"""The articles' networks (Garmendia-Orbegozo et al. 2023, Table 1 and section 4; LeCun et al. 1998)."""
+"""The articles' networks (Garmendia-Orbegozo et al. 2023, Table 1 and section 4; LeCun et al. 1998; He et al. 2016)."""
 
 import torch
 from torch import Tensor, nn
@@ -147,3 +147,46 @@ class VGG16(Headed):
 
     def between(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(x, 0.5) if self.training else x
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions with batch norm, added to what goes in: through a 1 x 1 convolution where sizes change."""
+
+    def __init__(self, channels: int, wide: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, wide, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(wide)
+        self.conv2 = nn.Conv2d(wide, wide, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(wide)
+        through = [nn.Conv2d(channels, wide, 1, stride, bias=False), nn.BatchNorm2d(wide)]
+        self.downsample = nn.Sequential(*through) if stride > 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        return (y + (x if self.downsample is None else self.downsample(x))).relu()
+
+
+class ResNet20(Headed):
+    """ResNet-20 for 3 x 32 x 32 images: 19 convolutions of 16, 32 and 64 channels, 1 x 1 ones around two blocks, dense 64-classes.
+
+    He et al., CVPR 2016, section 4.2, with the projections of option B.
+    """
+
+    dense = ("fc",)
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        stages, channels = [], 16
+        for wide, stride in ((16, 1), (32, 2), (64, 2)):
+            stages.append(nn.Sequential(Block(channels, wide, stride), Block(wide, wide, 1), Block(wide, wide, 1)))
+            channels = wide
+        self.layer1, self.layer2, self.layer3 = stages
+        self.fc = nn.Linear(64, classes)
+
+    def front(self, x: Tensor) -> Tensor:
+        """The last block's channels, averaged (p x 64)."""
+        x = self.bn1(self.conv1(x)).relu()
+        features: Tensor = self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
+        return features
