@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, nn
 
 import slrprop
-from slrprop.layers import linear_from
+from slrprop.layers import layer_from
 from slrprop.network.torch import stored_numbers, swapped
 from slrprop.paper.experiments import EXPERIMENTS, trained
 from slrprop.paper.networks import LeNet5, RoomMLP
 from slrprop.paper.training import fit
 from slrprop.permutations import packed_bytes
-from slrprop.permuted import PermutedLinear, SharedLinear, permute, train
+from slrprop.permuted import PermutedLinear, permute, train
 from slrprop.quantize import quantised, with_bias
 from slrprop.storage import size_of
 
@@ -117,9 +117,9 @@ def in_bits(model: nn.Module, bits: int) -> nn.Module:
     """The permuted layers' numbers rounded after training, biases to 8 bits; the seeds stay."""
     packed: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if isinstance(module, SharedLinear):
+        if isinstance(module, PermutedLinear):
             form = quantised(module.factors().with_matrices({key: value.detach() for key, value in module.factors().matrices().items()}), bits)  # fmt: skip
-            packed[name] = linear_from(with_bias(form, module.bias.detach()), None)
+            packed[name] = layer_from(with_bias(form, module.bias.detach()), None)
     return swapped(model, packed)
 
 
@@ -260,7 +260,7 @@ def files_part(args: argparse.Namespace) -> None:
     seeded = PermutedLinear(4000, 4000, seed=0)
     for part in (seeded.scale, seeded.bias):
         nn.init.normal_(part)  # a trained layer's are no constants
-    packed = linear_from(seeded.factors().permuted(torch.arange(4000)), seeded.bias)
+    packed = layer_from(seeded.factors().permuted(torch.arange(4000)), seeded.bias)
     for name, layer in (("dense", nn.Linear(4000, 4000)), ("packed", packed), ("seed", seeded)):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "layer.onnx"

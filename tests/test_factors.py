@@ -5,10 +5,11 @@ from hypothesis import strategies as st
 
 from slrprop import SlrpropError
 from slrprop.checks import share
-from slrprop.factors import Dense, LowRank, SparseLowRank, restored
-from slrprop.layers import linear_from
+from slrprop.factors import Dense, LowRank, SparseLowRank, express, restored
+from slrprop.layers import layer_from
 from slrprop.linalg import SVD, truncated_svd
 from slrprop.methods.slr import SLRSettings
+from slrprop.operators import MatMul
 
 
 @st.composite
@@ -54,7 +55,7 @@ def test_products_are_those_of_the_dense_weight(case):
     factors, _, _ = case
     made = factors.with_matrices({name: block.requires_grad_() for name, block in factors.matrices().items()})
     x = torch.randn(2, 3, factors.shape[0], dtype=torch.float64)
-    y = made.product(x)
+    y = express(made, MatMul(), x)
     torch.testing.assert_close(y, x @ factors.dense())
     y.sum().backward()
     assert all(block.grad is not None for block in factors.matrices().values())
@@ -103,7 +104,7 @@ def test_layers_compute_with_the_factors(case, has_bias, batch, ordered):
     if ordered:
         factors = factors.permuted(factors.row_levels.argsort(), factors.column_levels.argsort(descending=True))
     bias = torch.arange(factors.shape[1], dtype=torch.float64) if has_bias else None
-    layer = linear_from(factors, bias)
+    layer = layer_from(factors, bias)
     x = torch.randn(*batch, factors.shape[0], dtype=torch.float64)
     want = x @ factors.dense() + (0 if bias is None else bias)
     torch.testing.assert_close(layer(x), want)
@@ -111,7 +112,7 @@ def test_layers_compute_with_the_factors(case, has_bias, batch, ordered):
     torch.testing.assert_close(layer.weight.T, factors.dense())
     assert sum(p.numel() for p in layer.parameters()) == factors.numbers + (factors.shape[1] if has_bias else 0)
     if ordered:
-        assert layer.unsort is None
+        assert layer.factors().sets.order is None
 
 
 @pytest.mark.parametrize(

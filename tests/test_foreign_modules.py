@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 import slrprop
-from slrprop.layers import FactoredLinear, LowRankLinear
+from slrprop.layers import FactoredLayer
 from slrprop.linalg import truncated_svd
 from tests.oracle import mean_loss, naive_cost
 
@@ -426,12 +426,12 @@ def test_plan_and_apply(case: Case, settings: dict[str, Any]) -> None:
     small = slrprop.apply(case.model, made)
     assert state(case.model) == before
     assert torch.equal(torch.get_rng_state(), random)
-    assert [module.training for module in small.modules() if isinstance(module, FactoredLinear)] == [True] * len(
+    assert [module.training for module in small.modules() if isinstance(module, FactoredLayer)] == [True] * len(
         made.layers
     )
     dense = with_weights(case.model, {layer.name: layer.factors.dense().T for layer in made.layers})
     assert_same(case, small, dense)
-    factored = {name: module for name, module in small.named_modules() if isinstance(module, FactoredLinear)}
+    factored = {name: module for name, module in small.named_modules() if isinstance(module, FactoredLayer)}
     for module in factored.values():
         torch.testing.assert_close(module.weight, module.factors().dense().T, rtol=0, atol=0)
     assert_same(case, small, with_weights(small, {name: module.weight for name, module in factored.items()}))
@@ -627,7 +627,7 @@ def test_a_compressed_encoder_layer_computes_with_its_factors(monkeypatch: pytes
     case = build(encoder_layer)
     small = slrprop.apply(case.model, case.plan(method="svd"))
     called = []
-    forward = LowRankLinear.forward
-    monkeypatch.setattr(LowRankLinear, "forward", lambda module, x: called.append(module) or forward(module, x))
+    forward = FactoredLayer.forward
+    monkeypatch.setattr(FactoredLayer, "forward", lambda module, x: called.append(module) or forward(module, x))
     case.results(small)
     assert {small[0].linear1, small[0].linear2} <= set(called)

@@ -17,7 +17,8 @@ from torch.nn.utils import parametrizations, prune
 
 import slrprop
 from slrprop.factors import Dense, Factors, LowRank, LowRankPlusSparse, Narrowed, Shared, Sparse, SparseLowRank
-from slrprop.layers import LAYERS, FactoredLinear, linear_from
+from slrprop.factors.base import KINDS
+from slrprop.layers import FactoredLayer, layer_from
 from slrprop.linalg import truncated_svd
 from slrprop.network import TorchNetwork
 from slrprop.network.torch import swapped
@@ -219,7 +220,7 @@ def test_a_layer_that_its_parent_reads_is_left_and_named(first: nn.Linear, reaso
         made = slrprop.plan(model, data, method="svd", rank=2)
         assert made.left_dense == ({"first": reason} if reason else {})
     small = slrprop.apply(model, made)
-    assert isinstance(small.last, FactoredLinear) and small(X).shape == (24, 4)
+    assert isinstance(small.last, FactoredLayer) and small(X).shape == (24, 4)
     if reason:
         with pytest.raises(slrprop.SlrpropError, match=rf"layer 'first' can't be factored: {reason}; leave it out"):
             slrprop.plan(model, (X, Y), method="svd", rank=2, layers="first")
@@ -231,7 +232,7 @@ def test_what_hangs_on_a_plain_layer_goes_over() -> None:
     made = slrprop.plan(model, (X, Y), method="svd", rank=16, layers="first")
     assert made.left_dense  # rank 16 would not be smaller
     small = slrprop.apply(model, slrprop.plan(model, (X, Y), method="svd", rank=2, layers="first"))
-    assert isinstance(small.first, FactoredLinear) and small.first.scale == 2.0
+    assert isinstance(small.first, FactoredLayer) and small.first.scale == 2.0
 
 
 def compiled_whole(model: nn.Module) -> nn.Module:
@@ -342,7 +343,7 @@ def test_what_can_not_be_rewritten_is_said_in_one_sentence(make: Callable[[], An
 def test_a_scripted_part_stays_as_it_is() -> None:
     model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(16, 16), nn.ReLU())), nn.Linear(16, 16))
     small = slrprop.apply(model, slrprop.plan(model, (X, X), method="svd", rank=2))
-    assert isinstance(small[1], FactoredLinear) and small(X).shape == (24, 16)
+    assert isinstance(small[1], FactoredLayer) and small(X).shape == (24, 16)
     assert slrprop.inspect(model).other.startswith("RecursiveScriptModule ")
 
 
@@ -394,7 +395,7 @@ def of_every_form() -> dict[str, Factors]:
         LowRankPlusSparse(low, Sparse.of(weight * (torch.rand(20, 20) < 0.1))),
         Shared(torch.randn(20), torch.randn(20), torch.randn(20), seed=3),
     )
-    assert {form.kind for form in made} == set(LAYERS) - {"quantized"}
+    assert {form.kind for form in made} == set(KINDS) - {"dense", "quantized", "spatial", "tucker"}
     return {form.kind: form for form in made}
 
 
@@ -404,7 +405,7 @@ def test_torch_export_of_every_form(packed: bool, tmp_path: Path) -> None:
     names = [f"{kind}_layer" for kind in forms]
     original = nn.Sequential(OrderedDict((name, nn.Linear(20, 20)) for name in names)).eval()
     layers = {
-        name: linear_from(in_bits(form, 4 + 4 * (turn % 2)) if packed else form, torch.randn(20) / 9)
+        name: layer_from(in_bits(form, 4 + 4 * (turn % 2)) if packed else form, torch.randn(20) / 9)
         for turn, (name, form) in enumerate(zip(names, forms.values(), strict=True))
     }
     small = swapped(original, layers).eval()

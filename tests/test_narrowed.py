@@ -15,13 +15,14 @@ from slrprop import SlrpropError
 from slrprop.api import planned_layer
 from slrprop.arrange import arranged
 from slrprop.data import Data
-from slrprop.factors import Dense, Factors, LowRank, Narrowed, Quantized, SparseLowRank, restored
+from slrprop.factors import Dense, Factors, LowRank, Narrowed, Quantized, SparseLowRank, express, restored
 from slrprop.factors.base import KINDS
-from slrprop.layers import linear_from
+from slrprop.layers import layer_from
 from slrprop.linalg import truncated_svd
 from slrprop.methods import Decision, Problem, find_method
 from slrprop.network import TorchNetwork
 from slrprop.network.torch_modules import dense_modules
+from slrprop.operators import MatMul
 from slrprop.plan import Plan
 from slrprop.quantize import quantised
 
@@ -52,14 +53,14 @@ def test_neurons_can_be_left_out(name):
     torch.testing.assert_close(form.permuted(rows=everything).dense(), form.dense()[everything])
     assert not form.dense()[~form.read()].any()
     x = torch.randn(3, 5, 9)
-    torch.testing.assert_close(form.product(x), x @ form.dense())
+    torch.testing.assert_close(express(form, MatMul(), x), x @ form.dense())
 
 
 @pytest.mark.parametrize("name", forms())
 def test_modules_of_every_form_with_neurons_left_out(name):
     form, x = forms()[name].permuted(torch.tensor([8, 0, 5, 4, 1]), torch.tensor([3, 6, 1, 0])), torch.randn(11, 5)
     bias = torch.randn(4)
-    torch.testing.assert_close(linear_from(form, bias)(x), x @ form.dense() + bias, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer_from(form, bias)(x), x @ form.dense() + bias, rtol=1e-4, atol=1e-4)
 
 
 def test_narrowed_is_its_block():

@@ -15,7 +15,7 @@ from slrprop.data import Axes, open_data
 from slrprop.errors import SlrpropError, SlrpropWarning, printable
 from slrprop.factors import Dense, Factors, Quantized, stored_bytes
 from slrprop.files import together
-from slrprop.layers import FactoredLinear, linear_from, note_shape, original_shape
+from slrprop.layers import FactoredLayer, layer_from, note_shape, original_shape
 from slrprop.methods import METHODS, Decision, Method, Problem, Settings, find_method
 from slrprop.network import open_network
 from slrprop.network.base import Network, fingerprint
@@ -25,7 +25,7 @@ from slrprop.network.onnx_file import OnnxFile
 from slrprop.network.onnx_parity import Parity, write
 from slrprop.network.onnx_rewrite import is_own, rewritten
 from slrprop.network.torch import swapped
-from slrprop.network.torch_modules import computed_arrays, dense_modules, weight_and_bias
+from slrprop.network.torch_modules import computed_arrays, layer_modules, operator_of, weight_and_bias
 from slrprop.plan import LayerPlan, Plan, pack
 from slrprop.quantize import quantised, with_bias
 from slrprop.selection import treated
@@ -67,7 +67,7 @@ def inspect(model: Model) -> Inspection:
     total, found.other = max(1, network.number_bytes), network.other_numbers()
     for name in network.names:
         m, n = network.shape(name)
-        tied = tuple(network.tied[name])
+        tied = network.layers[name].tied
         share = m * n * network.itemsize(name) / total
         found.append(LayerInfo(name, (m, n), m * n, share, (m * n - 1) // (m + n), tied))
     return found
@@ -81,7 +81,7 @@ def other_numbers(model: Model) -> str:
 def warn_if_compressed(model: Model) -> None:
     """Say it where a model's layers are compressed already."""
     if isinstance(model, nn.Module):
-        found = {name: part.factors().kind for name, part in model.named_modules() if isinstance(part, FactoredLinear)}
+        found = {name: part.factors().kind for name, part in model.named_modules() if isinstance(part, FactoredLayer)}
         own = bool(found)
     elif not isinstance(model, (str, Path, OnnxFile)):
         return  # what it is will be told where it is opened
@@ -169,7 +169,8 @@ def finished(network: Network, planned: Mapping[str, LayerPlan], left_dense: dic
 
 def planned_layer(problem: Problem, decision: Decision, method: Method, settings: Settings) -> LayerPlan:
     """A decision as the layer of a plan."""
-    network, settings = problem.network, decision.settings or settings
+    network = problem.network
+    settings = (decision.settings or settings).at(network.operator(decision.name))
     factors, bias = decision.factors, network.bias(decision.name)
     if settings.bits < 32 and not isinstance(factors, Quantized):
         factors = quantised(factors, settings.bits)
@@ -214,7 +215,7 @@ def feeds_between(network: Network, wanted: tuple[str, ...]) -> dict[str, str]:
     """Pairs of layers around a planned one whose neurons can be put in another order together."""
 
     def alone(name: str) -> bool:
-        return network.times_called[name] == 1 and not network.stays(name)
+        return network.layers[name].calls == 1 and not network.stays(name)
 
     pairs = ((name, network.feeds_directly(name)) for name in network.order)
     return {
@@ -326,12 +327,12 @@ def _foreign(name: str, names: Collection[str]) -> SlrpropError:
 
 
 def _apply_module(model: nn.Module, plan: Plan) -> nn.Module:
-    modules = dense_modules(model)
+    modules = layer_modules(model)
 
     def dense(name: str) -> Dense:
         if name not in modules:
             raise _foreign(name, modules)
-        return Dense(weight_and_bias(modules[name])[0].T)
+        return Dense(operator_of(modules[name]).matrix(weight_and_bias(modules[name])[0]))
 
     def bias(name: str) -> Tensor | None:
         return weight_and_bias(modules[name])[1]
@@ -340,7 +341,7 @@ def _apply_module(model: nn.Module, plan: Plan) -> nn.Module:
     swaps = {}
     for name, form in done.moved.items():
         old, weight = modules[name], dense(name).weight
-        swaps[name] = linear_from(form, done.moved_biases.get(name, bias(name))).to(weight.dtype)
+        swaps[name] = layer_from(form, done.moved_biases.get(name, bias(name)), operator_of(old)).to(weight.dtype)
         if form.shape != weight.shape or original_shape(old) or computed_arrays(old):
             note_shape(swaps[name], original_shape(old) or weight.shape)
     return swapped(model, swaps)

@@ -120,7 +120,20 @@ class Calibration:
         root = None if metric is None else torch.linalg.cholesky(metric)
         relu = self.network.activation(name) == "relu"
         samples = partial(self.pairs.samples, name, before)
-        found = Regression(name, weight, target, bias, mean, covariance, target_mean, metric, root, relu, samples)
+        found = Regression(
+            name,
+            weight,
+            target,
+            bias,
+            mean,
+            covariance,
+            target_mean,
+            metric,
+            root,
+            relu,
+            samples,
+            self.network.operator(name),
+        )
         if not before:
             self._forget(_size(*weight.shape))
             self._first[name, weighted] = found

@@ -16,16 +16,14 @@ from torch import Tensor, nn
 
 from slrprop.data import TARGET_KEYS, as_tensor, by_name
 from slrprop.errors import SlrpropError, first_line
-from slrprop.factors import Quantized
+from slrprop.factors import Dense
 from slrprop.files import replacing, scratch
-from slrprop.layers import FactoredLinear
-from slrprop.network.base import fingerprint
-from slrprop.network.onnx import OnnxNetwork
-from slrprop.network.onnx_file import bare
-from slrprop.network.onnx_rewrite import rewritten
+from slrprop.layers import FactoredLayer, in_place_of_layers
+from slrprop.network.onnx_file import OnnxFile, bare
+from slrprop.network.onnx_rewrite import OWN, placed
 from slrprop.network.onnx_tensors import no_model
 from slrprop.network.torch import swapped
-from slrprop.network.torch_modules import device_of, evaluating, named_modules
+from slrprop.network.torch_modules import device_of, evaluating
 
 RELATIVE, ABSOLUTE = 1e-3, 1e-4  # float32 sums in another order
 OPSET = 21
@@ -63,22 +61,13 @@ def _tensors(result: Any) -> list[Tensor]:
     return [tensor for value in values if value is not None for tensor in _tensors(value)]
 
 
-def _repack(path: Path, packed: Mapping[str, FactoredLinear], plain: Mapping[str, nn.Linear]) -> None:
-    """Put packed layers, exported as dense ones, back into the file as they are stored."""
-    if not packed:
-        return
-    network = OnnxNetwork(path, None)
-    places = {network.fingerprint(name): name for name in network.names}
-    forms = {}
-    for name, layer in packed.items():
-        place = places.get(fingerprint(plain[name].weight))
-        if place is None:
-            raise SlrpropError(f"layer '{name}' was not found again in the exported graph")
-        forms[place] = layer.factors()
-    biases = {name: form.bias for name, form in forms.items() if isinstance(form, Quantized) and form.bias is not None}
-    with scratch(path.parent) as folder:
-        rewritten(network.file, network.graph, forms, biases).write(folder / path.name)
-        (folder / path.name).replace(path)
+def _place(layer: FactoredLayer, x: Tensor, index: int) -> Tensor:
+    """A node that stands for a factored layer until its own are written, as they are stored."""
+    like = layer.operator.compute(Dense(x.new_empty(layer.shape)), None, x)
+    made: Tensor = torch.onnx.ops.symbolic(
+        f"{OWN}::Layer", (x,), {"index": index}, dtype=x.dtype, shape=like.shape, version=1
+    )
+    return made
 
 
 def _strip(path: Path) -> None:
@@ -145,9 +134,8 @@ def export_onnx(
         except Exception as error:  # somebody else's forward
             shapes = ", ".join(str(tuple(item.shape)) for item in tensors)
             raise SlrpropError(f"the model can't take data of shape {shapes}: {first_line(error)}") from error
-        packed = {name: module for name, module in named_modules(model).items() if isinstance(module, FactoredLinear) and module.repacked}  # fmt: skip
-        unpacked: dict[str, nn.Linear] = {name: module.unpacked() for name, module in packed.items()}
-        plain = swapped(model, dict(unpacked)) if packed else model
+        layers = [module for module in model.modules() if isinstance(module, FactoredLayer)]
+        numbers = {id(layer): index for index, layer in enumerate(layers)}
         with replacing(path, no_model) as part:
             dynamic = torch.export.ShapesCollection()
             for tensor, axis in zip(
@@ -155,14 +143,17 @@ def export_onnx(
             ):
                 dynamic[tensor] = {axis: torch.export.Dim("batch")}
             try:
-                with _quiet():
+                with _quiet(), in_place_of_layers(lambda layer, x: _place(layer, x, numbers[id(layer)])):
                     torch.onnx.export(
-                        plain, inputs, str(part), kwargs=named, dynamo=True,
-                        dynamic_shapes=dynamic.dynamic_shapes(plain, inputs, named) if dynamic_batch else None,
+                        model, inputs, str(part), kwargs=named, dynamo=True,
+                        dynamic_shapes=dynamic.dynamic_shapes(model, inputs, named) if dynamic_batch else None,
                         external_data=False, opset_version=OPSET, optimize=True, verbose=False,
                     )  # fmt: skip
+                if layers:
+                    with scratch(part.parent) as folder:
+                        placed(OnnxFile.open(part), layers).write(folder / part.name)
+                        (folder / part.name).replace(part)
                 _strip(part)
-                _repack(part, packed, unpacked)
                 onnx.checker.check_model(str(part), full_check=True)
             except OSError:
                 raise

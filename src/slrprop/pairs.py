@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from slrprop.data import Data
-from slrprop.factors import Factors
+from slrprop.factors import Factors, express
 from slrprop.memory import bound
 from slrprop.network import Lockstep, in_lockstep
 from slrprop.network.base import Network
@@ -45,7 +45,7 @@ class Pairs:
             rows += sum(len(z) for _, z in flow.calls[names[0]])
             samples += flow.batch.samples
         shapes = [self.network.shape(name) for name in names]
-        once = all(self.network.times_called[name] == 1 for name in self.network.order)
+        once = all(self.network.layers[name].calls == 1 for name in self.network.order)
         standing = max(4 * rows * max(map(max, shapes)), samples * self.network.standing)
         self.together = once and standing <= bound()
         return 4 * rows * sum(n for _, n in shapes) <= bound() // 2
@@ -194,4 +194,4 @@ class Pairs:
         if form is None or form.multiplications >= weight.numel():
             return torch.addmm(bias.to(x), x, weight.to(x))
         made_of = next(iter(form.matrices().values()))  # factors have a dtype of their own
-        return form.product(x.to(made_of)).to(x) + bias.to(x)
+        return express(form, self.network.operator(name), x.to(made_of)).to(x) + bias.to(x)

@@ -4,98 +4,20 @@ import math
 from fnmatch import fnmatchcase
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from slrprop.checks import require_seed, suggestion
 from slrprop.data import open_data
 from slrprop.errors import SlrpropError
 from slrprop.factors.shared import Shared
-from slrprop.layers import FactoredLinear, computes_with
-from slrprop.network.onnx_shared import seeded_nodes, unpacked_nodes
+from slrprop.layers import FactoredLayer
 from slrprop.network.torch import main_output, swapped
-from slrprop.network.torch_modules import dense_modules, device_of
+from slrprop.network.torch_modules import device_of, layer_modules
 
 
-class _InGraph:
-    """Nodes in a graph that torch exports."""
-
-    def tensor(self, value: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(value))
-
-    def add(
-        self, op: str, inputs: list[Tensor], dtype: int, shape: tuple[int, ...], output: int = 0, **attributes: Any
-    ) -> Tensor:
-        dtypes, shapes = [dtype] * (output + 1), [shape] * (output + 1)
-        return torch.onnx.ops.symbolic_multi_out(op, inputs, attributes, dtypes=dtypes, shapes=shapes)[output]
-
-
-class SharedLinear(FactoredLinear):
-    """``y = scale * (x @ S) + offset * sum(x) + bias`` with ``S[i, j] = sequence[places[j, i]]``.
-
-    Sequence, scale, offset and bias are trained; the gradient of a place of the sequence is the sum over the n weights that
-    share it. The permutations (``packed``, or one ``seed``) are stored as they are in :class:`Shared`; unpacked they
-    take 4 bytes an entry in memory.
-    """
-
-    places: Tensor
-    packed: Tensor | None
-    seed: Tensor | None
-
-    def __init__(self, factors: Shared, bias: Tensor | None) -> None:
-        super().__init__(factors, bias)
-        self.sequence, self.scale = (nn.Parameter(part.detach().clone()) for part in (factors.sequence, factors.scale))
-        self.offset = None if factors.offset is None else nn.Parameter(factors.offset.detach().clone())
-        for name in ("packed", "seed"):
-            stored = factors.indices().get(name)
-            self.register_buffer(name, None if stored is None else stored.clone())
-        self.register_buffer("places", factors.places.clone(), persistent=False)
-        self.register_load_state_dict_post_hook(_read_places)
-
-    def factors(self) -> Shared:
-        seed = None if self.seed is None else int(self.seed.item())
-        return Shared(self.sequence, self.scale, self.offset, self.packed, seed)
-
-    @property
-    def weight(self) -> Tensor:
-        return self._scaled(self._spread(self.places))
-
-    def _spread(self, places: Tensor) -> Tensor:
-        """S, out x in."""
-        return self.sequence.index_select(0, places.reshape(-1)).view(self.out_features, self.in_features)
-
-    def _scaled(self, spread: Tensor) -> Tensor:
-        weight = self.scale[:, None] * spread
-        return weight if self.offset is None else weight + self.offset[:, None]
-
-    def _exported_places(self) -> Tensor:
-        """The permutations as nodes over what is stored: the file is as small as the module's."""
-        nodes, m, n = _InGraph(), self.in_features, self.out_features
-        if self.seed is not None:
-            return seeded_nodes(nodes, self.seed, m, n)
-        assert self.packed is not None
-        return unpacked_nodes(nodes, self.packed, m, n)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.onnx.is_in_onnx_export():
-            spread = self._spread(self._exported_places())
-            return nn.functional.linear(x, self._scaled(spread), self.bias)
-        y = nn.functional.linear(x, self._spread(self.places)) * self.scale
-        return self._with_bias(y if self.offset is None else y + x.sum(-1, keepdim=True) * self.offset)
-
-
-computes_with(Shared, SharedLinear)
-
-
-def _read_places(module: nn.Module, keys: Any) -> None:
-    """After other permutations were loaded, unpack them."""
-    assert isinstance(module, SharedLinear)
-    module.places = module.factors().places.to(module.places.device)
-
-
-class PermutedLinear(SharedLinear):
+class PermutedLinear(FactoredLayer):
     """A linear layer to be trained from scratch: m + n numbers, a bias and a seed instead of m n numbers and a bias.
 
     The sequence starts as m normal numbers standardised to mean 0 and variance 1 / m, every scale as ``gain``, the bias as
@@ -131,7 +53,7 @@ def permute(model: nn.Module, layers: str | list[str] | tuple[str, ...] | None =
     Raises:
         SlrpropError: no layer of that name, or none at all.
     """
-    modules = dense_modules(model)
+    modules = {name: module for name, module in layer_modules(model).items() if isinstance(module, nn.Linear)}
     patterns = ["*"] if layers is None else [layers] if isinstance(layers, str) else list(layers)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in modules):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Factors, LowRank, Narrowed, Quantized, SparseLowRank, members
+from slrprop.factors import Dense, Factors, LowRank, Narrowed, Quantized, SparseLowRank
 from slrprop.factors.quantized import CODES
 from slrprop.linalg import balanced
 from slrprop.regression import Regression, Spread, level
@@ -107,7 +107,8 @@ def with_bias(form: Quantized, bias: Tensor) -> Quantized:
     return replace(form, bias_codes=codes.float(), bias_scale=scale.half())
 
 
-def _form_of(form: Factors, bits: int, found: dict[str, tuple[Tensor, Tensor]]) -> Quantized:
+def form_of(form: Factors, bits: int, found: dict[str, tuple[Tensor, Tensor]]) -> Quantized:
+    """A form of these codes and scales, by its matrices' names."""
     codes = form.with_matrices({name: codes.float().contiguous() for name, (codes, _) in found.items()})
     return Quantized(codes, {name: scale.half() for name, (_, scale) in found.items()}, bits)
 
@@ -121,7 +122,7 @@ def _plainly(form: Factors, bits: int) -> Quantized:
         form = SparseLowRank(
             tuple(a for a, _ in pairs), tuple(b for _, b in pairs), form.row_levels, form.column_levels
         )
-    return _form_of(form, bits, {name: rounded(matrix, axes[name], bits) for name, matrix in form.matrices().items()})
+    return form_of(form, bits, {name: rounded(matrix, axes[name], bits) for name, matrix in form.matrices().items()})
 
 
 @singledispatch
@@ -132,13 +133,13 @@ def compensated(form: Factors, bits: int, task: Regression) -> Quantized:
 
 @compensated.register
 def _(form: Dense, bits: int, task: Regression) -> Quantized:
-    return _form_of(form, bits, {"weight": rounded(form.weight, 0, bits, task.spread)})
+    return form_of(form, bits, {"weight": rounded(form.weight, 0, bits, task.spread)})
 
 
 @compensated.register
 def _(form: Narrowed, bits: int, task: Regression) -> Quantized:
     spread = task.spread if form.rows.all() else Spread.of(task.covariance[form.rows][:, form.rows])
-    return _form_of(form, bits, {"block": rounded(form.block, 0, bits, spread)})
+    return form_of(form, bits, {"block": rounded(form.block, 0, bits, spread)})
 
 
 @compensated.register
@@ -146,7 +147,7 @@ def _(form: LowRank, bits: int, task: Regression) -> Quantized:
     left, right = balanced(form.left, form.right)
     wanted = partial(_between, task.covariance, task.weight)
     found, _ = _pair(left, right, bits, task.covariance, task.spread, wanted)
-    return _form_of(form, bits, {"left": found[0], "right": found[1]})
+    return form_of(form, bits, {"left": found[0], "right": found[1]})
 
 
 def _pair(
@@ -187,7 +188,7 @@ def _(form: SparseLowRank, bits: int, task: Regression) -> Quantized:
     rest = task.weight - form.dense()
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for index, (left, right) in enumerate(zip(form.left, form.right, strict=True)):
-        rows, columns = members(form.row_levels, index), members(form.column_levels, index)
+        rows, columns = form.sets.rows[index], form.sets.columns[index]
         rest[rows[:, None], columns] += left @ right
         across = task.covariance[rows]
         own = across[:, rows]
@@ -196,4 +197,4 @@ def _(form: SparseLowRank, bits: int, task: Regression) -> Quantized:
         pair, product = _pair(*balanced(left, right), bits, own, spread, wanted)
         found |= {f"left_{index}": pair[0], f"right_{index}": pair[1]}
         rest[rows[:, None], columns] -= product
-    return _form_of(form, bits, found)
+    return form_of(form, bits, found)

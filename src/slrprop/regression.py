@@ -1,7 +1,7 @@
 """The problem every data-aware method solves: a layer's inputs, what its outputs should be, and which outputs matter; in float64."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from slrprop.linalg import balanced, principal, projected
+from slrprop.operators import MatMul, Operator
 
 DAMPING = 1e-4  # pull towards the original weight, times the mean variance of the inputs
 SELECTION_DAMPING = 1e-3
@@ -55,7 +56,7 @@ class Regression:
     original one, ``mean`` (m,) and ``covariance`` (m x m, centred) are of x, ``target_mean`` (n,) of z. ``metric`` (n x n)
     weighs errors of z by what they do to the network's outputs (Gauss-Newton: the mean of ``J H J^T``, J the Jacobian of the
     outputs, H centring over classes), damped; None weighs all alike. ``root`` is its lower Cholesky factor. ``relu``: the layer's activation is ReLU.
-    ``samples`` gives up to ``pairs.SAMPLE_ROWS`` of (x, z), (p x m) and (p x n).
+    ``operator`` says how it is multiplied. ``samples`` gives up to ``pairs.SAMPLE_ROWS`` of (x, z), (p x m) and (p x n).
     """
 
     name: str
@@ -69,6 +70,7 @@ class Regression:
     root: Tensor | None
     relu: bool
     samples: Callable[[], tuple[Tensor, Tensor]]
+    operator: Operator = field(default_factory=MatMul)
 
     def corrected_bias(self, weight: Tensor) -> Tensor:
         """The bias (n,) that makes the mean output right for a dense weight (m x n)."""

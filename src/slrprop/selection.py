@@ -61,10 +61,10 @@ def _select(network: Network, layers: Any, settings: Settings, method: str) -> t
 
 def _why_dense(network: Network, name: str, settings: Settings, must: bool) -> str:
     """Why a layer must stay as it is; empty if it need not. ``must``: the user named it, so some reasons are errors."""
-    m, n = network.shape(name)
+    (m, n), settings = network.shape(name), settings.at(network.operator(name))
     if reason := network.stays(name):
         if must:
-            untie = "untie them first, or " if network.tied[name] else ""
+            untie = "untie them first, or " if network.layers[name].tied else ""
             raise SlrpropError(f"layer '{name}' can't be factored: {reason}; {untie}leave it out")
         return reason
     weight = network.weight(name)

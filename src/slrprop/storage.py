@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense
+from slrprop.factors import Dense, restored
+from slrprop.factors.base import KINDS
 from slrprop.files import replacing, require_regular, scratch
-from slrprop.layers import LAYERS, FactoredLinear, linear_from, note_shape, original_shape
+from slrprop.layers import FactoredLayer, layer_from, note_shape, original_shape
 from slrprop.network.torch import swapped
-from slrprop.network.torch_modules import dense_modules, named_modules, plain_name
+from slrprop.network.torch_modules import layer_modules, named_modules, operator_of, plain_name, weight_and_bias
 from slrprop.plan import arrays_digest, header_refusal
 
 FORMAT = "slrprop-model"
-VERSION = "1"
+VERSION = "2"
 
 
 def _unique_state(model: nn.Module) -> dict[str, Tensor]:
@@ -52,7 +53,7 @@ def _write(model: nn.Module, path: Path) -> None:
     kinds = {
         name: _described(module)
         for name, module in named_modules(model).items()
-        if isinstance(module, FactoredLinear) or original_shape(module)
+        if isinstance(module, FactoredLayer) or original_shape(module)
     }
     state = _unique_state(model)
     head = {"format": FORMAT, "version": VERSION, "layers": json.dumps(kinds)}
@@ -72,7 +73,7 @@ def size_of(model: nn.Module) -> int:
 
 def _described(module: nn.Module) -> dict[str, Any]:
     """What the header says about a layer: its form, and its original shape where neurons around it were removed."""
-    form = module.factors().description() if isinstance(module, FactoredLinear) else {"kind": Dense.kind}
+    form = module.factors().description() if isinstance(module, FactoredLayer) else {"kind": Dense.kind}
     shape = original_shape(module)
     return form | {"original_shape": list(shape)} if shape else form
 
@@ -114,8 +115,8 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         raise SlrpropError(f"the header of '{path}' names no layers; the file is damaged")
     if header.get("sha256") != arrays_digest(header["layers"], state):
         raise SlrpropError(f"'{path}' is damaged: its tensors differ from their checksum; save it again")
-    dense = dense_modules(model)
-    loaded = swapped(model, {name: _skeleton(dense.get(name), name, kind, state) for name, kind in kinds.items()})
+    layers = layer_modules(model)
+    loaded = swapped(model, {name: _skeleton(layers.get(name), name, kind, state) for name, kind in kinds.items()})
     places = {plain_name(key): key for key in loaded.state_dict()}
     aliases = {places[name] for name in set(places) - set(_unique_state(loaded))}
     try:
@@ -129,24 +130,25 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     return loaded
 
 
-def _skeleton(linear: nn.Linear | None, name: str, description: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+def _skeleton(old: nn.Module | None, name: str, description: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     """A factored layer of the shapes that the file has for it; its values are loaded later."""
     kind = str(description.get("kind"))
-    if linear is None or kind not in (*LAYERS, Dense.kind):
-        raise SlrpropError(f"the file has a {kind} layer '{name}', but this model has no dense layer of that name")
-    prefix = f"{name}." if name else ""
+    if old is None or kind not in KINDS:
+        raise SlrpropError(
+            f"the file has a {kind} layer '{name}', but this model has no layer of that name that could hold one"
+        )
+    prefix, operator = f"{name}." if name else "", operator_of(old)
     own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
     try:
-        factors = Dense(own["weight"].T) if kind == Dense.kind else LAYERS[kind].stored(description, own)
+        factors = Dense(operator.matrix(own["weight"])) if kind == Dense.kind else restored(description, own | ({"weight": own["matrix"]} if "matrix" in own else {}))
         before, after = description.get("original_shape"), factors.shape
         m, n = before or after
     except (KeyError, IndexError, TypeError, ValueError, SlrpropError) as error:
         raise SlrpropError(f"the tensors of layer '{name}' make no {kind} layer: {error}") from error
-    if (m, n) != (linear.in_features, linear.out_features):
-        raise SlrpropError(
-            f"layer '{name}' is {linear.in_features} x {linear.out_features} in this model, but {m} x {n} in the file"
-        )
-    module = linear_from(factors, own.get("bias"))
+    shape = tuple(operator.matrix(weight_and_bias(old)[0]).shape)
+    if (m, n) != shape:
+        raise SlrpropError(f"layer '{name}' is {shape[0]} x {shape[1]} in this model, but {m} x {n} in the file")
+    module = layer_from(factors, own.get("bias"), operator)
     if before:
         note_shape(module, (m, n))
     return module

@@ -26,6 +26,7 @@ from slrprop.losses import rows_of
 from slrprop.network import Network, TorchNetwork, open_network
 from slrprop.network.chain import ACTIVATIONS, Step
 from slrprop.network.torch import evaluating, main_output, swapped
+from slrprop.operators import MatMul, Operator
 from slrprop.plan import LayerPlan, Plan
 from slrprop.quantize import LARGEST, SMALLEST, rounded, with_bias
 
@@ -79,11 +80,17 @@ class Tunable(nn.Module):
         dtype: to learn in; inputs of another one are cast, and outputs cast back.
     """
 
-    def __init__(self, layer: LayerPlan, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        layer: LayerPlan,
+        bias: Tensor | None,
+        dtype: torch.dtype = torch.float32,
+        operator: Operator | None = None,
+    ) -> None:
         super().__init__()
         form = layer.factors
         assert form is not None
-        self.layer, self.dtype = layer, dtype
+        self.layer, self.dtype, self.operator = layer, dtype, operator or MatMul()
         self.bits = form.bits if isinstance(form, Quantized) else 32
         self.own_bias = isinstance(form, Quantized) and form.bias is not None
         plain = form.plain() if isinstance(form, Quantized) else form
@@ -130,8 +137,7 @@ class Tunable(nn.Module):
         return self.bias + ((codes * scale).to(self.bias) - self.bias).detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        y, bias = self.now().product(x.to(self.dtype)), self._bias()
-        return (y if bias is None else y + bias).to(x.dtype)
+        return self.operator.compute(self.now(), self._bias(), x.to(self.dtype)).to(x.dtype)
 
     def finished(self) -> LayerPlan:
         """The layer's plan with the tuned factors."""
@@ -192,7 +198,9 @@ def distilled(
     for layer in plan.layers:
         weight = network.weight(layer.name)
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        layers[layer.name] = Tunable(layer, network.bias(layer.name), dtype).to(weight.device)
+        layers[layer.name] = Tunable(layer, network.bias(layer.name), dtype, network.operator(layer.name)).to(
+            weight.device
+        )
     entry = require_tunable(network, data, names)
     student: Forward
     teacher: Forward

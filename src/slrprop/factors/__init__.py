@@ -2,10 +2,12 @@
 
 from slrprop.factors.base import Dense, Factors, LowRank, restored
 from slrprop.factors.blocks import Segment, SparseLowRank, members, span
+from slrprop.factors.expression import express
 from slrprop.factors.narrowed import Narrowed
 from slrprop.factors.quantized import Quantized, stored_bytes
 from slrprop.factors.shared import Shared
 from slrprop.factors.sparse import LowRankPlusSparse, Sparse
+from slrprop.factors.spatial import Spatial, Tucker
 
 __all__ = [
     "Dense",
@@ -18,6 +20,9 @@ __all__ = [
     "Shared",
     "Sparse",
     "SparseLowRank",
+    "Spatial",
+    "Tucker",
+    "express",
     "members",
     "restored",
     "span",

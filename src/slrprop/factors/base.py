@@ -24,7 +24,8 @@ class Factors(ABC):
     selects: ClassVar[bool] = False  # whether ``permuted`` also takes lists that leave neurons out
 
     def __init_subclass__(cls) -> None:
-        KINDS[cls.kind] = cls
+        if "kind" in vars(cls):
+            KINDS[cls.kind] = cls
 
     @property
     @abstractmethod
@@ -63,10 +64,6 @@ class Factors(ABC):
     @abstractmethod
     def dense(self) -> Tensor:
         """The ``m x n`` matrix these factors stand for."""
-
-    def product(self, x: Tensor) -> Tensor:
-        """``x @ W`` (..., n) for x (..., m), differentiable in the matrices."""
-        return x @ self.dense()
 
     @abstractmethod
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Self:
@@ -189,9 +186,6 @@ class LowRank(Factors):
 
     def dense(self) -> Tensor:
         return self.left @ self.right
-
-    def product(self, x: Tensor) -> Tensor:
-        return x @ self.left @ self.right
 
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "LowRank":
         return LowRank(

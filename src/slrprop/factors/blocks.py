@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -64,12 +64,41 @@ def span(index: Tensor) -> slice | None:
     return slice(first, last + 1) if last - first == len(index) - 1 else None
 
 
+def chosen(block: Tensor, columns: Tensor) -> Tensor:
+    """Some columns of a block, without a copy where they are neighbours."""
+    part = span(columns)
+    return block.index_select(1, columns.to(block.device)) if part is None else block[:, part]
+
+
 class Segment(NamedTuple):
     """Output neurons of one level: their ``columns``, and the blocks they take part in stacked (k_0 + .. x columns)."""
 
     columns: Tensor
     level: int
     right: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Sets:
+    """Which neurons take part in each block, and the outputs as neighbouring pieces, one per level.
+
+    ``pieces`` are their columns, with the places of these among those of each block; ``order`` brings the columns back, None where
+    the pieces, one after the other, are the columns already.
+    """
+
+    rows: list[Tensor]
+    columns: list[Tensor]
+    pieces: list[tuple[Tensor, list[Tensor]]]
+    order: Tensor | None
+
+    @classmethod
+    def of(cls, row_levels: Tensor, column_levels: Tensor, blocks: int) -> "Sets":
+        rows, columns = ([members(levels, g) for g in range(blocks)] for levels in (row_levels, column_levels))
+        groups = [((column_levels == level).nonzero()[:, 0], level) for level in column_levels.unique().tolist()]
+        groups.sort(key=lambda group: int(group[0][0]))
+        pieces = [(index, [torch.searchsorted(columns[g], index) for g in range(level)]) for index, level in groups]
+        order = torch.cat([index for index, _ in pieces]) if pieces else column_levels.long()
+        return cls(rows, columns, pieces, None if bool((order.diff() == 1).all()) else order.argsort())
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +118,13 @@ class SparseLowRank(Factors):
     right: tuple[Tensor, ...]
     row_levels: Tensor
     column_levels: Tensor
+    known: Sets | None = field(default=None, repr=False)  # what the levels say, where that was worked out before
     kind: ClassVar[str] = "sparse_low_rank"
     selects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if self.known is not None:
+            return
         if not self.left or len(self.left) != len(self.right):
             raise SlrpropError(
                 f"sparse low rank takes as many left as right blocks, at least one; got {len(self.left)} and {len(self.right)}"
@@ -102,9 +134,16 @@ class SparseLowRank(Factors):
                 raise SlrpropError(
                     f"{side} levels must be one uint8 per neuron, at most {len(self.left)}; got {levels.dtype} {tuple(levels.shape)}"
                 )
+        object.__setattr__(self, "known", Sets.of(self.row_levels, self.column_levels, len(self.left)))
         for level, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
-            require_matrix(f"left block {level}", left, (len(members(self.row_levels, level)), None))
-            require_matrix(f"right block {level}", right, (left.shape[1], len(members(self.column_levels, level))))
+            require_matrix(f"left block {level}", left, (len(self.sets.rows[level]), None))
+            require_matrix(f"right block {level}", right, (left.shape[1], len(self.sets.columns[level])))
+
+    @property
+    def sets(self) -> Sets:
+        """Which neurons take part in each block."""
+        assert self.known is not None
+        return self.known
 
     @classmethod
     def shorten(cls, svd: SVD, reduced_rank: int, short_rows: Tensor, short_columns: Tensor) -> "SparseLowRank":
@@ -125,25 +164,14 @@ class SparseLowRank(Factors):
     def shape(self) -> tuple[int, int]:
         return len(self.row_levels), len(self.column_levels)
 
-    def segments(self) -> "tuple[list[Segment], Tensor | None]":
-        """The output side as neighbouring pieces, one per column level, and the order that brings their columns back.
-
-        The order is None where the pieces, one after the other, are the columns already.
-        """
-        groups = [
-            ((self.column_levels == level).nonzero()[:, 0], level) for level in self.column_levels.unique().tolist()
-        ]
-        groups.sort(key=lambda group: int(group[0][0]))
+    def segments(self) -> list[Segment]:
+        """The output side as neighbouring pieces, one per column level; ``sets.order`` brings their columns back."""
         found = []
-        for index, level in groups:
-            parts = [
-                block[:, torch.searchsorted(members(self.column_levels, g), index)]
-                for g, block in enumerate(self.right[:level])
-            ]
-            right = torch.cat(parts) if parts else self.right[0].new_zeros(0, len(index))
-            found.append(Segment(index, level, right))
-        order = torch.cat([segment.columns for segment in found])
-        return found, None if bool((order.diff() == 1).all()) else order.argsort()
+        for columns, places in self.sets.pieces:
+            parts = [chosen(block, place) for block, place in zip(self.right, places, strict=False)]
+            right = torch.cat(parts) if parts else self.right[0].new_zeros(0, len(columns))
+            found.append(Segment(columns, len(parts), right))
+        return found
 
     def matrices(self) -> dict[str, Tensor]:
         named = [(f"left_{level}", block) for level, block in enumerate(self.left)]
@@ -153,7 +181,7 @@ class SparseLowRank(Factors):
         left, right = (
             tuple(matrices[f"{side}_{level}"] for level in range(len(self.left))) for side in ("left", "right")
         )
-        return SparseLowRank(left, right, self.row_levels, self.column_levels)
+        return SparseLowRank(left, right, self.row_levels, self.column_levels, self.known)
 
     @classmethod
     def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> "SparseLowRank":
@@ -190,8 +218,8 @@ class SparseLowRank(Factors):
         m, n = self.shape
         left, right = [], []
         for level, (a, b) in enumerate(zip(self.left, self.right, strict=True)):
-            left.append(a.new_zeros(m, a.shape[1]).index_copy(0, members(self.row_levels, level).to(a.device), a))
-            right.append(b.new_zeros(b.shape[0], n).index_copy(1, members(self.column_levels, level).to(b.device), b))
+            left.append(a.new_zeros(m, a.shape[1]).index_copy(0, self.sets.rows[level].to(a.device), a))
+            right.append(b.new_zeros(b.shape[0], n).index_copy(1, self.sets.columns[level].to(b.device), b))
         return torch.cat(left, 1), torch.cat(right)
 
     def read(self) -> Tensor:
@@ -210,13 +238,8 @@ class SparseLowRank(Factors):
     @property
     def gathered(self) -> int:
         """Inputs and outputs, for one sample, that the blocks pick one by one because no slice gives them."""
-        sets = [members(self.row_levels, level) for level in range(len(self.left))]
-        picked = sum(len(index) for index in sets if span(index) is None)
-        return picked + (self.shape[1] if self.segments()[1] is not None else 0)
-
-    def product(self, x: Tensor) -> Tensor:
-        left, right = self.padded()
-        return x @ left @ right
+        picked = sum(len(index) for index in self.sets.rows if span(index) is None)
+        return picked + (self.shape[1] if self.sets.order is not None else 0)
 
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "SparseLowRank":
         left, right, row_levels, column_levels = self.left, self.right, self.row_levels, self.column_levels

@@ -82,13 +82,6 @@ class Narrowed(Factors):
         weight[self.rows.nonzero(), self.columns.nonzero()[:, 0]] = self.block
         return weight
 
-    def product(self, x: Tensor) -> Tensor:
-        y = (x if self.rows.all() else x.index_select(-1, self.rows.nonzero()[:, 0].to(x.device))) @ self.block
-        if self.columns.all():
-            return y
-        zero = y.new_zeros(*y.shape[:-1], self.shape[1])
-        return zero.index_copy(-1, self.columns.nonzero()[:, 0].to(x.device), y)
-
     def read(self) -> Tensor:
         return self.rows
 

@@ -141,9 +141,6 @@ class Quantized(Factors):
     def dense(self) -> Tensor:
         return self.plain().dense()
 
-    def product(self, x: Tensor) -> Tensor:
-        return self.plain().product(x)
-
     @property
     def selects(self) -> bool:  # type: ignore[override]
         return self.codes.selects

@@ -59,7 +59,7 @@ class Shared(Factors):
 
     @cached_property
     def places(self) -> Tensor:
-        """The permutations (n x m, int32) on the sequence's device.
+        """The permutations (n x m, int32).
 
         Raises:
             SlrpropError: a place is beyond the sequence.
@@ -70,7 +70,7 @@ class Shared(Factors):
         else:
             assert self.packed is not None
             found = unpack(self.packed.cpu().numpy(), m, n)
-        return torch.from_numpy(found).to(self.sequence.device)
+        return torch.from_numpy(found)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -86,8 +86,7 @@ class Shared(Factors):
     def with_matrices(self, matrices: Mapping[str, Tensor]) -> "Shared":
         offset = None if self.offset is None else matrices["offset"]
         made = replace(self, sequence=matrices["sequence"], scale=matrices["scale"], offset=offset)
-        if "places" in vars(self):  # unpacked once for all
-            vars(made)["places"] = self.places.to(made.sequence.device)
+        vars(made)["places"] = self.places  # unpacked once for all
         return made
 
     @classmethod
@@ -103,7 +102,7 @@ class Shared(Factors):
         return m * n  # as many as the dense weight
 
     def dense(self) -> Tensor:
-        weight = self.scale[:, None] * self.sequence[self.places.long()]
+        weight = self.scale[:, None] * self.sequence[self.places.to(self.sequence.device).long()]
         return (weight if self.offset is None else weight + self.offset[:, None]).T
 
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Shared":

@@ -23,8 +23,10 @@ from slrprop.methods import (
     slr,
     slr_refit,
     slrprop,
+    spatial,
     svd,
     taylor,
+    tucker,
     wanda,
 )
 from slrprop.methods.base import Decision, Method, Problem, Settings
@@ -36,6 +38,8 @@ _ALL = (
     slr_refit,
     low_rank,
     nested,
+    spatial,
+    tucker,
     low_rank_plus_sparse,
     dense,
     rtn,

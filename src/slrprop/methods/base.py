@@ -2,10 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from numbers import Integral
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from slrprop.factors.quantized import BITS
 from slrprop.linalg import SOLVERS, SVD, Solver, truncated_svd
 from slrprop.losses import LOSSES, LossName
 from slrprop.network.base import Network
+from slrprop.operators import Operator
 from slrprop.plan import LayerPlan
 from slrprop.relevance.cost import Baseline, CostScores, cost_scores
 from slrprop.relevance.simple import Scores, weight_scores
@@ -76,9 +77,18 @@ class Settings(ABC):
         """What the method must be told: any of ``statistics.QUANTITIES``, ``cost``, ``inputs`` and ``sensitivity``."""
         return ()
 
+    def treats(self, operator: Operator) -> bool:
+        """Whether the method can treat a weight that is multiplied so."""
+        return not operator.bits_only
+
+    def at(self, operator: Operator) -> Self:
+        """The settings for a layer, where these depend on how its weight is multiplied: the size of a kernel."""
+        known = hasattr(self, "kernel") and operator.kernel
+        return replace(self, kernel=operator.kernel) if known else self  # type: ignore[call-arg]
+
     def eligible(self, network: Network) -> tuple[str, ...]:
         """The layers this method can treat, in order of execution."""
-        return network.order
+        return tuple(name for name in network.order if self.treats(network.operator(name)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,7 +94,8 @@ def in_order(
     for name, layer in (fixed or {}).items():
         compressed[name] = computed_by(problem, layer)
     names = [name for name in problem.network.order if name in chosen]
-    problem.calibration.prepare(tuple(names), any(settings.weighted for _, settings in chosen.values()))
+    fitted = tuple(name for name in names if not problem.network.operator(name).bits_only)
+    problem.calibration.prepare(fitted, any(settings.weighted for _, settings in chosen.values()))
     try:
         for name in names:
             method, settings = chosen[name]
@@ -139,7 +140,7 @@ def head_after(problem: Problem, names: list[str]) -> str | None:
     last = next((name for name in network.order if network.is_last(name)), None)
     first = min((network.order.index(name) for name in names), default=len(network.order))
     fit = last is not None and last not in names and network.order.index(last) > first
-    return last if fit and last and network.times_called[last] == 1 and not network.stays(last) else None
+    return last if fit and last and network.layers[last].calls == 1 and not network.stays(last) else None
 
 
 def fit_layer(
@@ -151,6 +152,11 @@ def fit_layer(
 ) -> tuple[Decision, Compressed]:
     """One layer's factors, rounded if so asked, and its bias; and what it computes by now. All on the CPU."""
     assert method.fit is not None
+    if problem.network.operator(name).bits_only:  # every number by itself
+        packed, kept = quantised(Dense(problem.weight(name)), settings.bits), problem.network.bias(name)
+        packed = packed if kept is None else with_bias(packed, kept)
+        known = torch.zeros(packed.shape[1], dtype=torch.float64) if kept is None else kept.double()
+        return Decision(name, packed), Compressed(packed.dense(), known, packed)
     before = compressed if settings.sequential else {}
     task = problem.calibration.regression(name, before, settings.weighted)
     dtype = problem.weight(name).dtype

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from slrprop.factors import Dense
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
+from slrprop.operators import Operator
 from slrprop.regression import Regression
 
 
@@ -18,6 +19,9 @@ class DenseSettings(CalibratedSettings):
 
     def stored_numbers(self, m: int, n: int) -> int:
         return m * n
+
+    def treats(self, operator: Operator) -> bool:
+        return True
 
     @classmethod
     def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:

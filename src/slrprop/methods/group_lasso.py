@@ -9,6 +9,7 @@ from torch import Tensor
 from slrprop.factors import Narrowed
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.methods.density import DensitySettings
+from slrprop.operators import Operator
 from slrprop.regression import Regression
 from slrprop.sparsity import damped, largest, whole_share
 
@@ -28,6 +29,9 @@ class GroupLassoSettings(DensitySettings, CalibratedSettings):
     refit: bool = True
 
     source: ClassVar[str] = "Yuan, Lin, J. Royal Statistical Society B 68, 2006"
+
+    def treats(self, operator: Operator) -> bool:
+        return super().treats(operator) and operator.unit == 1
 
     def stored_numbers(self, m: int, n: int) -> int:
         return n * whole_share(m, self.density)

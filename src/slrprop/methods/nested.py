@@ -90,6 +90,14 @@ def largest(scores: Tensor, among: Tensor, count: int) -> Tensor:
     return among[scores[among].argsort(descending=True, stable=True)[:count]].sort().values
 
 
+def whole(scores: Tensor, among: Tensor, count: int, unit: int) -> Tensor:
+    """The same in whole channels of ``unit`` rows, as many as ``count`` rows hold, one at least."""
+    if unit == 1:
+        return largest(scores, among, count)
+    channels = largest(scores.unflatten(0, (-1, unit)).sum(1), among[::unit] // unit, max(1, count // unit))
+    return (channels[:, None] * unit + torch.arange(unit)).flatten()
+
+
 def fit(task: Regression, settings: NestedSettings) -> SparseLowRank:
     """Levels from the widest to the narrowest; sets by the residual; then sweeps."""
     m, n = task.weight.shape
@@ -98,7 +106,10 @@ def fit(task: Regression, settings: NestedSettings) -> SparseLowRank:
     for index, (row_count, column_count, rank) in enumerate(settings.sizes(m, n)):
         if index:
             row_scores, column_scores = refit.scores()
-            rows, columns = largest(row_scores, rows, row_count), largest(column_scores, columns, column_count)
+            rows, columns = (
+                whole(row_scores, rows, row_count, task.operator.unit),
+                largest(column_scores, columns, column_count),
+            )
         refit.add(rows, columns, rank)
     for _ in range(settings.sweeps if len(refit.blocks) > 1 else 0):
         refit.sweep()

@@ -55,7 +55,7 @@ class RemovalSettings(CalibratedSettings):
     def reader(network: Network, first: str) -> str | None:
         """The dense layer that reads a layer's neurons, where both can be changed."""
         following = network.next_layer(first)
-        free = all(network.times_called[name] == 1 and not network.stays(name) for name in (first, following) if name)
+        free = all(network.layers[name].calls == 1 and not network.stays(name) for name in (first, following) if name)
         return following if free and following in network.order else None
 
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from slrprop.factors import Dense
 from slrprop.methods.base import Decision, Method, Problem, Settings
+from slrprop.operators import Operator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,9 @@ class RTNSettings(Settings):
 
     def stored_numbers(self, m: int, n: int) -> int:
         return m * n
+
+    def treats(self, operator: Operator) -> bool:
+        return True
 
     @classmethod
     def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:

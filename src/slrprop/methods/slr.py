@@ -103,7 +103,14 @@ def cost_of(
 
 def shortened(problem: Problem, name: str, settings: ShortenSettings, scores: Scores) -> Decision:
     """Shorten a layer's least relevant neurons."""
-    rows, columns = (kept(side, settings.sparsity_rate) for side in scores)
+    unit = problem.network.operator(name).unit
+    by_channel = (
+        scores.rows
+        if len(scores.rows) * unit == problem.network.shape(name)[0]
+        else scores.rows.unflatten(0, (-1, unit)).sum(1)
+    )
+    rows = kept(by_channel, settings.sparsity_rate).repeat_interleave(unit)
+    columns = kept(scores.columns, settings.sparsity_rate)
     svd = problem.svd(name, settings.rank, settings.solver)
     return Decision(name, SparseLowRank.shorten(svd, settings.reduced_rank, ~rows, ~columns), rows, columns)
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from torch import nn
 
-import slrprop.network.onnx_sparse  # noqa: F401  (registers its nodes)
+import slrprop.network.onnx_shared
+import slrprop.network.onnx_sparse  # noqa: F401  (these register their nodes)
 from slrprop.data import Data
 from slrprop.network.base import Flow, Network
 from slrprop.network.chain import Chain, Step

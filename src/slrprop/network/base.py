@@ -16,10 +16,12 @@ from slrprop.errors import SlrpropError
 from slrprop.factors import Dense, Factors, stored_bytes
 from slrprop.losses import IGNORED, LossName, pick_loss, rows_of
 from slrprop.network.chain import ACTIVATIONS, Affine, Chain, Element, Linear, Path
+from slrprop.network.layer import Layer
 from slrprop.network.reading import Raised, Reading, class_axis, embedding
 from slrprop.network.samples import Sampled
+from slrprop.operators import Operator
 
-Layer = Callable[[Tensor, Tensor], Tensor]  # (input (..., m), candidate) -> output (..., n)
+Changing = Callable[[Tensor, Tensor], Tensor]  # (what a layer reads, candidate) -> what it makes
 
 
 def fingerprint(weight: Tensor) -> str:
@@ -30,7 +32,7 @@ def fingerprint(weight: Tensor) -> str:
 
 
 class Flow(NamedTuple):
-    """One batch through the network: its main output (classes last), and per layer the inputs and outputs of each call, flattened to (p, m) and (p, n)."""
+    """One batch through the network: its main output (classes last), and per layer and call the rows that the weight is multiplied by (p x m) and makes (p x n)."""
 
     batch: Batch
     output: Tensor
@@ -38,22 +40,28 @@ class Flow(NamedTuple):
 
 
 class Network(Sampled):
-    """Dense layers by name, and the graph around them.
+    """Layers by name, and the graph around them.
 
-    ``names`` are all dense layers, ``order`` those the data reaches, in order of execution; ``tied`` says for each
-    layer what else uses its weight; ``ending`` is ``softmax`` or ``log_softmax`` where that makes the output.
+    ``order`` are those the data reaches, in order of execution; ``ending`` is ``softmax`` or ``log_softmax`` where that makes the output.
     """
 
-    def __init__(self, names: tuple[str, ...], tied: dict[str, list[str]]) -> None:
+    def __init__(self, layers: dict[str, Layer]) -> None:
         super().__init__()
-        self.names = self.order = names
-        self.tied = tied
+        self.layers, self.order = layers, tuple(layers)
         self.ending: str | None = None
         self.reading: Reading | None = None  # of the main output, once data was seen
-        self.times_called = dict.fromkeys(names, 1)
         self._reads: dict[str, Any] = {}  # by layer, what tells apart the tensors that they read
         self._paths: dict[str, Path] = {}
         self._chains: dict[str, Chain | None] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All layers."""
+        return tuple(self.layers)
+
+    def operator(self, name: str) -> Operator:
+        """How a layer's weight is multiplied."""
+        return self.layers[name].operator
 
     @property
     @abstractmethod
@@ -62,7 +70,7 @@ class Network(Sampled):
 
     @abstractmethod
     def elsewhere(self) -> Mapping[str, int]:
-        """Bytes of numbers beside the dense layers' weights, by the kind of module or node that uses them."""
+        """Bytes of numbers beside the layers' weights, by the kind of module or node that uses them."""
 
     @abstractmethod
     def weight(self, name: str) -> Tensor:
@@ -85,7 +93,7 @@ class Network(Sampled):
         """
 
     @abstractmethod
-    def outputs_with(self, name: str, flow: Flow, layer: Layer, candidates: Tensor) -> Tensor:
+    def outputs_with(self, name: str, flow: Flow, layer: Changing, candidates: Tensor) -> Tensor:
         """The network's outputs (candidates, ...) on a batch when ``layer(its input, candidate)`` takes the layer's place.
 
         What comes before the layer does not depend on the candidate and is not repeated for each.
@@ -105,9 +113,9 @@ class Network(Sampled):
         """
 
     def other_numbers(self, treated: Collection[str] | None = None) -> str:
-        """:meth:`elsewhere` in words, what is 1 % of all and more; dense layers that are not ``treated`` are part of it."""
+        """:meth:`elsewhere` in words, what is 1 % of all and more; layers that are not ``treated`` are part of it."""
         left = {name for name in self.names if treated is not None and name not in treated}
-        found = {**self.elsewhere(), "dense layers that stay": self._dense_bytes(left)}
+        found = {**self.elsewhere(), "layers that stay": self._dense_bytes(left)}
         parts, total = sorted(found.items(), key=lambda part: -part[1]), self.number_bytes
         return ", ".join(f"{kind} {100 * size / total:.0f} %" for kind, size in parts if size and 100 * size >= total)
 
@@ -121,12 +129,12 @@ class Network(Sampled):
 
     def stays(self, name: str) -> str:
         """Why a layer can't be replaced whatever the method; empty where it can."""
-        return f"its weight is also {', '.join(self.tied[name])}" if self.tied[name] else ""
+        layer = self.layers[name]
+        return f"its weight is also {', '.join(layer.tied)}" if layer.tied else layer.held
 
     def shape(self, name: str) -> tuple[int, int]:
         """(m, n) of a layer's weight."""
-        m, n = self.weight(name).shape
-        return m, n
+        return self.layers[name].shape
 
     def stored(self, name: str, form: Factors | None = None, bias: Tensor | None = None) -> int:
         """Bytes of a layer in a form and with another bias, if these are given, in the type that its numbers are stored in."""
@@ -137,13 +145,17 @@ class Network(Sampled):
         """SHA-256 of the layer's weight: the same for equal weights of any network."""
         return fingerprint(self.weight(name).T)
 
+    def rows_of(self, names: Iterable[str]) -> dict[str, Callable[[Tensor], Tensor]]:
+        """What takes each layer's outputs apart into rows (p x n)."""
+        return {name: self.operator(name).outputs for name in names}
+
     def require(self, name: str) -> None:
-        """Refuse a name that is no dense layer, or one the data never reaches."""
+        """Refuse a name that is no layer, or one the data never reaches."""
         if name not in self.names:
             raise SlrpropError(
-                f"no dense layer is called '{name}'{suggestion(str(name), self.names)}; the model has {', '.join(self.names) or 'none'}"
+                f"no layer is called '{name}'{suggestion(str(name), self.names)}; the model has {', '.join(self.names) or 'none'}"
             )
-        if not self.times_called[name]:
+        if not self.layers[name].calls:
             raise SlrpropError(
                 f"layer '{name}' is not called as a module on this data (a fused path may read its weight), so it can't be replaced"
             )
@@ -299,9 +311,12 @@ def directions(output: Tensor, probes: int, random: torch.Generator, real_valued
 
 
 def gradients_along(
-    output: Tensor, places: Sequence[tuple[str, Tensor]], along: Iterable[Tensor]
+    output: Tensor,
+    places: Sequence[tuple[str, Tensor]],
+    along: Iterable[Tensor],
+    rows: Mapping[str, Callable[[Tensor], Tensor]],
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """By automatic differentiation: the gradient (p, n) of an output along each direction, at named tensors (..., n); zeros where there is none."""
+    """By automatic differentiation: the gradient (p, n) of an output along each direction, at named tensors, taken apart by ``rows``; zeros where there is none."""
     if not output.requires_grad:  # none of them leads to it
         output = output + 0 * sum((y.flatten()[:1].sum() for _, y in places), output.new_zeros(()))
     for turn, direction in enumerate(along if places else ()):
@@ -310,7 +325,7 @@ def gradients_along(
         )
         found: dict[str, list[Tensor]] = {}
         for (name, _), part in zip(places, parts, strict=True):
-            found.setdefault(name, []).append(part.flatten(0, -2))
+            found.setdefault(name, []).append(rows[name](part))
         yield turn, {name: torch.cat(rows) for name, rows in found.items()}
 
 

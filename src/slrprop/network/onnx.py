@@ -14,18 +14,20 @@ from slrprop.data import Batch, Data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense as DenseFactors
 from slrprop.losses import rows_of
-from slrprop.network.base import Flow, Layer, Network, gradients_along, require_finite
+from slrprop.network.base import Changing, Flow, Network, gradients_along, require_finite
 from slrprop.network.chain import Chain, Linear, fold
+from slrprop.network.layer import Layer
 from slrprop.network.onnx_census import elsewhere
 from slrprop.network.onnx_constants import tensor_of
 from slrprop.network.onnx_feed import Feed, Part, input_dtype, unpadded
 from slrprop.network.onnx_file import OnnxFile, Session
-from slrprop.network.onnx_graph import Dense, Graph
+from slrprop.network.onnx_graph import Graph, Place
 from slrprop.network.onnx_rewrite import rewritten
 from slrprop.network.onnx_tensors import reading
 from slrprop.network.onnx_torch import Behind
 from slrprop.network.reading import LAST, Raised, Reading
 from slrprop.network.samples import alike
+from slrprop.operators import MatMul
 
 MOST_AT_ONCE = 1 << 20  # samples of a batch whose size is fixed
 STACKED = 1 << 22  # numbers of a layer's changed outputs that are run at once
@@ -61,7 +63,13 @@ class OnnxNetwork(Network):
         self.file = model if isinstance(model, OnnxFile) else OnnxFile.open(model)
         with reading(self.file.path):
             self.graph = Graph(self.file)
-            super().__init__(tuple(self.graph.layers), self.graph.tied())
+            tied = self.graph.tied()
+            super().__init__(
+                {
+                    name: Layer(name, place.operator, place.shape, tied=tied[name], held=place.held)
+                    for name, place in self.graph.layers.items()
+                }
+            )
             self.ending, self.classes = self.graph.ending, self.graph.classes()
             self._paths = {name: self.graph.follow(layer) for name, layer in self.graph.layers.items()}
             self._reads = {name: layer.x for name, layer in self.graph.layers.items()}
@@ -113,10 +121,11 @@ class OnnxNetwork(Network):
             with reading(self.file.path):
                 real = [self.graph.linear(e.name) if isinstance(e, Linear) and e.name else e for e in elements]
                 like = torch.ones(self.shape(name)[1], dtype=self.dtype(name))
-                self._chains = {name: fold(real, like) if whole else None}
+                dense = whole and isinstance(self.operator(name), MatMul)
+                self._chains = {name: fold(real, like) if dense else None}
         return super().chain(name)
 
-    def layer(self, name: str) -> Dense:
+    def layer(self, name: str) -> Place:
         """Where a layer is in the graph."""
         self.require(name)
         return self.graph.layers[name]
@@ -131,9 +140,6 @@ class OnnxNetwork(Network):
     def elsewhere(self) -> Mapping[str, int]:
         weights = {self.graph.constants[layer.weight].root for layer in self.graph.layers.values()}
         return elsewhere(self.file.proto.graph, weights)
-
-    def shape(self, name: str) -> tuple[int, int]:
-        return self.layer(name).shape
 
     def weight(self, name: str) -> Tensor:
         with reading(self.file.path):
@@ -234,6 +240,7 @@ class OnnxNetwork(Network):
         wanted = {tensor for layer in layers.values() for tensor in (layer.x, layer.y)}
         wanted |= {self.graph.main} if whole else set()
         session = self.file.session(sorted(wanted - fed))
+        first = 0
         for part in (part for batch in data for part in self.parts(batch)):
             found = {**part.feed, **self.run(session, part.feed)}
             output = torch.empty(0)
@@ -243,7 +250,8 @@ class OnnxNetwork(Network):
             calls = {}
             for name, layer in layers.items():
                 x, y = unpadded(layer_input(layer, found), part), unpadded(tensor_of(found[layer.y]), part)
-                calls[name] = [(x.reshape(-1, layer.shape[0]), y.reshape(-1, layer.shape[1]))]
+                calls[name] = [(layer.operator.inputs(x, first), layer.operator.outputs(y, first))]
+            first += part.samples
             yield self.flow(part.batch, output, calls) if whole else Flow(part.batch, output, calls)
 
     def gradients(self, names: tuple[str, ...], data: Data, probes: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -267,10 +275,10 @@ class OnnxNetwork(Network):
             output, seen = made
             output = rows_of(self.classes_last(self._samples_first(self.scores(output), part)))
             along = self.directions(output, part.batch.targets, probes, random)
-            for turn, gradients in gradients_along(output, list(seen.items()), along):
+            for turn, gradients in gradients_along(output, list(seen.items()), along, self.rows_of(names)):
                 yield turn, {name: unpadded(rows, part) for name, rows in gradients.items()}
 
-    def outputs_with(self, name: str, flow: Flow, layer: Layer, candidates: Tensor) -> Tensor:
+    def outputs_with(self, name: str, flow: Flow, layer: Changing, candidates: Tensor) -> Tensor:
         """Candidates stand one after the other on the batch axis; one at a time where the graph can't be stretched so."""
         dense = self.layer(name)
         if dense.y != self.graph.main and not self._behind_nodes(dense):
@@ -278,7 +286,7 @@ class OnnxNetwork(Network):
         cut = self._cut(name, flow)
         assert cut.tensors is not None and cut.part is not None
         x = layer_input(dense, cut.tensors)
-        whole = x.shape[:-1].numel() * dense.shape[1]
+        whole = tensor_of(cut.tensors[dense.y]).numel()
         at_once = max(1, STACKED // max(whole, 1)) if cut.stretch is not None else 1
         found = []
         for chosen in candidates.split(at_once):
@@ -291,7 +299,7 @@ class OnnxNetwork(Network):
         """The main output without padding, its samples on the first axis."""
         return unpadded(output.movedim(self.place(part.batch), 0), part._replace(batch=part.batch._replace(axes={})))
 
-    def _behind(self, cut: Cut, dense: Dense, y: Tensor, copies: int) -> Tensor:
+    def _behind(self, cut: Cut, dense: Place, y: Tensor, copies: int) -> Tensor:
         """The main output for ``copies`` batches of the layer's output, stacked on axis 0."""
         assert cut.tensors is not None
         kind = cut.tensors[dense.y].dtype
@@ -319,10 +327,10 @@ class OnnxNetwork(Network):
             cut.stretch = self._stretch(cut, dense)
         return cut
 
-    def _behind_nodes(self, dense: Dense) -> set[int]:
+    def _behind_nodes(self, dense: Place) -> set[int]:
         return self.graph.after({dense.y}) & self.graph.before(self.graph.main)
 
-    def _make_cut(self, dense: Dense) -> Cut:
+    def _make_cut(self, dense: Place) -> Cut:
         graph = self.graph
         behind = self._behind_nodes(dense)
         fed = {value.name for value in graph.inputs}
@@ -342,7 +350,7 @@ class OnnxNetwork(Network):
             )
         return Cut(before, self.file.session([graph.main], inputs, behind | constant), crossing)
 
-    def _stretch(self, cut: Cut, dense: Dense) -> dict[str, bool | np.ndarray] | None:
+    def _stretch(self, cut: Cut, dense: Place) -> dict[str, bool | np.ndarray] | None:
         """How crossing tensors grow with the batch, found on a batch and its double; proved on two stacked batches."""
         assert cut.tensors is not None and cut.part is not None
         found: dict[str, bool | np.ndarray] = {}
@@ -379,7 +387,7 @@ class OnnxNetwork(Network):
         return found if got.shape == want.shape and bool(((got - want).abs() <= room).all()) else None
 
 
-def layer_input(layer: Dense, found: Feed) -> Tensor:
+def layer_input(layer: Place, found: Feed) -> Tensor:
     """What a layer multiplies (..., m)."""
     x = tensor_of(found[layer.x])
     return x.T if layer.trans_a else x

@@ -1,18 +1,21 @@
-"""The graph of an ONNX model: its constants, its dense layers, and what follows a tensor."""
+"""The graph of an ONNX model: its constants, its layers, and what follows a tensor."""
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from onnx import NodeProto, TensorProto, helper
+from torch import Tensor
 
 from slrprop.errors import SlrpropError
 from slrprop.network.chain import ACTIVATIONS, Affine, Element, Linear, Path
 from slrprop.network.onnx_constants import Constant, attribute, constants_of, standard, tensor_of
 from slrprop.network.onnx_file import FLOATS, OnnxFile, node_reads
+from slrprop.operators import Convolution, MatMul, Operator
+from slrprop.operators.convolution import Sides
 
 ACTIVATION_OPS = {"Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid"}
 ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Neg", "Erf", "Exp", "Max", "Min", "Clip", "Cast", "Identity"} | {
@@ -23,10 +26,11 @@ PROBE = np.linspace(-6, 6, 121)
 
 
 @dataclass(frozen=True, eq=False)
-class Dense:
-    """A dense layer: node number ``index`` multiplies ``x`` (..., m) by a constant, ``y`` (..., n) is its output.
+class Place:
+    """Where a layer is: node number ``index`` multiplies ``x`` by the constant ``weight``, ``y`` is its output.
 
-    ``bias`` is the tensor that is added, by ``adder`` (this node for Gemm, an Add node for MatMul).
+    ``shape`` is that of the matrix, ``bias`` the tensor that is added, by ``adder`` (this node, or an Add node behind a MatMul).
+    ``held`` says why nothing can take its place.
     """
 
     index: int
@@ -40,10 +44,25 @@ class Dense:
     beta: float = 1.0
     trans_a: bool = False
     trans_b: bool = False
+    operator: Operator = field(default_factory=MatMul)
+    held: str = ""
+
+    def matrix(self, stored: np.ndarray) -> np.ndarray:
+        """The matrix (m x n) of the numbers as they are stored."""
+        if isinstance(self.operator, MatMul):
+            return stored.T if self.trans_b else stored
+        matrix: np.ndarray = self.operator.matrix(tensor_of(stored)).numpy()
+        return matrix
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """A matrix as this node stores it."""
+        if isinstance(self.operator, MatMul):
+            return matrix.T if self.trans_b else matrix
+        return self.operator.stored(matrix)
 
 
 class Graph:
-    """Who makes and who reads each tensor, which tensors are constant, and which nodes are dense layers."""
+    """Who makes and who reads each tensor, which tensors are constant, and which nodes are layers."""
 
     def __init__(self, file: OnnxFile) -> None:
         self.file = file
@@ -62,9 +81,9 @@ class Graph:
         stored = {tensor.name for tensor in file.proto.graph.initializer}
         self.inputs = [value for value in file.proto.graph.input if value.name not in stored]
         self.main = self._main_output()
-        self.layers = self._dense_layers()
+        self._ranks: dict[str, tuple[int, ...]] | None = None
+        self.layers = self._places()
         self.by_index = {layer.index: name for name, layer in self.layers.items()}
-        self._ranks: dict[str, int] | None = None
         self.ending = self._ending()
 
     def _main_output(self) -> str:
@@ -98,11 +117,17 @@ class Graph:
         names: list[Any] = next((labels for labels in found if labels), [])
         return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
 
-    def _dense_layers(self) -> dict[str, Dense]:
-        found: dict[str, Dense] = {}
+    def _places(self) -> dict[str, Place]:
+        found: dict[str, Place] = {}
+        finders = {
+            "Gemm": self._gemm,
+            "MatMul": self._matmul,
+            "Conv": self._convolution,
+            "ConvTranspose": self._convolution,
+        }
         for index, node in enumerate(self.nodes):
             op = standard(node)
-            layer = self._gemm(index, node) if op == "Gemm" else self._matmul(index, node) if op == "MatMul" else None
+            layer = finders[op](index, node) if op in finders else None
             if layer is not None:
                 name = node.name if node.name and node.name not in found else layer.y
                 found[name if name not in found else f"{name}#{index}"] = layer
@@ -113,7 +138,7 @@ class Graph:
         known = found is not None and len(found.shape) == 2 and min(found.shape) > 0 and found.dtype in FLOATS.values()
         return found if known else None
 
-    def _gemm(self, index: int, node: NodeProto) -> Dense | None:
+    def _gemm(self, index: int, node: NodeProto) -> Place | None:
         if len(node.input) < 2 or node.input[0] in self.constants or (weight := self._matrix(node.input[1])) is None:
             return None
         trans_b = bool(attribute(node, "transB", 0))
@@ -123,11 +148,11 @@ class Graph:
             return None  # added numbers that differ from sample to sample: no bias
         alpha, beta = float(attribute(node, "alpha", 1.0)), float(attribute(node, "beta", 1.0))
         trans_a = bool(attribute(node, "transA", 0))
-        return Dense(
+        return Place(
             index, node.input[0], node.output[0], node.input[1], (m, n), bias, index, alpha, beta, trans_a, trans_b
         )
 
-    def _matmul(self, index: int, node: NodeProto) -> Dense | None:
+    def _matmul(self, index: int, node: NodeProto) -> Place | None:
         if len(node.input) != 2 or node.input[0] in self.constants or (weight := self._matrix(node.input[1])) is None:
             return None
         m, n = weight.shape
@@ -137,20 +162,73 @@ class Graph:
             others = [name for name in after.input if name != y]
             if len(others) == 1 and self._is_row(others[0], n):
                 y, bias, adder = after.output[0], others[0], readers[0]
-        return Dense(index, node.input[0], y, node.input[1], (m, n), bias, adder)
+        return Place(index, node.input[0], y, node.input[1], (m, n), bias, adder)
+
+    def _convolution(self, index: int, node: NodeProto) -> Place | None:
+        weight = self.constants.get(node.input[1]) if len(node.input) > 1 else None
+        if (
+            weight is None
+            or node.input[0] in self.constants
+            or weight.dtype not in FLOATS.values()
+            or min(weight.shape) < 1
+        ):
+            return None
+        turned, count = node.op_type == "ConvTranspose", len(weight.shape) - 2
+        if not 1 <= count <= 3:
+            return None
+        kernel, groups = tuple(map(int, weight.shape[2:])), int(attribute(node, "group", 1))
+        stride, dilation = (tuple(attribute(node, name, [1] * count)) for name in ("strides", "dilations"))
+        padding, held = self._padding(node, kernel, stride, dilation)
+        wider = tuple(attribute(node, "output_padding", [0] * count)) if turned else ()
+        if turned and (attribute(node, "output_shape", None) or any(one != two for one, two in padding)):
+            held = held or "its map is made larger or smaller in a way of its own"
+        outputs = weight.shape[1] * groups if turned else weight.shape[0]
+        if groups < 1 or outputs % groups or weight.shape[0] % groups:
+            held = f"its {groups} groups do not divide its channels"
+        if turned and groups > 1:
+            held = "it is a transposed convolution in groups"
+        bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
+        if bias is not None and not self._is_row(bias, outputs):
+            return None
+        operator = Convolution(kernel, stride, padding, dilation, groups, turned, wider)
+        m, n = weight.shape[0] if turned else weight.shape[1], weight.shape[1] if turned else weight.shape[0]
+        m *= operator.unit
+        return Place(
+            index, node.input[0], node.output[0], node.input[1], (m, n), bias, index, operator=operator, held=held
+        )
+
+    def _padding(
+        self, node: NodeProto, kernel: Sides, stride: Sides, dilation: Sides
+    ) -> tuple[tuple[tuple[int, int], ...], str]:
+        """The zeros before and behind each axis of the map, and why that can't be known."""
+        count, how = len(kernel), attribute(node, "auto_pad", b"NOTSET").decode()
+        if how in ("NOTSET", "VALID"):
+            pads = attribute(node, "pads", [0] * 2 * count) if how == "NOTSET" else [0] * 2 * count
+            return tuple(zip(pads[:count], pads[count:], strict=True)), ""
+        sides = self.sides(node.input[0])[2:]
+        if how not in ("SAME_UPPER", "SAME_LOWER") or node.op_type != "Conv":
+            return ((0, 0),) * count, f"its auto_pad '{how}' is not known"
+        if len(sides) != count or not all(side > 0 or step == 1 for side, step in zip(sides, stride, strict=True)):
+            return ((0, 0),) * count, f"its auto_pad '{how}' depends on the map's sides, which are open"
+        found = []
+        for side, places, step, reach in zip(sides, kernel, stride, dilation, strict=True):
+            more = max(
+                0, (-(-side // step) - 1) * step + reach * (places - 1) + 1 - side if step > 1 else reach * (places - 1)
+            )
+            found.append((more // 2, more - more // 2) if how == "SAME_UPPER" else (more - more // 2, more // 2))
+        return tuple(found), ""
 
     def _is_row(self, name: str, n: int) -> bool:
         """Whether a tensor is a constant (n,) or (1, n), or one number for all."""
         found = self.constants.get(name)
         return found is not None and found.dtype in FLOATS.values() and found.shape in ((n,), (1, n), (1,), ())
 
-    def weight(self, layer: Dense) -> np.ndarray:
+    def weight(self, layer: Place) -> np.ndarray:
         """The numbers that ``x`` is multiplied by (m x n), alpha included."""
-        value = self.constants[layer.weight].load()
-        value = value.T if layer.trans_b else value
+        value = layer.matrix(self.constants[layer.weight].load())
         return value if layer.alpha == 1 else (value * np.asarray(layer.alpha, value.dtype))
 
-    def bias(self, layer: Dense) -> np.ndarray | None:
+    def bias(self, layer: Place) -> np.ndarray | None:
         """What is added (n,), beta included."""
         if layer.bias is None:
             return None
@@ -158,8 +236,8 @@ class Graph:
         value = np.broadcast_to(value, layer.shape[1:])
         return value if layer.beta == 1 else value * np.asarray(layer.beta, value.dtype)
 
-    def tied(self) -> dict[str, list[str]]:
-        """For every dense layer, what else uses the numbers of its weight."""
+    def tied(self) -> dict[str, tuple[str, ...]]:
+        """For every layer, what else uses the numbers of its weight."""
         uses: dict[str, list[int]] = defaultdict(list)
         for name, constant in self.constants.items():
             if name in self.outputs:
@@ -172,12 +250,16 @@ class Graph:
             return self.by_index.get(index) or self.nodes[index].name or self.nodes[index].output[0]
 
         return {
-            name: [label(index) for index in uses[self.constants[layer.weight].root] if index != layer.index]
+            name: tuple(label(index) for index in uses[self.constants[layer.weight].root] if index != layer.index)
             for name, layer in self.layers.items()
         }
 
     def rank(self, name: str) -> int | None:
         """How many axes a tensor has, where that can be known without data."""
+        return len(self.sides(name)) or None
+
+    def sides(self, name: str) -> tuple[int, ...]:
+        """How long a tensor's axes are, 0 where that is open; none where nothing can be known without data."""
         if self._ranks is None:
             self._ranks = {}
             try:
@@ -186,8 +268,8 @@ class Graph:
                 inferred = self.file.proto.graph
             for value in (*inferred.value_info, *inferred.input, *inferred.output):
                 if value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape"):
-                    self._ranks[value.name] = len(value.type.tensor_type.shape.dim)
-        return self._ranks.get(name)
+                    self._ranks[value.name] = tuple(side.dim_value for side in value.type.tensor_type.shape.dim)
+        return self._ranks.get(name, ())
 
     def after(self, names: set[str]) -> set[int]:
         """The nodes that depend on any of these tensors."""
@@ -228,7 +310,7 @@ class Graph:
         self.ends_last = axis == -1 or axis + 1 == self.rank(self.main)
         return kind
 
-    def follow(self, layer: Dense) -> Path:
+    def follow(self, layer: Place) -> Path:
         """What happens to a layer's output, as long as it is element-wise or dense and its only use.
 
         The dense layers on the path are named; their numbers are not read (see :meth:`linear`).
@@ -245,7 +327,8 @@ class Graph:
                 node, name = self.nodes[readers[0]], self.by_index.get(readers[0])
                 if self.ending and self.maker[self.main] == readers[0]:
                     return Path(elements, self.ends_last, private)
-                if name is not None and self.layers[name].x == tensor and self.layers[name].shape[0] == width:
+                dense = name is not None and isinstance(self.layers[name].operator, MatMul)
+                if name is not None and dense and self.layers[name].x == tensor and self.layers[name].shape[0] == width:
                     if self.layers[name].trans_a:
                         break
                     m, n = self.layers[name].shape

@@ -8,6 +8,7 @@ from onnx import ValueInfoProto, helper
 from torch import Tensor
 
 from slrprop.data import Data
+from slrprop.factors import Dense
 from slrprop.memory import bound
 from slrprop.network.lockstep import Changed, Lockstep
 from slrprop.network.onnx import OnnxNetwork, layer_input
@@ -44,10 +45,11 @@ class OnnxLockstep(Lockstep):
                 self._pass(layer, between[layer])
         if sum(value.nbytes for tensors in self._tensors for value in tensors.values()) > bound():
             return None
-        return [
-            unpadded(layer_input(dense, tensors), part).reshape(-1, dense.shape[0])
-            for tensors, part in zip(self._tensors, self._parts, strict=True)
-        ]
+        rows, first = [], 0
+        for tensors, part in zip(self._tensors, self._parts, strict=True):
+            rows.append(dense.operator.inputs(unpadded(layer_input(dense, tensors), part), first))
+            first += part.samples
+        return rows
 
     def _pass(self, name: str, form: Changed | None) -> None:
         """Compute a layer that all batches stand before."""
@@ -59,7 +61,7 @@ class OnnxLockstep(Lockstep):
         bias = None if bias is None else bias.to(weight)
         for tensors in self._tensors:
             x = layer_input(dense, tensors)
-            y = x.to(weight) @ weight if bias is None else x.to(weight) @ weight + bias
+            y = dense.operator.compute(Dense(weight), bias, x.to(weight))
             tensors[dense.y] = np.ascontiguousarray(y.numpy(), tensors[dense.x].dtype)
         self._done |= {dense.index} if dense.adder is None else {dense.index, dense.adder}
         self._forget()

@@ -1,8 +1,9 @@
 """ONNX models whose chosen layers compute with factors, as plain standard nodes."""
 
 import math
-from collections.abc import Mapping
-from functools import singledispatch
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,10 +11,12 @@ from onnx import GraphProto, NodeProto
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Factors, LowRank, Narrowed, Quantized, SparseLowRank, members
+from slrprop.factors import Dense, Factors, LowRank, Quantized, SparseLowRank, express
+from slrprop.layers import FactoredLayer
+from slrprop.network.onnx_constants import attribute
 from slrprop.network.onnx_file import OnnxFile
-from slrprop.network.onnx_graph import Graph
-from slrprop.network.onnx_writer import FOUR_BITS, Additions, Writer
+from slrprop.network.onnx_graph import Graph, Place
+from slrprop.network.onnx_writer import FOUR_BITS, Additions, Number, Writer
 
 OWN = "slrprop"
 MERGED = 40_000  # zeros that may be multiplied to save nodes: python -m benchmarks.quantisation
@@ -25,66 +28,33 @@ INTEGER = (
 INTEGER_FACTORS = 1_000_000  # the same of low-rank layers
 
 
-@singledispatch
-def product_of(form: Factors, writer: Writer, x: str, y: str) -> None:
-    """Write the nodes that make ``y`` of ``x`` by a form, the last one making ``y``. A new form registers its own."""
-    raise SlrpropError(f"no ONNX nodes compute with {type(form).__name__} factors")
+class LayerWriter(Writer):
+    """With what ONNX Runtime does better in another way than the form says."""
+
+    def merged(self, form: SparseLowRank, x: str) -> str | None:
+        few, ranks = form.merged_zeros <= MERGED + GATHERED * form.gathered, sum(left.shape[1] for left in form.left)
+        fits = self.flat and few and ranks <= form.numbers and len(form.left) < 16 and self.opset >= 11
+        return _merged(form, self, x) if fits else None
+
+    def whole_numbers(self, form: Factors, x: str) -> str | None:
+        """The runtime's integer product, where it was asked for and is the faster way."""
+        if not (self.integers and self.flat and self.dtype == np.float32 and isinstance(form, Quantized)):
+            return None
+        codes, scales = form.codes, form.scales
+        if isinstance(codes, Dense) and form.numbers >= INTEGER:
+            return self.integer_product(x, codes.weight, scales["weight"], form.bits)
+        if isinstance(codes, LowRank) and form.numbers >= INTEGER_FACTORS:
+            # the first product has both scales of a component but for one number: another for every layer, because the runtime
+            # lets equal constants be shared, and merges a shared one into no product
+            rest = torch.tensor(1 + self.place.index / 1024)
+            joined = scales["left"].float() * scales["right"].float() / rest
+            return self.integer_product(
+                self.integer_product(x, codes.left, joined, form.bits), codes.right, rest, form.bits
+            )
+        return None
 
 
-@product_of.register
-def _(form: Dense, writer: Writer, x: str, y: str) -> None:
-    writer.product(x, writer.number(form.weight, "weight"), y)
-
-
-@product_of.register
-def _(form: LowRank, writer: Writer, x: str, y: str) -> None:
-    writer.product(writer.product(x, writer.number(form.left, "left")), writer.number(form.right, "right"), y)
-
-
-@product_of.register
-def _(form: SparseLowRank, writer: Writer, x: str, y: str) -> None:
-    few, ranks = form.merged_zeros <= MERGED + GATHERED * form.gathered, sum(left.shape[1] for left in form.left)
-    if few and ranks <= form.numbers and len(form.left) < 16 and writer.opset >= 11:
-        _merged(form, writer, x, y)
-    else:
-        _blocks(form, writer, x, y)
-
-
-@product_of.register
-def _(form: Narrowed, writer: Writer, x: str, y: str) -> None:
-    seen = writer.some(x, form.rows.nonzero()[:, 0], form.shape[0])
-    if form.columns.all():
-        writer.product(seen, writer.number(form.block, "block"), y)
-        return
-    made = writer.product(seen, writer.number(form.block, "block"))
-    zero = writer.product(writer.slice(made, slice(0, 1)), writer.tensor(torch.zeros(1, 1)))
-    count = form.block.shape[1]
-    writer.gather(writer.join([made, zero]), torch.where(form.columns, form.columns.cumsum(0) - 1, count), y)
-
-
-@product_of.register
-def _(form: Quantized, writer: Writer, x: str, y: str) -> None:
-    codes, scales = form.codes, form.scales
-    whole = writer.integers and writer.dtype == np.float32
-    if whole and isinstance(codes, Dense) and form.numbers >= INTEGER:
-        writer.integer_product(x, codes.weight, scales["weight"], form.bits, y)
-    elif whole and isinstance(codes, LowRank) and form.numbers >= INTEGER_FACTORS:
-        # the first product has both scales of a component but for one number: another for every layer, because the runtime
-        # lets equal constants be shared, and merges a shared one into no product
-        rest = torch.tensor(1 + writer.layer.index / 1024)
-        joined = scales["left"].float() * scales["right"].float() / rest
-        hidden = writer.integer_product(x, codes.left, joined, form.bits)
-        writer.integer_product(hidden, codes.right, rest, form.bits, y)
-    else:
-        axes = codes.scale_axes()
-        writer.bits, writer.scales = form.bits, {name: s[:, None] if axes[name] else s for name, s in scales.items()}
-        for right in [name for name in scales if name.startswith("right") and writer.dtype != np.float16]:
-            left = right.replace("right", "left")  # both scales of a component at once; float16 does not reach so far
-            writer.scales[left] = scales[left].float() * writer.scales.pop(right).flatten().float()
-        product_of(codes, writer, x, y)
-
-
-def _merged(form: SparseLowRank, writer: Writer, x: str, y: str) -> None:
+def _merged(form: SparseLowRank, writer: Writer, x: str) -> str:
     """Two products (one, where that is less work) of matrices that the runtime puts together when it loads the file.
 
     These are the factors with zeros where a neuron takes no part in a block. Zeros are multiplied, but that takes less time than
@@ -94,7 +64,7 @@ def _merged(form: SparseLowRank, writer: Writer, x: str, y: str) -> None:
     left, right = form.padded()
     names = [[f"{side}_{level}" for level in range(len(form.left))] for side in ("left", "right")]
     if writer.bits < 32 and (form.spread_numbers - form.numbers) * writer.bits <= 8 * SPREAD + (m + n):
-        sides = [writer.number(left, *names[0]), writer.number(right, *names[1])]
+        sides = [writer.laid(Number(left, tuple(names[0]))), writer.laid(Number(right, tuple(names[1])))]
     else:  # both, one below the other (m + n, k): a row begins with as many numbers as its neuron's level says
         width, widths = _widths(form, writer)
         rows, component = torch.cat([left, right.T]), torch.arange(left.shape[1])
@@ -108,9 +78,8 @@ def _merged(form: SparseLowRank, writer: Writer, x: str, y: str) -> None:
         scaled = [writer.times(side, writer.scale(*parts)) for side, parts in zip(both, names, strict=True)]
         sides = list(map(writer.settled, scaled))
     if form.spread_numbers > m * n:
-        writer.product(x, writer.product(*sides), y)
-    else:
-        writer.product(writer.product(x, sides[0]), sides[1], y)
+        return writer.product(x, writer.product(*sides))
+    return writer.product(writer.product(x, sides[0]), sides[1])
 
 
 def _widths(form: SparseLowRank, writer: Writer) -> tuple[str, Tensor]:
@@ -128,45 +97,22 @@ def _widths(form: SparseLowRank, writer: Writer) -> tuple[str, Tensor]:
     few = 4 if writer.opset >= FOUR_BITS or writer.bits == 4 else 8
     width = writer.add("Gather", [writer.places(table, np.int32), writer.whole(codes, few, np.dtype(np.int32))], axis=0)
     width = writer.add("Reshape", [width, writer.tensor(np.array([-1, 1]))])
-    return writer.some(width, torch.arange(len(levels)), len(filled), 0), sums[kinds][levels]
-
-
-def _blocks(form: SparseLowRank, writer: Writer, x: str, y: str) -> None:
-    """One product per row set, one per segment of columns."""
-    hidden = []
-    for level, left in enumerate(form.left):
-        index = members(form.row_levels, level)
-        hidden.append(writer.product(writer.some(x, index, form.shape[0]), writer.number(left, f"left_{level}")))
-    segments, order = form.segments()
-    parts = []
-    only = len(segments) == 1 and order is None
-    for segment in segments:
-        if segment.level:
-            names = tuple(f"right_{level}" for level in range(segment.level))
-            source, right = writer.join(hidden[: segment.level]), writer.number(segment.right, *names)
-        else:
-            source = writer.slice(hidden[0], slice(0, 1))
-            right = writer.tensor(torch.zeros(1, len(segment.columns)))
-        parts.append(writer.product(source, right, y if only else None))
-    if not only:
-        joined = writer.join(parts, y if order is None else None)
-        if order is not None:
-            writer.gather(joined, order, y)
+    short = len(filled) > len(levels)
+    return writer.slice(width, slice(0, len(levels)), 0) if short else width, sums[kinds][levels]
 
 
 def _dense(form: Dense, writer: Writer, bias: Tensor | None) -> None:
     """The same node with another weight, and another bias where its own is replaced."""
     node = NodeProto()
     node.CopyFrom(writer.node)
-    weight = form.weight.T if writer.layer.trans_b else form.weight
-    node.input[1] = writer.tensor(weight.contiguous())
+    node.input[1] = writer.tensor(writer.place.stored(form.weight).contiguous())
     for item in node.attribute:
         if item.name == "alpha" or (item.name == "beta" and bias is not None):
             item.f = 1.0
-    if bias is not None and writer.node.op_type == "Gemm":
+    if bias is not None and writer.node.op_type != "MatMul":
         del node.input[2:]
         node.input.append(writer.tensor(bias))
-    elif bias is not None and writer.layer.bias is None:
+    elif bias is not None and writer.place.bias is None:
         node.output[0] = next(writer.additions.names)
         writer.nodes.append(node)
         writer.add("Add", [node.output[0], writer.tensor(bias)], writer.node.output[0])
@@ -174,21 +120,32 @@ def _dense(form: Dense, writer: Writer, bias: Tensor | None) -> None:
     writer.nodes.append(node)
 
 
-def _factored(form: Factors, writer: Writer, bias: Tensor | None) -> None:
-    """Smaller products in the place of the node; a Gemm's bias becomes an Add."""
-    out, layer = writer.node.output[0], writer.layer
-    x = writer.add("Transpose", [layer.x], perm=[1, 0]) if layer.trans_a else layer.x
-    has_adder = layer.adder is not None and layer.adder != layer.index
-    added = "" if has_adder or (bias is None and layer.bias is None) else writer.bias_tensor(form, bias)
-    y = next(writer.additions.names) if added else out
-    product_of(form, writer, x, y)
+def _factored(form: Factors, writer: LayerWriter, bias: Tensor | None) -> None:
+    """Smaller operations in the place of the node; a bias goes to the last one that can add it, or becomes an Add."""
+    out, place = writer.node.output[0], writer.place
+    x = writer.add("Transpose", [place.x], perm=[1, 0]) if place.trans_a else place.x
+    y: str = writer.whole_numbers(form, x) or express(form, writer, x)  # type: ignore[misc]
     last = writer.nodes[-1]
+    assert last.output[0] == y
     last.name = writer.node.name
-    if added and writer.rank == 2 and last.op_type == "MatMul" and writer.adds == "Add":
-        last.op_type, last.output[0] = "Gemm", out  # which adds, too
+    has_adder = place.adder is not None and place.adder != place.index
+    if has_adder or (bias is None and place.bias is None):
+        last.output[0] = out
+        return
+    del writer.nodes[-1]
+    added = writer.bias_tensor(form, bias)
+    writer.nodes.append(last)
+    gemm = writer.flat and writer.rank == 2 and last.op_type == "MatMul" and writer.adds == "Add"
+    if gemm or last.op_type in ("Conv", "ConvTranspose"):
+        last.op_type, last.output[0] = "Gemm" if gemm else last.op_type, out  # which adds, too
         last.input.append(added)
-    elif added:
-        writer.add(writer.adds, [y, added], out)
+    else:
+        writer.add(writer.adds, [y, added] if writer.flat else [y, _column(writer, added)], out)
+
+
+def _column(writer: Writer, bias: str) -> str:
+    """A bias for channels on axis 1 of maps."""
+    return writer.add("Reshape", [bias, writer.tensor(np.array([-1, *[1] * (-1 - writer.operator.axis)]))])
 
 
 def rewritten(
@@ -208,27 +165,65 @@ def rewritten(
             f"integer products need an ONNX file of opset {FOUR_BITS} or later, and '{file.path}' has {file.opset}; convert it, or leave them out"
         )
 
+    items = {
+        name: (layers.layers[name], form, biases.get(name), layers.constants[layers.layers[name].weight].dtype)
+        for name, form in forms.items()
+    }
+    return _edited(file, layers, items, integers)
+
+
+def placed(file: OnnxFile, modules: Sequence[FactoredLayer]) -> OnnxFile:
+    """An exported model with the nodes of factored layers, in the places that hold their numbers among ``modules``."""
+    graph, items = Graph(file), {}
+    for index, node in enumerate(graph.nodes):
+        if node.domain == OWN:
+            module = modules[attribute(node, "index")]
+            form, place = (
+                module.factors(),
+                Place(index, node.input[0], node.output[0], "", (0, 0), operator=module.operator),
+            )
+            kind = next((value.dtype for value in form.matrices().values()), torch.float32)
+            bias = form.bias if isinstance(form, Quantized) and form.bias is not None else module.bias
+            items[node.output[0]] = (
+                replace(place, shape=form.shape),
+                form,
+                bias,
+                np.dtype(str(kind).removeprefix("torch.")),
+            )
+    found = _edited(file, graph, items, False)
+    domains = [domain for domain in found.proto.opset_import if domain.domain != OWN]
+    del found.proto.opset_import[:]
+    found.proto.opset_import.extend(domains)
+    return found
+
+
+def _edited(
+    file: OnnxFile,
+    layers: Graph,
+    items: Mapping[str, tuple[Place, Factors, Tensor | None, np.dtype[Any]]],
+    integers: bool,
+) -> OnnxFile:
     def edit(graph: GraphProto) -> dict[str, np.ndarray]:
         additions = Additions(graph, file.opset)
         nodes: dict[int, list[NodeProto]] = {}
-        for name, form in forms.items():
-            writer, bias = Writer(layers, name, additions, integers), biases.get(name)
-            if isinstance(form, Dense):
+        writer: LayerWriter | None = None
+        for name, (place, form, bias, dtype) in items.items():
+            writer = LayerWriter(layers, name, place, dtype, additions, integers)
+            if isinstance(form, Dense) and place.weight:
                 _dense(form, writer, bias)
             else:
                 _factored(form, writer, bias)
-            nodes[writer.layer.index] = writer.nodes
-            adder = writer.layer.adder
-            if adder is not None and adder != writer.layer.index and (bias is not None or writer.adds != "Add"):
+            nodes[place.index] = writer.nodes
+            adder = place.adder
+            if adder is not None and adder != place.index and (bias is not None or writer.adds != "Add"):
                 added, count = NodeProto(), len(writer.nodes)
-                added.CopyFrom(writer.graph.nodes[adder])
+                added.CopyFrom(layers.nodes[adder])
                 added.op_type = writer.adds
                 if bias is not None:
-                    place = list(added.input).index(writer.layer.bias or "")
-                    added.input[place] = writer.bias_tensor(form, bias)
+                    added.input[list(added.input).index(place.bias or "")] = writer.bias_tensor(form, bias)
                 nodes[adder] = [*writer.nodes[count:], added]
                 del writer.nodes[count:]
-        first = Writer(layers, next(iter(forms)), additions).unpacked() if forms else []
+        first = [] if writer is None else writer.first()
         unnamed = [node for written in nodes.values() for node in written if not node.name]
         if unnamed and not is_own(graph):
             unnamed[0].name = OWN  # so that the file is known again: in float a form looks like any two layers

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from slrprop.errors import SlrpropError
 from slrprop.factors.shared import Shared
-from slrprop.network.onnx_rewrite import product_of
-from slrprop.network.onnx_writer import Writer
+from slrprop.network.onnx_writer import Number, Writer, matrix_of
 from slrprop.permutations import GOLDEN, MIX_1, MIX_2, entry_bits, pack, packed_bytes, windows
 
 SEED_OPSET = 18  # the first that knows BitwiseXor
@@ -108,8 +107,8 @@ class _InFile:
         return names[output]
 
 
-@product_of.register
-def _(form: Shared, writer: Writer, x: str, y: str) -> None:
+@matrix_of.register
+def _(form: Shared, writer: Writer) -> str:
     """Permutations of a seed are generated from it where the file's opset can, else they are packed."""
     if writer.opset < 11:
         raise SlrpropError(
@@ -123,11 +122,11 @@ def _(form: Shared, writer: Writer, x: str, y: str) -> None:
         places = unpacked_nodes(nodes, nodes.tensor(packed), m, n)
 
     def part(name: str, value: Tensor) -> str:
-        return writer.raised(writer.number(value, name))
+        return writer.raised(writer.laid(Number(value, (name,))))
 
     spread = writer.add("Gather", [part("sequence", form.sequence), places], axis=0)
     column = writer.tensor(np.array([n, 1]))
     weight = writer.add("Mul", [spread, writer.add("Reshape", [part("scale", form.scale), column])])
     if form.offset is not None:
         weight = writer.add("Add", [weight, writer.add("Reshape", [part("offset", form.offset), column])])
-    writer.product(x, writer.settled(writer.add("Transpose", [weight], perm=[1, 0])), y)
+    return writer.settled(writer.add("Transpose", [weight], perm=[1, 0]))

@@ -9,13 +9,13 @@ import numpy as np
 from onnx import helper
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import LowRankPlusSparse, Sparse
-from slrprop.network.onnx_rewrite import product_of
-from slrprop.network.onnx_writer import Writer
+from slrprop.factors import Sparse
+from slrprop.network.onnx_writer import Number, Writer, matrix_of
 
 OPSET = 11  # CumSum and ScatterElements
 
 
+@matrix_of.register
 def weight_of(form: Sparse, writer: Writer) -> str:
     """The nodes that make the m x n weight of a sparse form.
 
@@ -42,20 +42,8 @@ def weight_of(form: Sparse, writer: Writer) -> str:
     first = constant(0)
     ends = add("CumSum", [add("Add", [codes, marks]), first])  # one behind a marked place
     order = add("Mul", [add("CumSum", [marks, first], exclusive=1), marks])
-    values = add("Gather", [writer.number(form.entries, "entries"), order])
+    values = add("Gather", [writer.laid(Number(form.entries, ("entries",))), order])
     empty = add("ConstantOfShape", [constant([m * n + 1])], value=zero)
     flat = add("ScatterElements", [empty, add("Mul", [ends, marks]), values])
     flat = add("Slice", [flat, constant([1]), constant([m * n + 1])])
     return add("Reshape", [flat, constant([m, n])])
-
-
-@product_of.register
-def _(form: Sparse, writer: Writer, x: str, y: str) -> None:
-    writer.product(x, weight_of(form, writer), y)
-
-
-@product_of.register
-def _(form: LowRankPlusSparse, writer: Writer, x: str, y: str) -> None:
-    low = next(writer.additions.names)
-    product_of(form.low_rank, writer, x, low)
-    writer.add("Add", [low, writer.product(x, weight_of(form.sparse, writer))], y)

@@ -1,8 +1,11 @@
 """Nodes and initializers of an ONNX model that take the place of layers."""
 
+import copy
 import itertools
 import string
-from typing import Any
+from collections.abc import Callable
+from functools import singledispatch
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -10,9 +13,11 @@ import torch
 from onnx import GraphProto, NodeProto, helper
 from torch import Tensor
 
-from slrprop.factors import Factors, Quantized, span
-from slrprop.network.onnx_graph import Graph
+from slrprop.errors import SlrpropError
+from slrprop.factors import Factors, Quantized, SparseLowRank, span
+from slrprop.network.onnx_graph import Graph, Place
 from slrprop.network.onnx_tensors import graphs_of
+from slrprop.operators import Convolution
 
 SHARED = 16  # numbers at most of a constant that is stored once
 FEW = 24  # numbers up to which the nodes that unpack them would take more bytes than few bits save
@@ -47,17 +52,42 @@ class Additions:
         return name
 
 
+class Number(NamedTuple):
+    """A matrix of the form being written, by its name, or parts of several below each other; what multiplies it lays it out."""
+
+    value: Tensor
+    names: tuple[str, ...]
+
+
+@singledispatch
+def matrix_of(form: Factors, writer: "Writer") -> str:
+    """Write the nodes that put a form's matrix (m x n) together, once, when the runtime loads the file. Such a form registers its own."""
+    raise SlrpropError(f"no ONNX nodes compute with {type(form).__name__} forms")
+
+
+def attributes_of(operator: Convolution) -> dict[str, Any]:
+    """A convolution's attributes in a file."""
+    before, behind = zip(*operator.padding, strict=True)
+    wider = {"output_padding": operator.wider} if operator.transposed else {}
+    return {
+        "kernel_shape": operator.kernel, "strides": operator.stride, "pads": [*before, *behind], "dilations": operator.dilation,
+        "group": operator.groups, **wider,
+    }  # fmt: skip
+
+
 class Writer:
-    """Nodes and initializers that take the place of one layer.
+    """Nodes and initializers that take the place of one layer: the :class:`slrprop.factors.expression.Builder` of files.
 
     Args:
+        dtype: of the layer's numbers.
         integers: let the runtime multiply whole numbers where that is the faster way.
     """
 
-    def __init__(self, graph: Graph, name: str, additions: Additions, integers: bool = False) -> None:
-        self.graph, self.name, self.layer = graph, name, graph.layers[name]
-        self.node = self.graph.nodes[self.layer.index]
-        self.dtype = self.graph.constants[self.layer.weight].dtype
+    def __init__(
+        self, graph: Graph, name: str, place: Place, dtype: np.dtype[Any], additions: Additions, integers: bool = False
+    ) -> None:
+        self.graph, self.name, self.place, self.operator, self.dtype = graph, name, place, place.operator, dtype
+        self.node = graph.nodes[place.index]
         # the runtime computes nothing of float16 before it runs a file, it would unpack the weight at every run
         self.unpacks = np.dtype(np.float32) if self.dtype == np.float16 else self.dtype
         self.additions, self.opset, self.integers = additions, additions.opset, integers
@@ -66,8 +96,9 @@ class Writer:
         self.bits = 32  # of the form being written
         self.scales: dict[str, Tensor] = {}  # of its matrices by name, spread over them; none where all are one
         self._turned: dict[str, str] = {}  # tensors whose transpose is there already
-        self.rank = 2 if self.node.op_type == "Gemm" else self.graph.rank(self.layer.x)
-        self.last_axis = -1 if self.opset >= 11 or self.rank is None else self.rank - 1
+        self.flat = self.operator.axis == -1  # channels on the last axis
+        self.rank = (2 if self.node.op_type == "Gemm" else graph.rank(place.x)) if self.flat else 1 - self.operator.axis
+        self.axis = 1 if not self.flat else -1 if self.opset >= 11 or self.rank is None else self.rank - 1
 
     def tensor(self, value: Tensor | np.ndarray, exact: bool = False) -> str:
         """A new initializer; real numbers take the layer's type unless they must stay ``exact``."""
@@ -83,7 +114,7 @@ class Writer:
 
     def slice(self, x: str, part: slice, axis: int | None = None) -> str:
         """``x[..., part]``, or a part along another axis."""
-        axis = self.last_axis if axis is None else axis
+        axis = self.axis if axis is None else axis
         if self.opset < 10:
             return self.add("Slice", [x], axes=[axis], starts=[part.start], ends=[part.stop])
         return self.add("Slice", [x, *(self.tensor(np.array([number])) for number in (part.start, part.stop, axis))])
@@ -96,31 +127,90 @@ class Writer:
         self.nodes.append(helper.make_node("Split", inputs, names, **old))
         return names
 
-    def gather(self, x: str, index: Tensor, output: str | None = None) -> str:
-        """``x[..., index]``; by whole rows of the transpose where the axes are known: the runtime copies those far faster."""
+    def pick(self, x: str, index: Tensor) -> str:
+        """Features by their places; by whole rows of the transpose where the axes are known: the runtime copies those far faster."""
         places = self.places(index)
-        if self.rank is None:
-            return self.add("Gather", [x, places], output, axis=self.last_axis)
+        if self.rank is None or not self.flat:
+            return self.add("Gather", [x, places], axis=self.axis)
         axes = range(self.rank)
         if x not in self._turned:
             self._turned[x] = self.add("Transpose", [x], perm=[axes[-1], *axes[:-1]])
         picked = self.add("Gather", [self._turned[x], places], axis=0)
-        return self.add("Transpose", [picked], output, perm=[*axes[1:], 0])
+        return self.add("Transpose", [picked], perm=[*axes[1:], 0])
 
-    def some(self, x: str, index: Tensor, count: int, axis: int | None = None) -> str:
-        """Some of ``count`` features, ascending: all, a slice, or gathered."""
-        piece = span(index)
-        if len(index) == count:
+    def some(self, x: str, rows: Tensor) -> str:
+        channels = rows[:: self.operator.unit] // self.operator.unit
+        part = span(channels)
+        if len(rows) == self.place.shape[0]:
             return x
-        return self.gather(x, index) if piece is None else self.slice(x, piece, axis)
+        return self.pick(x, channels) if part is None else self.slice(x, part)
 
-    def join(self, parts: list[str], output: str | None = None) -> str:
-        return (
-            parts[0] if len(parts) == 1 and output is None else self.add("Concat", parts, output, axis=self.last_axis)
-        )
+    def join(self, parts: list[str]) -> str:
+        return parts[0] if len(parts) == 1 else self.add("Concat", parts, axis=self.axis)
 
-    def product(self, x: str, weight: str, output: str | None = None) -> str:
-        return self.add("MatMul", [x, weight], output)
+    def nothing(self, h: str, count: int) -> str:
+        return self.product(self.slice(h, slice(0, 1)), Number(torch.zeros(1, count), ()))
+
+    def along(self, axis: int) -> "Writer":
+        """The same for the part of a convolution along one axis."""
+        assert isinstance(self.operator, Convolution)
+        part = copy.copy(self)
+        part.operator = self.operator.along(axis)
+        return part
+
+    def opened(self, form: Quantized) -> "tuple[Writer, Factors]":
+        axes, codes = form.codes.scale_axes(), form.codes.matrices()
+        self.bits = form.bits
+        self.scales = {
+            name: scale if codes[name].ndim == 1 else scale.unsqueeze(axes[name]) for name, scale in form.scales.items()
+        }
+        for right in [name for name in self.scales if name.startswith("right") and self.dtype != np.float16]:
+            left = right.replace("right", "left")  # both scales of a component at once; float16 does not reach so far
+            self.scales[left] = self.scales[left].float() * self.scales.pop(right).flatten().float()
+        return self, form.codes
+
+    def merged(self, form: SparseLowRank, x: str) -> str | None:
+        return None
+
+    def add_up(self, one: str, other: str) -> str:
+        return self.add("Add", [one, other])
+
+    def number(self, value: Tensor, *names: str) -> Number:
+        return Number(value, names)
+
+    def together(self, form: Factors) -> str:
+        return matrix_of(form, self)
+
+    def enter(self, x: str, weight: Number | str) -> str:
+        operator = self.operator
+        if not isinstance(operator, Convolution):
+            return self.product(x, weight)
+        if isinstance(weight, Number):
+            kernel = self.laid(weight, operator.stored)
+        else:  # put together by nodes, m x n
+            sides = [self.place.shape[1], self.place.shape[0] // operator.unit, *operator.kernel]
+            kernel = self.add("Reshape", [self.add("Transpose", [weight], perm=[1, 0]), self.tensor(np.array(sides))])
+        return self.add("ConvTranspose" if operator.transposed else "Conv", [x, kernel], **attributes_of(operator))
+
+    def product(self, h: str, weight: Number | str) -> str:
+        if self.flat:
+            return self.add("MatMul", [h, self.laid(weight) if isinstance(weight, Number) else weight])
+        assert isinstance(weight, Number)
+        ones = [1] * (-1 - self.operator.axis)
+        return self.add("Conv", [h, self.laid(weight, lambda matrix: matrix.T.reshape(*matrix.T.shape, *ones))])
+
+    def laid(self, number: Number, layout: Callable[[Tensor], Tensor] = lambda matrix: matrix) -> str:
+        """A matrix as a tensor of the file; where it is quantised, through its scales."""
+        value, names = number
+        if self.bits == 32 or not names:
+            return self.tensor(layout(value).contiguous())
+        scale = self.scale(*names)
+        if scale is not None and value.ndim == 2:
+            scale = layout(scale.expand_as(value))
+            for axis in range(scale.ndim):
+                first = scale.narrow(axis, 0, 1)
+                scale = first if bool((scale == first).all()) else scale
+        return self.settled(self.scaled(layout(value), scale, self.bits))
 
     def bias_tensor(self, form: Factors, bias: Tensor | None) -> str:
         """The name of the layer's bias: a new one where given (the form's own, if it carries that), else the old one."""
@@ -128,22 +218,19 @@ class Writer:
             return self.settled(self.scaled(form.bias_codes, form.bias_scale, 8))
         if bias is not None:
             return self.tensor(bias)
-        name = self.layer.bias
+        name, beta = self.place.bias, self.place.beta
         assert name is not None
-        if self.layer.beta == 1:
+        if beta == 1:
             return name
         value = self.graph.constants[name].load()
-        return self.tensor(value * np.asarray(self.layer.beta, value.dtype))
-
-    def number(self, value: Tensor, *names: str) -> str:
-        """A matrix of the form being written, by its name, or several stacked; where that is quantised, through their scales."""
-        return (
-            self.tensor(value) if self.bits == 32 else self.settled(self.scaled(value, self.scale(*names), self.bits))
-        )
+        return self.tensor(value * np.asarray(beta, value.dtype))
 
     def scale(self, *names: str) -> Tensor | None:
-        """The scales of matrices, one after the other; None where all are one."""
-        return torch.cat([self.scales[name] for name in names]) if names[0] in self.scales else None
+        """The scales of matrices beside or below each other; None where all are one."""
+        found = [self.scales[name] for name in names if name in self.scales]
+        if not found:
+            return None
+        return torch.cat(found, 0 if found[0].ndim == 1 or names[0].startswith("right") else 1)
 
     def scaled(self, codes: Tensor, scale: Tensor | None, bits: int) -> str:
         """Whole numbers times scales that spread over them, in the type that unpacking computes in.
@@ -166,8 +253,9 @@ class Writer:
         name = name if codes.ndim == 1 else self.add("Reshape", [name, self.tensor(np.array(array.shape))])
         return name if dtype == self.unpacks else self.cast(name, dtype)
 
-    def unpacked(self) -> list[NodeProto]:
-        """Nodes that go before all others: two numbers of 4 bits in one byte, taken apart by arithmetic, once for a file."""
+    def first(self) -> list[NodeProto]:
+        """Nodes that go before those of all layers: two numbers of 4 bits in one byte, taken apart by arithmetic, once for a file."""
+        self.nodes = []
         for dtype, parts in self.additions.halves.items():
             parts += [(next(self.additions.names), np.zeros(1, np.int8))] * (sum(len(codes) for _, codes in parts) % 2)
             low, high = np.split((np.concatenate([codes for _, codes in parts]) + 8).view(np.uint8), 2)
@@ -205,7 +293,7 @@ class Writer:
     def cast(self, x: str, dtype: np.dtype[Any]) -> str:
         return self.add("Cast", [x], to=helper.np_dtype_to_tensor_dtype(dtype))
 
-    def integer_product(self, x: str, codes: Tensor, scale: Tensor, bits: int, y: str | None = None) -> str:
+    def integer_product(self, x: str, codes: Tensor, scale: Tensor, bits: int) -> str:
         """``x`` times whole numbers (r x c), the runtime's own: it rounds ``x`` to 8 bits, row by row.
 
         A bias is added by Sum then: with Add the runtime would make a Gemm of both, and real numbers at every run.
@@ -217,7 +305,7 @@ class Writer:
         axis: dict[str, Any] = {"axis": 1} if scale.ndim else {}
         self.adds = "Sum"
         real = self.add("DequantizeLinear", [whole, self.tensor(scale.float())], **axis)
-        return self.product(x, real, y)
+        return self.product(x, real)
 
     def places(self, index: Tensor, dtype: type = np.int64) -> str:
         """Whole numbers from 0 as a constant of few bytes, cast when the runtime loads the file."""

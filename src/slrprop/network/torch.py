@@ -1,10 +1,11 @@
-"""Torch networks: find dense layers, stream what flows through them, swap them."""
+"""Torch networks: find layers, stream what flows through them, swap them."""
 
 import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -17,24 +18,27 @@ from torch.nn.utils import parametrize
 from slrprop.data import Batch, Data
 from slrprop.errors import SlrpropError, first_line
 from slrprop.factors import Dense
-from slrprop.layers import linear_from
+from slrprop.layers import layer_from
 from slrprop.losses import rows_of
-from slrprop.network.base import Flow, Layer, Network, gradients_along, require_finite
+from slrprop.network.base import Changing, Flow, Network, gradients_along, require_finite
 from slrprop.network.chain import fold
+from slrprop.network.layer import Layer
 from slrprop.network.reading import LAST, Raised, Reading
 from slrprop.network.torch_modules import (
     COMPUTING,
     binding,
-    dense_modules,
     device_of,
     elsewhere,
     evaluating,
+    layer_modules,
     named_modules,
+    operator_of,
     tied_names,
     traits,
     weight_and_bias,
 )
 from slrprop.network.trace import Held, Trace
+from slrprop.operators import MatMul
 
 
 @contextmanager
@@ -148,10 +152,15 @@ class TorchNetwork(Network):
 
     def __init__(self, model: nn.Module, data: Data | None, reading: Reading | None = None) -> None:
         self.model = model
-        self.modules = dense_modules(model)
-        super().__init__(tuple(self.modules), tied_names(model, self.modules))
-        self.device, self.reading = device_of(model), reading
+        self.modules = layer_modules(model)
         self.arrays = {name: weight_and_bias(module) for name, module in self.modules.items()}
+        tied, layers = tied_names(model, self.modules), {}
+        for name, module in self.modules.items():
+            operator = operator_of(module)
+            m, n = operator.matrix(self.arrays[name][0]).shape
+            layers[name] = Layer(name, operator, (m, n), tied=tied[name], held=binding(module))
+        super().__init__(layers)
+        self.device, self.reading = device_of(model), reading
         for name, arrays in self.arrays.items():
             if not all(torch.isfinite(array).all() for array in arrays if array is not None):
                 raise SlrpropError(
@@ -171,7 +180,7 @@ class TorchNetwork(Network):
             with evaluating(self.model), parametrize.cached():
                 with trace:
                     result = self.call(batch)
-                weights = {name: module.weight for name, module in self.modules.items()}
+                weights: dict[str, Any] = {name: module.weight for name, module in self.modules.items()}
         finally:
             for handle in handles:
                 handle.remove()
@@ -190,8 +199,11 @@ class TorchNetwork(Network):
         for name, weight in weights.items():
             # a product outside the modules' own forward reads a weight: such a layer can't be replaced
             own = sum(len(made[other]) for other, twin in weights.items() if twin is weight)
-            self.times_called[name] = len(made[name]) if trace.reads(weight) <= own else 0
-        self.order = tuple(sorted((name for name in made if self.times_called[name]), key=lambda name: made[name][0]))
+            calls = len(made[name]) if trace.reads(weight) <= own else 0
+            count = sum(len(self.operator(name).outputs(trace.calls[call].result)) for call in made[name])
+            positions = max(1, count // max(1, calls * batch.samples))
+            self.layers[name] = replace(self.layers[name], calls=calls, positions=positions)
+        self.order = tuple(sorted((name for name in made if self.layers[name].calls), key=lambda name: made[name][0]))
         for name in self.order:
             if len(made[name]) == 1:
                 start = made[name][0]
@@ -201,7 +213,8 @@ class TorchNetwork(Network):
                     raise SlrpropError(
                         f"layer '{name}' was handed one sample without an axis of samples; give batches: the samples stacked into one array, or a DataLoader"
                     )
-                self._chains[name] = fold(path.elements, rows_of(y)[0]) if path.whole else None
+                dense = path.whole and isinstance(self.operator(name), MatMul)
+                self._chains[name] = fold(path.elements, rows_of(y)[0]) if dense else None
 
     def outputs_of(self, batches: Iterable[Batch]) -> list[Tensor]:
         with evaluating(self.model):
@@ -246,27 +259,25 @@ class TorchNetwork(Network):
     def elsewhere(self) -> Mapping[str, int]:
         return elsewhere(self.model, self.modules.values())
 
-    def shape(self, name: str) -> tuple[int, int]:
-        return self.modules[name].in_features, self.modules[name].out_features
-
     def weight(self, name: str) -> Tensor:
-        return self.arrays[name][0].T.contiguous()
+        return self.operator(name).matrix(self.arrays[name][0]).contiguous()
 
     def bias(self, name: str) -> Tensor | None:
         return self.arrays[name][1]
 
-    def stays(self, name: str) -> str:
-        return super().stays(name) or binding(self.modules[name])
-
     def stream(self, names: tuple[str, ...], data: Data, whole: bool = True) -> Iterator[Flow]:
-        once = not whole and all(self.times_called[name] == 1 for name in names)
+        once, first = not whole and all(self.layers[name].calls == 1 for name in names), 0
         for batch in self.batches(data):
             calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
 
-            def note(name: str, into: dict[str, list[tuple[Tensor, Tensor]]]) -> Callable[..., None]:
-                def hook(module: nn.Linear, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-                    x = inputs[0].reshape(-1, module.in_features).clone()  # the model may write to both later
-                    into[name].append((x, y.reshape(-1, module.out_features).clone()))
+            def note(
+                name: str, into: dict[str, list[tuple[Tensor, Tensor]]], first: int = first
+            ) -> Callable[..., None]:
+                operator = self.operator(name)
+
+                def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+                    rows = operator.inputs(inputs[0], first), operator.outputs(y, first)
+                    into[name].append((rows[0].clone(), rows[1].clone()))  # the model may write to both later
                     if once and all(into.values()):
                         raise _Enough
 
@@ -283,6 +294,7 @@ class TorchNetwork(Network):
                     handle.remove()
             if whole:
                 require_finite(output)
+            first += batch.samples
             yield self.flow(batch, output, calls) if whole else Flow(batch, output, calls)
 
     def gradients(self, names: tuple[str, ...], data: Data, probes: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -312,9 +324,10 @@ class TorchNetwork(Network):
                 for handle in handles:
                     handle.remove()
             places = [(name, y) for name, calls in seen.items() for y in calls]
-            yield from gradients_along(output, places, self.directions(output, batch.targets, probes, random))
+            along = self.directions(output, batch.targets, probes, random)
+            yield from gradients_along(output, places, along, self.rows_of(names))
 
-    def outputs_with(self, name: str, flow: Flow, layer: Layer, candidates: Tensor) -> Tensor:
+    def outputs_with(self, name: str, flow: Flow, layer: Changing, candidates: Tensor) -> Tensor:
         """Vectorised with ``torch.vmap``; a network that ``vmap`` can't batch runs one candidate at a time."""
         place = self.place(flow.batch)
 
@@ -344,9 +357,12 @@ class TorchNetwork(Network):
     ) -> "TorchNetwork":
         known = biases or {}
         modules = {
-            name: linear_from(Dense(weight), known.get(name, self.bias(name))).to(self.arrays[name][0].dtype)
+            name: layer_from(Dense(weight), known.get(name, self.bias(name)), self.operator(name)).to(
+                self.arrays[name][0].dtype
+            )
             for name, weight in weights.items()
         }
         found = TorchNetwork(swapped(self.model, modules), data, self.reading)
-        found.times_called, found.at_once = dict(self.times_called), self.at_once
+        found.layers |= {name: replace(layer, calls=self.layers[name].calls) for name, layer in found.layers.items()}
+        found.at_once = self.at_once
         return found

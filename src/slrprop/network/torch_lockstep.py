@@ -8,30 +8,32 @@ import torch
 from torch import Tensor, nn
 
 from slrprop.data import Batch, Data
+from slrprop.factors import Dense
 from slrprop.network.lockstep import Changed, Lockstep
 from slrprop.network.torch import TorchNetwork, swapped
 from slrprop.network.torch_modules import undisturbed
+from slrprop.operators import Operator
 
 
 class _Closed(BaseException):
     """Ends a forward pass that nobody waits for any more; no ``except Exception`` of a model swallows it."""
 
 
-class _Stop(nn.Linear):
-    """A dense layer that its batches may be told to stand before, and that may compute something else by then."""
+class _Stop(nn.Module):
+    """A layer that its batches may be told to stand before, and that may compute something else by then."""
 
-    def __init__(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
-        nn.Module.__init__(self)
-        self.name, (self.out_features, self.in_features) = name, weight.shape
-        self.weight, self.bias = weight, bias  # type: ignore[assignment]
-        self.now: tuple[Tensor, Tensor | None] | None = None
+    def __init__(self, name: str, operator: Operator, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.name, self.operator = name, operator
+        self.weight, self.bias = weight, bias
+        self.now: tuple[Tensor, Tensor | None] | None = None  # another matrix and bias
 
     def forward(self, x: Tensor) -> Tensor:
         traveller = threading.current_thread()
         if isinstance(traveller, _Traveller):  # not in a thread of the model's own
             traveller.arrive(self.name, x)
-        weight, bias = self.now or (self.weight, self.bias)
-        return nn.functional.linear(x, weight, bias)
+        weight, bias = self.now or (self.operator.matrix(self.weight), self.bias)
+        return self.operator.compute(Dense(weight), bias, x)
 
 
 class _Traveller(threading.Thread):
@@ -85,7 +87,7 @@ class TorchLockstep(Lockstep):
 
     def __init__(self, network: TorchNetwork, data: Data) -> None:
         super().__init__(network)
-        self._stops = {name: _Stop(name, *network.arrays[name]) for name in network.order}
+        self._stops = {name: _Stop(name, network.operator(name), *network.arrays[name]) for name in network.order}
         running = copy.copy(network)
         running.model = swapped(network.model, self._stops, sharing=True).eval()
         self._travellers = [_Traveller(running, batch.to(network.device)) for batch in network.batches(data)]
@@ -95,8 +97,8 @@ class TorchLockstep(Lockstep):
     def _go(self, name: str, between: Mapping[str, Changed | None]) -> list[Tensor] | None:
         for layer, form in between.items():
             like = self._stops[layer].weight
-            self._stops[layer].now = None if form is None else (form.weight.T.to(like).contiguous(), form.bias.to(like))
-        found = []
+            self._stops[layer].now = None if form is None else (form.weight.to(like), form.bias.to(like))
+        found, operator, first = [], self.network.operator(name), 0
         for traveller in self._travellers:
             with undisturbed(traveller.network.device):
                 traveller.send(name)
@@ -104,7 +106,8 @@ class TorchLockstep(Lockstep):
                 raise traveller.error
             if traveller.x is None:
                 return None
-            found.append(traveller.x.reshape(-1, traveller.x.shape[-1]))
+            found.append(operator.inputs(traveller.x, first))
+            first += traveller.batch.samples
         return found
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a torch model is made of: dense layers, what their weights are computed from, and all other numbers."""
+"""What a torch model is made of: layers, what their weights are computed from, and all other numbers."""
 
 import re
 import sys
@@ -14,9 +14,16 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from slrprop.errors import SlrpropError
+from slrprop.operators import Convolution, MatMul, Operator
 
 COMPUTING = (BasePruningMethod, WeightNorm, SpectralNorm)  # hooks that write a weight or bias before each call
-_USUAL = {*vars(nn.Linear(1, 1, device="meta")), "weight", "bias", "original_shape"}
+CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
+TRANSPOSED = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+_USUAL = {"weight", "bias", "original_shape"}.union(
+    vars(nn.Linear(1, 1, device="meta")),
+    vars(nn.Conv1d(1, 1, 1, device="meta")),
+    vars(nn.ConvTranspose1d(1, 1, 1, device="meta")),
+)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -85,8 +92,19 @@ def _refusal(name: str, module: nn.Module) -> str:
     return ""
 
 
-def dense_modules(model: nn.Module) -> dict[str, nn.Linear]:
-    """The ``nn.Linear`` modules whose own forward computes the product, by plain name, each module once.
+def operator_of(module: nn.Module) -> Operator:
+    """How a layer multiplies its weight."""
+    if isinstance(module, nn.Linear):
+        return MatMul()
+    assert isinstance(module, (*CONVOLUTIONS, *TRANSPOSED))
+    kernel, around = module.kernel_size, module._reversed_padding_repeated_twice
+    padding = tuple((around[2 * axis], around[2 * axis + 1]) for axis in reversed(range(len(kernel))))
+    wider = module.output_padding if module.transposed else ()
+    return Convolution(kernel, module.stride, padding, module.dilation, module.groups, module.transposed, wider)
+
+
+def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules with a weight that can be replaced, whose own forward computes with it, by plain name, each module once.
 
     Raises:
         SlrpropError: not a module, a module without values, or one whose code can't be changed.
@@ -102,12 +120,17 @@ def dense_modules(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in found.items()
-        if isinstance(module, nn.Linear)
-        and type(module).forward is nn.Linear.forward
+        if (kind := layer_class(module)) is not None
+        and type(module).forward is kind.forward
         and "forward" not in vars(module)
         and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
         and type(module._parameters.get("weight")) in (nn.Parameter, type(None))  # others compute in their own way
     }
+
+
+def layer_class(module: nn.Module) -> type[nn.Module] | None:
+    """Torch's own class of a layer, whatever was derived from it."""
+    return next((kind for kind in (nn.Linear, *CONVOLUTIONS, *TRANSPOSED) if isinstance(module, kind)), None)
 
 
 def computed_arrays(module: nn.Module) -> set[str]:
@@ -117,56 +140,61 @@ def computed_arrays(module: nn.Module) -> set[str]:
     return names | {side for side in ("weight", "bias") if is_parametrized(module, side)}
 
 
-def weight_and_bias(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """A dense layer's weight (n, m) and bias (n,) as in evaluation mode, without gradients; the module stays as it is."""
+def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """A layer's weight, as torch stores it, and bias (n,) as in evaluation mode, without gradients; the module stays as it is."""
     with evaluating(module):
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, COMPUTING):
                 hook(module, ())
         weight, bias = module.weight, module.bias
-        return weight.detach(), None if bias is None else bias.detach()
+        return weight.detach(), None if bias is None else bias.detach()  # type: ignore[operator]
 
 
 def _sources(module: nn.Module) -> list[Tensor]:
-    """The stored tensors that a dense layer's weight is, or is computed from."""
+    """The stored tensors that a layer's weight is, or is computed from."""
     pattern = re.compile(r"(parametrizations\.)?weight(_|\.|$)")
     return [tensor for name, tensor in _tensors(module).items() if pattern.match(name)]
 
 
 def traits(module: nn.Module) -> set[str]:
-    """What hangs on a dense layer beside what every ``nn.Linear`` has."""
+    """What hangs on a layer beside what every one of its class has."""
     return set(vars(module)) - _USUAL
 
 
-def binding(module: nn.Linear) -> str:
-    """Why nothing may take a dense layer's place; empty where something may."""
-    kind, computed = type_before_parametrizations(module), computed_arrays(module)
+def binding(module: nn.Module) -> str:
+    """Why nothing may take a layer's place; empty where something may."""
+    kind, computed, base = type_before_parametrizations(module), computed_arrays(module), layer_class(module)
+    assert base is not None
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return f"its border is padded by '{module.padding_mode}' and not by zeros"
+    if getattr(module, "transposed", False) and module.groups != 1:
+        return "it is a transposed convolution in groups"
     if any(side in vars(module) and side not in computed for side in ("weight", "bias")):
         return "its weight or bias is computed by code that a replacement would lack"
     own = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias", "parametrizations"}
     own -= {f"{side}_{part}" for side in computed for part in ("orig", "mask", "g", "v", "u")}
-    if kind is not nn.Linear:
-        above = kind.__mro__[: kind.__mro__.index(nn.Linear)]
-        own |= traits(module) | {key for cls in above for key in vars(cls) if not hasattr(nn.Linear, key)}
+    if kind is not base:
+        above = kind.__mro__[: kind.__mro__.index(base)]
+        own |= traits(module) | {key for cls in above for key in vars(cls) if not hasattr(base, key)}
     own = {key for key in own if not key.startswith("_")}
     return f"it is a {kind.__name__} with its own '{min(own)}', which a replacement would lack" if own else ""
 
 
-def tied_names(model: nn.Module, dense: dict[str, nn.Linear]) -> dict[str, list[str]]:
-    """For every dense layer, the other modules' tensors that its weight is, or is computed from."""
+def tied_names(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+    """For every layer, the other modules' tensors that its weight is, or is computed from."""
     owners: dict[int, list[tuple[str, int]]] = {}
     for path, module in named_modules(model, remove_duplicate=False).items():
         for key, tensor in _tensors(module).items():
             owners.setdefault(tensor.data_ptr(), []).append((f"{path}.{key}", id(module)))
     return {
-        name: [place for t in _sources(module) for place, owner in owners[t.data_ptr()] if owner != id(module)]
-        for name, module in dense.items()
+        name: tuple(place for t in _sources(module) for place, owner in owners[t.data_ptr()] if owner != id(module))
+        for name, module in layers.items()
     }
 
 
-def elsewhere(model: nn.Module, dense: Iterable[nn.Linear]) -> Counter[str]:
-    """Bytes of parameters and buffers by the kind of module they belong to, dense layers' weights left out."""
-    seen = {tensor.data_ptr() for module in dense for tensor in _sources(module)}
+def elsewhere(model: nn.Module, layers: Iterable[nn.Module]) -> Counter[str]:
+    """Bytes of parameters and buffers by the kind of module they belong to, layers' weights left out."""
+    seen = {tensor.data_ptr() for module in layers for tensor in _sources(module)}
     found: Counter[str] = Counter()
     for module in named_modules(model).values():
         for tensor in _tensors(module).values():

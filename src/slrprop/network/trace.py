@@ -1,7 +1,7 @@
 """Follow a tensor through one run of a torch network, whatever code its modules are made of."""
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ class Trace(TorchFunctionMode):
             self.calls.append(_Call(func, args, kwargs or {}, result))
         return result
 
-    def watch(self, modules: dict[str, nn.Linear]) -> list[RemovableHandle]:
+    def watch(self, modules: Mapping[str, nn.Module]) -> list[RemovableHandle]:
         """Note which products these modules make; the handles undo it."""
         self.made: dict[str, list[int]] = {name: [] for name in modules}
         self.read: dict[
@@ -106,7 +106,7 @@ class Trace(TorchFunctionMode):
 
     def reads(self, weight: Tensor) -> int:
         """How many products read a weight (of one that a hook computes at each call, the last)."""
-        products = (call for call in self.calls if call.function is functional.linear)
+        products = (call for call in self.calls if call.function is functional.linear or call.function in _CONVOLUTIONS)
         return sum(call.argument(1, "weight") is weight for call in products)
 
     def ending(self, output: Tensor) -> str | None:

@@ -9,10 +9,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from slrprop.data import Data
+from slrprop.factors import LowRank
 from slrprop.linalg import SVD
 from slrprop.losses import IGNORED, LossName, Point, check_labels, loss_point, require_labels, rows_of
-from slrprop.network.base import Flow, Layer, Network
+from slrprop.network.base import Changing, Flow, Network
 from slrprop.network.chain import Chain
+from slrprop.operators import Operator
 from slrprop.relevance.changes import Walk, chain_changes
 
 Baseline = Literal["truncated", "original"]
@@ -38,7 +40,7 @@ def cost_scores(
     loss: LossName | None = None,
     inputs: bool = True,
 ) -> CostScores:
-    """``|c - c_i|`` for every neuron of a layer, over the calibration data.
+    """``|c - c_i|`` for every neuron of a layer (of a convolution: every channel), over the calibration data.
 
     ``c_i`` is the mean loss when the layer is its truncated SVD and neuron i alone keeps only ``reduced_rank``
     ranks; ``c`` is the mean loss of the truncated network (``baseline="truncated"``, as in the authors' SLR code)
@@ -74,7 +76,7 @@ def cost_scores(
                 lambda x, _: torch.zeros((), dtype=x.dtype, device=x.device), torch.zeros(1, dtype=torch.long)
             )[0]
             point = loss_point(chosen, base, target, output)
-            sums.add(_general_changes(outputs, svd, reduced_rank, base, point, inputs), point)
+            sums.add(_general_changes(outputs, network.operator(name), svd, reduced_rank, base, point, inputs), point)
     if chain is not None and held:
         sums.add(*_by_chain(chain, network.bias(name), held, svd, reduced_rank, chosen, inputs))
     require_labels(samples)
@@ -118,18 +120,17 @@ def _by_chain(
     return chain_changes(x, svd, reduced_rank, Walk(chain, z, point), inputs), point
 
 
-Outputs = Callable[[Layer, Tensor], Tensor]
+Outputs = Callable[[Changing, Tensor], Tensor]
 
 
 def _changed_outputs(network: Network, flow: Flow, name: str, svd: SVD, loss: LossName, counted: Any) -> Outputs:
     """The network's outputs (c, p, classes), of the rows that count, when the layer is truncated and, on top, moved for each of c candidates."""
-    bias = network.bias(name)
+    bias, operator, truncated = network.bias(name), network.operator(name), LowRank.from_svd(svd)
 
-    def outputs(move: Layer, candidates: Tensor) -> Tensor:
+    def outputs(move: Changing, candidates: Tensor) -> Tensor:
         def layer(x: Tensor, candidate: Tensor) -> Tensor:
             wide = x.to(svd.u)
-            y = (wide @ svd.left) @ svd.vt
-            return ((y if bias is None else y + bias) + move(wide, candidate)).to(x.dtype)
+            return (operator.compute(truncated, bias, wide) + move(wide, candidate)).to(x.dtype)
 
         found = network.outputs_with(name, flow, layer, candidates)
         return torch.stack(
@@ -140,25 +141,26 @@ def _changed_outputs(network: Network, flow: Flow, name: str, svd: SVD, loss: Lo
 
 
 def _general_changes(
-    outputs: Outputs, svd: SVD, reduced_rank: int, base: Tensor, point: Point, inputs: bool
+    outputs: Outputs, operator: Operator, svd: SVD, reduced_rank: int, base: Tensor, point: Point, inputs: bool
 ) -> tuple[Tensor, Tensor]:
     """The same sums for any network: what depends on the layer runs on batched candidates, the rest once a batch."""
     left, right = svd.left[:, reduced_rank:], svd.vt[reduced_rank:]
-    m, n = left.shape[0], right.shape[1]
-    columns = torch.arange(n, device=left.device)
+    n, axis = right.shape[1], operator.axis
+    channels = left.unflatten(0, (-1, operator.unit))
+    columns, tail = torch.arange(n, device=left.device).reshape(-1, *[1] * (-1 - axis)), LowRank(left, right)
 
     def row(x: Tensor, i: Tensor) -> Tensor:
-        direction = left.index_select(0, i.view(1)) @ right
-        return -x.index_select(-1, i.view(1)) * direction[0]
+        direction = channels.index_select(0, i.view(1))[0] @ right
+        return -operator.enter(x.index_select(axis, i.view(1)), direction)
 
     def column(x: Tensor, j: Tensor) -> Tensor:
-        return -((x @ left) @ right) * (columns == j).to(left)
+        return -operator.compute(tail, None, x) * (columns == j).to(left)
 
-    def sums(move: Layer, count: int) -> Tensor:
+    def sums(move: Changing, count: int) -> Tensor:
         parts = []
         for candidates in torch.arange(count, device=left.device).split(CANDIDATES_AT_ONCE):
             moved = outputs(move, candidates)
             parts.append(point.change(moved - base, (None,)).double().sum(1))
         return torch.cat(parts)
 
-    return sums(row, m) if inputs else left.new_zeros(0, dtype=torch.float64), sums(column, n)
+    return sums(row, len(channels)) if inputs else left.new_zeros(0, dtype=torch.float64), sums(column, n)

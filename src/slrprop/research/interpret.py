@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slrprop.checks import require_choice, require_count, require_density
 from slrprop.errors import SlrpropError
-from slrprop.network.torch_modules import dense_modules
+from slrprop.network.torch_modules import layer_modules
 from slrprop.research.likeness import Likeness, References, compare, correlation, effects
 from slrprop.research.matrix import collapse, collapse_alike
 
@@ -84,7 +84,7 @@ class InformationControl:
         require_count("every", every, 1)
         require_density("theta", theta)
         require_density("strength", strength)
-        self.layers = dense_modules(model)
+        self.layers = layer_modules(model)
         if not self.layers:
             raise SlrpropError("the model has no nn.Linear layer whose information could be controlled")
         self._schedule, self.every, self.theta, self.strength = schedule, every, theta, strength

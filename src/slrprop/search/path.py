@@ -15,6 +15,7 @@ from slrprop.factors import Quantized
 from slrprop.methods import METHODS, Method, Problem, Settings, find_method
 from slrprop.methods.base import ranks_for
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
+from slrprop.operators import times
 from slrprop.plan import LayerPlan, Plan
 from slrprop.quantize import TooLargeError
 
@@ -84,7 +85,8 @@ def layer_inputs(problem: Problem, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Up to ``CALIBRATION_ROWS`` inputs of each layer (p x m), spread over the data."""
     seen = {name: problem.weight(name).new_empty(0, problem.network.shape(name)[0]) for name in names}
     apart = dict.fromkeys(names, 1)  # of so many rows one is taken
-    for flow in problem.network.stream(names, problem.data, whole=False):
+    looked = tuple(name for name in names if not problem.network.operator(name).bits_only)
+    for flow in problem.network.stream(looked, problem.data, whole=False) if looked else ():
         for name, calls in flow.calls.items():
             for x, _ in calls:
                 seen[name] = torch.cat([seen[name], x[:: apart[name] * max(1, len(x) // 128)]])
@@ -110,8 +112,11 @@ def candidates_of(
     """
     weight, methods = problem.weight(name).detach(), choices[name]
     m, n = weight.shape
-    x = inputs[name].to(torch.promote_types(weight.dtype, torch.float32))
-    to_data = any("inputs" in find_method(method).settings(**settings).needs() for method, settings in methods)
+    blind = bool(problem.network.operator(name).bits_only)  # the weight's own error stands for the outputs'
+    x = (torch.eye(m) if blind else inputs[name]).to(weight).to(torch.promote_types(weight.dtype, torch.float32))
+    to_data = not blind and any(
+        "inputs" in find_method(method).settings(**settings).needs() for method, settings in methods
+    )
     root = problem.calibration.regression(name, {}).root if to_data else None
     root = None if root is None else root.to(x)
     bias = problem.network.bias(name)
@@ -134,7 +139,7 @@ def candidates_of(
         if name not in kind(**given).eligible(problem.network):
             continue  # for example a layer that SLRProp's chain does not reach
         for step in kind.ladder(m, n)[::-every]:  # from the largest: the components of lower ranks are part of its
-            settings = kind(**{**step, **given})
+            settings = kind(**{**step, **given}).at(problem.network.operator(name))
             if (settings.stored_numbers(m, n) or 0) * min(settings.bits, 8 * problem.network.itemsize(name)) / 8 > most:
                 continue
             try:
@@ -147,7 +152,7 @@ def candidates_of(
                 own = factors.bias if isinstance(factors, Quantized) else layer.bias
                 moved = (0 if own is None else own.to(x)) - (0 if bias is None or own is None else bias.to(x))
                 made_of = next(iter(factors.matrices().values()))  # factors have their own dtype and device
-                error = weighed(y - factors.product(x.to(made_of)).to(y) - moved) / energy
+                error = weighed(y - times(x.to(made_of), factors).to(y) - moved) / energy
                 found.append(Candidate(problem.network.stored(name, factors, own), error, layer))
     return found
 

@@ -75,7 +75,9 @@ class Shares:
         """Make the candidates of every layer (up to ``most`` bytes each) and measure what their errors do."""
         names, left_dense = treated(self.problem.network, "dense", find_method("dense").settings(bits=8), layers)
         if self.calibrated:
-            self.problem.calibration.prepare(names)
+            self.problem.calibration.prepare(
+                tuple(name for name in names if not self.problem.network.operator(name).bits_only)
+            )
         inputs = layer_inputs(self.problem, names)
         every = SPARSELY if len(names) > MANY_LAYERS else 1
         narrow = {name for name in names if max(self.problem.network.shape(name)) <= WIDEST}

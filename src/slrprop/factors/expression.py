@@ -1,0 +1,132 @@
+"""What each form computes, written once: for torch tensors and for the nodes of a file, for products and for convolutions."""
+
+from functools import singledispatch
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from slrprop.errors import SlrpropError
+from slrprop.factors.base import Dense, Factors, LowRank
+from slrprop.factors.blocks import SparseLowRank
+from slrprop.factors.narrowed import Narrowed
+from slrprop.factors.quantized import Quantized
+from slrprop.factors.shared import Shared
+from slrprop.factors.sparse import LowRankPlusSparse, Sparse
+from slrprop.factors.spatial import Spatial, Tucker
+
+T = TypeVar("T")
+
+
+class Builder(Protocol[T]):
+    """What puts an expression together: ``T`` is a tensor, or the name of one in a file."""
+
+    def number(self, value: Tensor, *names: str) -> T:
+        """A matrix of the form, by its name, or a part of several of them."""
+
+    def together(self, form: Any) -> T:
+        """The matrix of a form whose numbers are put together before they are multiplied."""
+
+    def opened(self, form: Quantized) -> tuple[Any, Factors]:
+        """The form of a quantised one, and what unpacks the numbers of that."""
+
+    def enter(self, x: T, weight: T) -> T:
+        """The operation itself, with other outputs."""
+
+    def along(self, axis: int) -> Any:
+        """The part of a convolution that goes along one axis of the map."""
+
+    def product(self, h: T, weight: T) -> T:
+        """Channels times a matrix, at every position."""
+
+    def some(self, x: T, rows: Tensor) -> T:
+        """The channels that these rows of the matrix (ascending, whole channels) belong to."""
+
+    def join(self, parts: list[T]) -> T:
+        """Channels beside each other."""
+
+    def pick(self, y: T, order: Tensor) -> T:
+        """Channels in another order."""
+
+    def nothing(self, h: T, count: int) -> T:
+        """So many channels of zeros, at the positions of others."""
+
+    def add_up(self, one: T, other: T) -> T:
+        """A sum."""
+
+    def merged(self, form: SparseLowRank, x: T) -> T | None:
+        """What nested blocks make, where there is a better way than block by block."""
+
+
+@singledispatch
+def express(form: Factors, to: Builder[T], x: T) -> T:
+    """What a form makes of an input, without the bias. A new form registers its own.
+
+    Args:
+        to: an :class:`slrprop.operators.Operator` for tensors, or what writes the nodes of a file.
+    """
+    raise SlrpropError(f"nothing computes with {type(form).__name__} forms")
+
+
+@express.register
+def _(form: Dense, to: Any, x: Any) -> Any:
+    return to.enter(x, to.number(form.weight, "weight"))
+
+
+@express.register
+def _(form: LowRank, to: Any, x: Any) -> Any:
+    return to.product(to.enter(x, to.number(form.left, "left")), to.number(form.right, "right"))
+
+
+@express.register
+def _(form: Spatial, to: Any, x: Any) -> Any:
+    h = to.along(0).enter(x, to.number(form.first, "first"))
+    return to.along(1).enter(h, to.number(form.second, "second"))
+
+
+@express.register
+def _(form: Tucker, to: Any, x: Any) -> Any:
+    h = to.enter(to.product(x, to.number(form.first, "first")), to.number(form.core, "core"))
+    return to.product(h, to.number(form.last, "last"))
+
+
+@express.register
+def _(form: SparseLowRank, to: Any, x: Any) -> Any:
+    if (y := to.merged(form, x)) is not None:
+        return y
+    sets, parts = form.sets, []
+    hidden = [to.enter(to.some(x, sets.rows[level]), to.number(left, f"left_{level}")) for level, left in enumerate(form.left)]  # fmt: skip
+    for segment in form.segments():
+        if segment.level:
+            right = to.number(segment.right, *(f"right_{level}" for level in range(segment.level)))
+            parts.append(to.product(to.join(hidden[: segment.level]), right))
+        else:
+            parts.append(to.nothing(hidden[0], len(segment.columns)))
+    y = to.join(parts)
+    return y if sets.order is None else to.pick(y, sets.order)
+
+
+@express.register
+def _(form: Narrowed, to: Any, x: Any) -> Any:
+    y = to.enter(to.some(x, form.rows.nonzero()[:, 0]), to.number(form.block, "block"))
+    if form.columns.all():
+        return y
+    places = torch.where(form.columns, form.columns.cumsum(0) - 1, form.block.shape[1])
+    return to.pick(to.join([y, to.nothing(y, 1)]), places)
+
+
+@express.register(Sparse)
+@express.register(Shared)
+def _(form: Factors, to: Any, x: Any) -> Any:
+    return to.enter(x, to.together(form))
+
+
+@express.register
+def _(form: LowRankPlusSparse, to: Any, x: Any) -> Any:
+    return to.add_up(express(form.low_rank, to, x), express(form.sparse, to, x))
+
+
+@express.register
+def _(form: Quantized, to: Any, x: Any) -> Any:
+    builder, plain = to.opened(form)
+    return express(plain, builder, x)

@@ -1,0 +1,76 @@
+"""Convolutions as two of one side each, fitted to calibration data."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+from slrprop.checks import require_count
+from slrprop.factors import Quantized, Spatial
+from slrprop.methods.base import Check, RankSettings, grid
+from slrprop.methods.calibrated import CalibratedSettings, calibrated
+from slrprop.operators import Convolution, Operator
+from slrprop.quantize import compensated
+from slrprop.regression import Regression
+from slrprop.sides import Sides, rounded_sides
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpatialSettings(RankSettings, CalibratedSettings):
+    """A k x l convolution as a k x 1 one and a 1 x l one, the second fitted to what the first really gives.
+
+    Args:
+        rank: channels between the two.
+        sweeps: how often the first is fitted anew to the second, and the second to it.
+    """
+
+    sweeps: int = 2
+    kernel: tuple[int, ...] = (3, 3)
+
+    source: ClassVar[str] = "Jaderberg, Vedaldi, Zisserman, BMVC 2014; the refit: slrprop, 2026"
+
+    checks: ClassVar[dict[str, Check]] = {
+        "sweeps": partial(require_count, least=0),
+        "kernel": lambda _, kernel: tuple(kernel),
+    }
+
+    @property
+    def weighted(self) -> bool:
+        return True
+
+    def treats(self, operator: Operator) -> bool:
+        convolution = super().treats(operator) and isinstance(operator, Convolution) and len(operator.kernel) == 2
+        return convolution and min(operator.kernel) > 1
+
+    def stored_numbers(self, m: int, n: int) -> int:
+        wide = self.kernel[1]
+        return self.rank * (m // wide + wide * n)
+
+    def refusal(self, m: int, n: int) -> str:
+        wide = self.kernel[1]
+        most = min(m // wide, wide * n)
+        return f"rank {self.rank} is above its smaller side {most}" if self.rank > most else ""
+
+    @classmethod
+    def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
+        return [{"rank": rank} for rank in grid(int((m * n) ** 0.5 / 2))]
+
+
+def fit(task: Regression, settings: SpatialSettings) -> Spatial:
+    """From the principal rows of both sides, in turn."""
+    high, wide = task.operator.kernel
+    sides = Sides.of(task, high, wide)
+    first = sides.start(settings.rank)
+    second = sides.second(first)
+    for _ in range(settings.sweeps):
+        first = sides.first(first, second)
+        second = sides.second(first)
+    size = (first.norm(dim=0) / second.unflatten(0, (-1, wide)).flatten(1).norm(dim=1)).clamp(1e-8, 1e8).sqrt()
+    return Spatial((high, wide), first / size, second * size.repeat_interleave(wide)[:, None])
+
+
+@compensated.register
+def _(form: Spatial, bits: int, task: Regression) -> Quantized:
+    return rounded_sides(form, bits, task)
+
+
+METHOD = calibrated("spatial", SpatialSettings, fit)

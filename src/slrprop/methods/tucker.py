@@ -1,0 +1,82 @@
+"""Convolutions between fewer channels, fitted to calibration data."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+from slrprop.checks import require_count, require_density
+from slrprop.factors import Quantized, Tucker
+from slrprop.linalg import reduced_rank
+from slrprop.methods.base import Check, Settings
+from slrprop.methods.calibrated import CalibratedSettings, calibrated
+from slrprop.operators import Convolution, Operator
+from slrprop.quantize import compensated
+from slrprop.regression import Regression
+from slrprop.sides import Sides, rounded_sides
+
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuckerSettings(CalibratedSettings, Settings):
+    """A convolution between fewer channels: 1 x 1 in front, the kernel, 1 x 1 behind, each fitted to what comes before it.
+
+    Args:
+        keep: share of the input and of the output channels that the kernel goes between.
+        sweeps: how often the first convolution is fitted anew to the others, and these to it.
+    """
+
+    keep: float = 0.5
+    sweeps: int = 1
+    kernel: tuple[int, ...] = (3, 3)
+
+    source: ClassVar[str] = "Kim et al., ICLR 2016 (Tucker-2); the refit: slrprop, 2026"
+
+    checks: ClassVar[dict[str, Check]] = {
+        "keep": require_density, "sweeps": partial(require_count, least=0), "kernel": lambda _, kernel: tuple(kernel),
+    }  # fmt: skip
+
+    @property
+    def weighted(self) -> bool:
+        return True
+
+    def treats(self, operator: Operator) -> bool:
+        return super().treats(operator) and isinstance(operator, Convolution) and operator.unit > 1
+
+    def channels(self, m: int, n: int) -> tuple[int, int, int]:
+        """Places of the kernel, and the channels that it goes between."""
+        unit = 1
+        for side in self.kernel:
+            unit *= side
+        return unit, max(1, round(self.keep * m / unit)), max(1, round(self.keep * n))
+
+    def stored_numbers(self, m: int, n: int) -> int:
+        unit, inputs, outputs = self.channels(m, n)
+        return m // unit * inputs + inputs * unit * outputs + outputs * n
+
+    @classmethod
+    def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
+        return [{"keep": share} for share in SHARES]
+
+
+def fit(task: Regression, settings: TuckerSettings) -> Tucker:
+    """The input channels from those that matter most; behind them a low-rank regression."""
+    m, n = task.weight.shape
+    unit, inputs, outputs = settings.at(task.operator).channels(m, n)
+    sides = Sides.of(task, 1, unit)
+    first = sides.start(inputs)
+    for turn in range(settings.sweeps + 1):
+        inner = sides.between(first)
+        core, last = reduced_rank(sides.second(first, inner), inner, task.root, outputs)
+        if turn < settings.sweeps:
+            first = sides.orthogonal(sides.first(first, core @ last))
+    size = (core.norm(dim=0) / last.norm(dim=1)).clamp(1e-8, 1e8).sqrt()
+    return Tucker(task.operator.kernel, first, core / size, size[:, None] * last)
+
+
+@compensated.register
+def _(form: Tucker, bits: int, task: Regression) -> Quantized:
+    return rounded_sides(form, bits, task)
+
+
+METHOD = calibrated("tucker", TuckerSettings, fit)

@@ -1,0 +1,7 @@
+"""How operations multiply a weight."""
+
+from slrprop.operators.base import Operator
+from slrprop.operators.convolution import Convolution
+from slrprop.operators.matmul import MatMul, times
+
+__all__ = ["Convolution", "MatMul", "Operator", "times"]

@@ -1,0 +1,44 @@
+"""Dense layers: every position of the last axis is multiplied by the weight."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from slrprop.factors import Factors, express
+from slrprop.factors.spatial import Sequence
+from slrprop.operators.base import Operator
+
+
+@dataclass(frozen=True)
+class MatMul(Operator):
+    """``y = x @ W``; torch stores W's transpose (n x m)."""
+
+    kind: ClassVar[str] = "dense layer"
+
+    @property
+    def kernel(self) -> tuple[int, ...]:  # type: ignore[override]
+        return ()
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        return stored.T
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        return matrix.T
+
+    def inputs(self, x: Tensor, first: int = 0) -> Tensor:
+        return x.reshape(-1, x.shape[-1])
+
+    def outputs(self, y: Tensor, first: int | None = None) -> Tensor:
+        return y.reshape(-1, y.shape[-1])
+
+    def enter(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight
+
+    def product(self, h: Tensor, weight: Tensor) -> Tensor:
+        return h @ weight
+
+
+def times(rows: Tensor, form: Factors) -> Tensor:
+    """Rows (p x m), whatever operation they were taken from, times the matrix that a form stands for."""
+    return rows @ form.dense() if isinstance(form, Sequence) else express(form, MatMul(), rows)
