@@ -170,7 +170,7 @@ def finished(network: Network, planned: Mapping[str, LayerPlan], left_dense: dic
 def planned_layer(problem: Problem, decision: Decision, method: Method, settings: Settings) -> LayerPlan:
     """A decision as the layer of a plan."""
     network = problem.network
-    settings = (decision.settings or settings).at(network.operator(decision.name))
+    settings = (decision.settings or settings).at(network.operator(decision.name), network.shape(decision.name))
     factors, bias = decision.factors, network.bias(decision.name)
     if settings.bits < 32 and not isinstance(factors, Quantized):
         factors = quantised(factors, settings.bits)

@@ -66,7 +66,9 @@ class FactoredLayer(nn.Module):
     def factors(self) -> Factors:
         """The form as it is now."""
         if self._known:
-            return self._known[0].with_matrices({name: self.get_parameter(attribute_of(name)) for name in self._matrices})
+            return self._known[0].with_matrices(
+                {name: self.get_parameter(attribute_of(name)) for name in self._matrices}
+            )
         return restored(self._description, {name: self.get_buffer(attribute_of(name)) for name in self._names})
 
     @property

@@ -29,7 +29,7 @@ def _select(network: Network, layers: Any, settings: Settings, method: str) -> t
             raise SlrpropError(
                 f"method '{method}' treats none of the layers {', '.join(network.order)} of this model; choose another"
                 if network.order
-                else "the model has no dense layer (nn.Linear; in ONNX a Gemm or MatMul with a constant matrix of real numbers) that is called "
+                else "the model has no layer (dense or convolution; in ONNX with a constant weight of real numbers) that is called "
                 f"on this data{f'; its numbers are elsewhere: {told}' if told else ''}"
             )
         return eligible, set()
@@ -48,8 +48,10 @@ def _select(network: Network, layers: Any, settings: Settings, method: str) -> t
     for name in exact:
         network.require(name)
         if name not in eligible:
+            kind = network.operator(name).bits_only
+            told = f", {kind}, which takes fewer bits and no other form" if kind else ""
             raise SlrpropError(
-                f"method '{method}' can't treat layer '{name}'; on this model it treats {', '.join(eligible) or 'none'}"
+                f"method '{method}' can't treat layer '{name}'{told}; on this model it treats {', '.join(eligible) or 'none'}"
             )
     selected = tuple(name for name in eligible if name in names)
     if not selected:
@@ -61,7 +63,7 @@ def _select(network: Network, layers: Any, settings: Settings, method: str) -> t
 
 def _why_dense(network: Network, name: str, settings: Settings, must: bool) -> str:
     """Why a layer must stay as it is; empty if it need not. ``must``: the user named it, so some reasons are errors."""
-    (m, n), settings = network.shape(name), settings.at(network.operator(name))
+    (m, n), settings = network.shape(name), settings.at(network.operator(name), network.shape(name))
     if reason := network.stays(name):
         if must:
             untie = "untie them first, or " if network.layers[name].tied else ""

@@ -140,7 +140,11 @@ def _skeleton(old: nn.Module | None, name: str, description: dict[str, Any], sta
     prefix, operator = f"{name}." if name else "", operator_of(old)
     own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
     try:
-        factors = Dense(operator.matrix(own["weight"])) if kind == Dense.kind else restored(description, own | ({"weight": own["matrix"]} if "matrix" in own else {}))
+        factors = (
+            Dense(operator.matrix(own["weight"]))
+            if kind == Dense.kind
+            else restored(description, own | ({"weight": own["matrix"]} if "matrix" in own else {}))
+        )
         before, after = description.get("original_shape"), factors.shape
         m, n = before or after
     except (KeyError, IndexError, TypeError, ValueError, SlrpropError) as error:

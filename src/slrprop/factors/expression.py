@@ -95,11 +95,15 @@ def _(form: SparseLowRank, to: Any, x: Any) -> Any:
     if (y := to.merged(form, x)) is not None:
         return y
     sets, parts = form.sets, []
-    hidden = [to.enter(to.some(x, sets.rows[level]), to.number(left, f"left_{level}")) for level, left in enumerate(form.left)]  # fmt: skip
+    hidden = {
+        level: to.enter(to.some(x, sets.rows[level]), to.number(left, f"left_{level}"))
+        for level, left in enumerate(form.left)
+        if left.shape[1] or not level
+    }
     for segment in form.segments():
         if segment.level:
             right = to.number(segment.right, *(f"right_{level}" for level in range(segment.level)))
-            parts.append(to.product(to.join(hidden[: segment.level]), right))
+            parts.append(to.product(to.join([h for level, h in hidden.items() if level < segment.level]), right))
         else:
             parts.append(to.nothing(hidden[0], len(segment.columns)))
     y = to.join(parts)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 from torch import Tensor
 
 from slrprop.calibration import Calibration
-from slrprop.checks import require_choice, require_count, require_flag
+from slrprop.checks import require_choice, require_count, require_density, require_flag
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Factors
@@ -32,6 +32,10 @@ def _bits(what: str, bits: Any) -> int:
     if isinstance(bits, bool) or not isinstance(bits, Integral) or bits not in (32, *BITS):
         raise SlrpropError(f"{what} must be 32, 8 or 4, got {bits!r}")
     return int(bits)
+
+
+def _optional_share(what: str, value: Any) -> float | None:
+    return None if value is None else require_density(what, value)
 
 
 def _solver(what: str, solver: Any) -> Any:
@@ -81,8 +85,8 @@ class Settings(ABC):
         """Whether the method can treat a weight that is multiplied so."""
         return not operator.bits_only
 
-    def at(self, operator: Operator) -> Self:
-        """The settings for a layer, where these depend on how its weight is multiplied: the size of a kernel."""
+    def at(self, operator: Operator, shape: tuple[int, int]) -> Self:
+        """The settings for a layer of a shape (m, n), where these depend on it."""
         known = hasattr(self, "kernel") and operator.kernel
         return replace(self, kernel=operator.kernel) if known else self  # type: ignore[call-arg]
 
@@ -97,11 +101,24 @@ class RankSettings(Settings):
 
     Args:
         rank: k, the number of components kept.
+        compression_rate: stored numbers over original ones; in each layer the highest rank within it is taken instead of ``rank``.
     """
 
     rank: int = 16
+    compression_rate: float | None = None
 
-    checks: ClassVar[dict[str, Check]] = {"rank": partial(require_count, least=1)}
+    checks: ClassVar[dict[str, Check]] = {"rank": partial(require_count, least=1), "compression_rate": _optional_share}
+
+    def at(self, operator: Operator, shape: tuple[int, int]) -> Self:
+        found = super().at(operator, shape)
+        if found.compression_rate is None:
+            return found
+        most = found.compression_rate * shape[0] * shape[1]
+        rank, step = 0, 1 << 20
+        while step:  # bisection: the numbers grow with the rank
+            numbers = replace(found, rank=rank + step).stored_numbers(*shape)
+            rank, step = rank + step * (numbers is not None and numbers <= most), step // 2
+        return replace(found, rank=max(1, rank))
 
     def refusal(self, m: int, n: int) -> str:
         return f"rank {self.rank} is above its smaller side {min(m, n)}" if self.rank > min(m, n) else ""

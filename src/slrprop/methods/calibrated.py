@@ -99,6 +99,7 @@ def in_order(
     try:
         for name in names:
             method, settings = chosen[name]
+            settings = settings.at(problem.network.operator(name), problem.network.shape(name))
             before = {key: value for key, value in compressed.items() if precedes(problem, key, name)}
             decision, compressed[name] = fit_layer(problem, name, method, settings, before)
             yield decision

@@ -133,6 +133,7 @@ def decide(problem: Problem, layers: tuple[str, ...], settings: SLRSettings) -> 
     """Every layer by itself, from the last to the first."""
     compressed: dict[str, Factors] = {}
     for name in reversed(layers):
+        settings = settings.at(problem.network.operator(name), problem.network.shape(name))
         decision = shortened(problem, name, settings, scores_of(problem, name, settings, compressed))
         compressed[name] = decision.factors
         yield decision

@@ -25,7 +25,8 @@ class SVDSettings(SVDBasedSettings):
 def decide(problem: Problem, layers: tuple[str, ...], settings: SVDSettings) -> Iterator[Decision]:
     """Every layer by itself."""
     for name in layers:
-        yield Decision(name, LowRank.from_svd(problem.svd(name, settings.rank, settings.solver)))
+        rank = settings.at(problem.network.operator(name), problem.network.shape(name)).rank
+        yield Decision(name, LowRank.from_svd(problem.svd(name, rank, settings.solver)))
 
 
 def build(weight: Tensor, layer: LayerPlan, settings: SVDSettings) -> LowRank:

@@ -62,7 +62,7 @@ class TuckerSettings(CalibratedSettings, Settings):
 def fit(task: Regression, settings: TuckerSettings) -> Tucker:
     """The input channels from those that matter most; behind them a low-rank regression."""
     m, n = task.weight.shape
-    unit, inputs, outputs = settings.at(task.operator).channels(m, n)
+    unit, inputs, outputs = settings.at(task.operator, (m, n)).channels(m, n)
     sides = Sides.of(task, 1, unit)
     first = sides.start(inputs)
     for turn in range(settings.sweeps + 1):

@@ -38,7 +38,10 @@ class Lockstep(ABC):
         return ahead and all(changed.get(layer) is form for layer, form in self._passed.items())
 
     def _reads_this(self, name: str) -> bool:
-        return bool(self._inputs) and self._order[self._at] in self.network.siblings(name)
+        here, network = self._order[self._at], self.network
+        return (
+            bool(self._inputs) and here in network.siblings(name) and network.operator(here) == network.operator(name)
+        )
 
     def inputs(self, name: str, changed: Mapping[str, Changed]) -> list[Tensor] | None:
         """What every batch hands to a layer (p x m), once :meth:`reaches` says so; None where a batch does not come by, or all take too much memory."""

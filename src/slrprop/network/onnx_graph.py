@@ -316,7 +316,7 @@ class Graph:
         The dense layers on the path are named; their numbers are not read (see :meth:`linear`).
         """
         elements: list[Element] = []
-        private = True
+        private, maps = True, not isinstance(layer.operator, MatMul)
         tensor, width, flat = layer.y, layer.shape[1], standard(self.nodes[layer.index]) == "Gemm"
         for _ in self.nodes:  # a path is not longer, unless a broken graph goes in circles
             if tensor == self.main:
@@ -327,7 +327,7 @@ class Graph:
                 node, name = self.nodes[readers[0]], self.by_index.get(readers[0])
                 if self.ending and self.maker[self.main] == readers[0]:
                     return Path(elements, self.ends_last, private)
-                dense = name is not None and isinstance(self.layers[name].operator, MatMul)
+                dense = name is not None and not maps and isinstance(self.layers[name].operator, MatMul)
                 if name is not None and dense and self.layers[name].x == tensor and self.layers[name].shape[0] == width:
                     if self.layers[name].trans_a:
                         break
@@ -335,7 +335,7 @@ class Graph:
                     elements.append(Linear(torch.empty(m, n, device="meta"), torch.empty(n, device="meta"), name))
                     tensor, width = self.layers[name].y, self.layers[name].shape[1]
                     continue
-                found = self._element(node, tensor, width, flat)
+                found = self._element(node, tensor, width, flat, maps)
                 if found is not None:
                     elements += [found] if found != "same" else []
                     private = private and (not self._sized(node) or any(isinstance(e, Linear) for e in elements))
@@ -358,7 +358,7 @@ class Graph:
         weight, bias = tensor_of(self.weight(layer)), self.bias(layer)
         return Linear(weight, weight.new_zeros(layer.shape[1]) if bias is None else tensor_of(bias), name)
 
-    def _element(self, node: NodeProto, tensor: str, width: int, flat: bool) -> Element | None:
+    def _element(self, node: NodeProto, tensor: str, width: int, flat: bool, maps: bool) -> Element | None:
         """The node as an element, ``"same"`` where it changes nothing, None where it is neither."""
         op = standard(node)
         if not node.input or node.input[0] != tensor:
@@ -380,7 +380,12 @@ class Graph:
             return (
                 "same" if self.constants[node.input[1]].load().tolist() in ([-1, width], [0, width], [0, -1]) else None
             )
-        if op == "BatchNormalization" and two_axes and len(node.input) == 5 and not attribute(node, "training_mode", 0):
+        if (
+            op == "BatchNormalization"
+            and (two_axes or maps)
+            and len(node.input) == 5
+            and not attribute(node, "training_mode", 0)
+        ):
             if any(name not in self.constants for name in node.input[1:]) or len(node.output) > 1:
                 return None
             gain, shift, mean, var = (tensor_of(self.constants[name].load()) for name in node.input[1:])

@@ -17,6 +17,10 @@ from torch.nn import functional
 from slrprop.network.onnx_constants import attribute, standard, tensor_of
 from slrprop.network.onnx_graph import Graph
 
+CONVOLVED = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
+MAX_POOLS = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
+AVERAGE_POOLS = {1: functional.avg_pool1d, 2: functional.avg_pool2d, 3: functional.avg_pool3d}
 Values = list[Tensor | None]
 Op = Callable[[NodeProto, Any], Any]  # (node, inputs) -> output, or a list of several
 KINDS = {
@@ -110,6 +114,103 @@ def _batch_norm(node: NodeProto, x: Any) -> Tensor:
     return functional.batch_norm(x[0], x[3], x[4], x[1], x[2], eps=attribute(node, "epsilon", 1e-5))
 
 
+def _sides(node: NodeProto, name: str, count: int, default: int) -> list[int]:
+    return list(attribute(node, name, [default] * count))
+
+
+def _pads(node: NodeProto, x: Tensor, kernel: list[int], stride: list[int], dilation: list[int]) -> list[int]:
+    """Zeros as ``torch.nn.functional.pad`` takes them: the last axis first."""
+    count, how = len(kernel), attribute(node, "auto_pad", b"NOTSET").decode()
+    if how in ("NOTSET", "VALID"):
+        pads = _sides(node, "pads", 2 * count, 0) if how == "NOTSET" else [0] * 2 * count
+        pairs = list(zip(pads[:count], pads[count:], strict=True))
+    else:
+        pairs = []
+        for side, places, step, reach in zip(x.shape[2:], kernel, stride, dilation, strict=True):
+            more = max(0, (-(-side // step) - 1) * step + reach * (places - 1) + 1 - side)
+            pairs.append((more // 2, more - more // 2) if how == "SAME_UPPER" else (more - more // 2, more // 2))
+    return [side for pair in reversed(pairs) for side in pair]
+
+
+def _conv(node: NodeProto, x: Any) -> Tensor:
+    count = x[1].ndim - 2
+    kernel, stride, dilation = (
+        list(x[1].shape[2:]),
+        _sides(node, "strides", count, 1),
+        _sides(node, "dilations", count, 1),
+    )
+    padded = functional.pad(x[0], _pads(node, x[0], kernel, stride, dilation))
+    bias = x[2] if len(x) > 2 else None
+    return CONVOLVED[count](padded, x[1], bias, stride, 0, dilation, attribute(node, "group", 1))
+
+
+def _conv_transpose(node: NodeProto, x: Any) -> Tensor:
+    count, bias = x[1].ndim - 2, x[2] if len(x) > 2 else None
+    stride, dilation, wider = _sides(node, "strides", count, 1), _sides(node, "dilations", count, 1), _sides(node, "output_padding", count, 0)  # fmt: skip
+    y = TRANSPOSED[count](x[0], x[1], bias, stride, 0, wider, attribute(node, "group", 1), dilation)
+    pads = _sides(node, "pads", 2 * count, 0)
+    return functional.pad(y, [-side for axis in reversed(range(count)) for side in (pads[axis], pads[count + axis])])
+
+
+def _pool(node: NodeProto, x: Any) -> Tensor:
+    """Average and maximum over windows; padding never counts as a number of the map unless the node says so."""
+    kernel = list(attribute(node, "kernel_shape"))
+    count = len(kernel)
+    stride, dilation = _sides(node, "strides", count, 1), _sides(node, "dilations", count, 1)
+    pads = _pads(node, x[0], kernel, stride, dilation)
+    if standard(node) == "MaxPool":
+        padded = functional.pad(x[0], pads, value=-math.inf)
+        return MAX_POOLS[count](padded, kernel, stride, 0, dilation, bool(attribute(node, "ceil_mode", 0)))
+    rounded_up = bool(attribute(node, "ceil_mode", 0))
+    mean = AVERAGE_POOLS[count](functional.pad(x[0], pads), kernel, stride, 0, rounded_up)
+    if attribute(node, "count_include_pad", 0) or not any(pads):
+        return mean
+    return mean / AVERAGE_POOLS[count](functional.pad(torch.ones_like(x[0]), pads), kernel, stride, 0, rounded_up)
+
+
+def _pad(node: NodeProto, x: Any) -> Tensor:
+    pads = attribute(node, "pads") if len(x) < 2 else x[1].tolist()
+    value = attribute(node, "value", 0.0) if len(x) < 3 or x[2] is None else float(x[2])
+    axes = x[3].tolist() if len(x) > 3 and x[3] is not None else list(range(x[0].ndim))
+    around = [[0, 0] for _ in range(x[0].ndim)]
+    for place, axis in enumerate(axes):
+        around[axis] = [pads[place], pads[len(axes) + place]]
+    mode = {"reflect": "reflect", "edge": "replicate"}.get(attribute(node, "mode", b"constant").decode(), "constant")
+    if mode == "constant":
+        return functional.pad(x[0], [side for pair in reversed(around) for side in pair], value=value)
+    return functional.pad(x[0], [side for pair in reversed(around[2:]) for side in pair], mode=mode)
+
+
+def _resize(node: NodeProto, x: Any) -> Tensor:
+    """To the nearest number or by lines between them; other ways give other numbers than ONNX Runtime's, which is noticed."""
+    scales = x[-1] if len(x) == 2 else x[2] if len(x) > 2 else None
+    given = x[3].tolist()[2:] if len(x) > 3 and x[3] is not None else None
+    sides = given or [int(side * scale) for side, scale in zip(x[0].shape[2:], scales.tolist()[2:], strict=True)]
+    linear = attribute(node, "mode", b"nearest").decode() == "linear"
+    how = attribute(node, "coordinate_transformation_mode", b"half_pixel").decode()
+    names = {1: "linear", 2: "bilinear", 3: "trilinear"}
+    if linear:
+        return functional.interpolate(x[0], sides, mode=names[len(sides)], align_corners=how == "align_corners")
+    return functional.interpolate(x[0], sides, mode="nearest")
+
+
+def _depth_to_space(node: NodeProto, x: Any) -> Tensor:
+    size = attribute(node, "blocksize")
+    if attribute(node, "mode", b"DCR") == b"CRD":
+        return functional.pixel_shuffle(x[0], size)
+    n, c, h, w = x[0].shape
+    return (
+        x[0]
+        .reshape(n, size, size, c // size**2, h, w)
+        .permute(0, 3, 4, 1, 5, 2)
+        .reshape(n, c // size**2, h * size, w * size)
+    )
+
+
+def _instance_norm(node: NodeProto, x: Any) -> Tensor:
+    return functional.instance_norm(x[0], weight=x[1], bias=x[2], eps=attribute(node, "epsilon", 1e-5))
+
+
 def _clip(node: NodeProto, x: Any) -> Tensor:
     low, high = (
         x[i] if len(x) > i and x[i] is not None else attribute(node, key) for i, key in ((1, "min"), (2, "max"))
@@ -159,27 +260,39 @@ PLAIN: dict[str, Callable[..., Tensor]] = {  # of the inputs alone
 }  # fmt: skip
 OPS: dict[str, Op] = {
     **{op: _plain(function) for op, function in PLAIN.items()},
+    "AveragePool": _pool,
     "BatchNormalization": _batch_norm,
     "Cast": lambda node, x: x[0].to(KINDS[attribute(node, "to")]),
     "Clip": _clip,
     "Concat": lambda node, x: torch.cat(x, attribute(node, "axis")),
+    "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
+    "DepthToSpace": _depth_to_space,
     "Dropout": lambda node, x: x[0],
     "Elu": lambda node, x: functional.elu(x[0], attribute(node, "alpha", 1.0)),
     "Flatten": lambda node, x: x[0].reshape(math.prod(x[0].shape[: attribute(node, "axis", 1)]), -1),
     "Gather": _gather,
     "Gelu": lambda node, x: functional.gelu(x[0], approximate=attribute(node, "approximate", b"none").decode()),
     "Gemm": _gemm,
+    "GlobalAveragePool": lambda node, x: x[0].mean(list(range(2, x[0].ndim)), keepdim=True),
+    "GlobalMaxPool": lambda node, x: x[0].amax(list(range(2, x[0].ndim)), keepdim=True),
+    "HardSigmoid": lambda node, x: (attribute(node, "alpha", 0.2) * x[0] + attribute(node, "beta", 0.5)).clamp(0, 1),
+    "InstanceNormalization": _instance_norm,
     "LayerNormalization": _layer_norm,
     "LeakyRelu": lambda node, x: functional.leaky_relu(x[0], attribute(node, "alpha", 0.01)),
     "LogSoftmax": _softmax(torch.log_softmax),
     "Max": _folded(torch.maximum),
+    "MaxPool": _pool,
     "Min": _folded(torch.minimum),
+    "PRelu": lambda node, x: torch.where(x[0] >= 0, x[0], x[1] * x[0]),
+    "Pad": _pad,
     "ReduceL2": _reduced(lambda x, axes, keep: x.square().sum(axes, keep).sqrt()),
     "ReduceMax": _reduced(torch.amax),
     "ReduceMean": _reduced(torch.mean),
     "ReduceMin": _reduced(torch.amin),
     "ReduceSum": _reduced(torch.sum),
     "Reshape": _reshape,
+    "Resize": _resize,
     "Shape": _shape,
     "Slice": _slice,
     "Softmax": _softmax(torch.softmax),
@@ -200,6 +313,10 @@ def _computable(node: NodeProto, opset: int) -> bool:
         return opset >= 13  # before, all later axes were one
     if op == "Dropout":
         return len(node.output) == 1 and len(node.input) < 3
+    if op == "MaxPool":
+        return len(node.output) == 1 and not attribute(node, "storage_order", 0)
+    if op == "ConvTranspose":
+        return not attribute(node, "output_shape", None) and attribute(node, "auto_pad", b"NOTSET") == b"NOTSET"
     if op in ("BatchNormalization", "LayerNormalization"):
         return len(node.output) == 1 and not attribute(node, "training_mode", 0)
     return True

@@ -128,7 +128,7 @@ class Trace(TorchFunctionMode):
         names = {position: name for name, positions in self.made.items() for position in positions}
         attributes = vars(result) if hasattr(result, "__dict__") else {}
         returned = {id(tensor) for tensor in [*_tensors(result), *_tensors(attributes)]}
-        here, tensor = start, self.calls[start].result
+        here, tensor, maps = start, self.calls[start].result, self.calls[start].function in _CONVOLUTIONS
         while True:
             users = [i for i in range(here + 1, len(self.calls)) if id(tensor) in self.calls[i].reads]
             if not users:
@@ -145,8 +145,8 @@ class Trace(TorchFunctionMode):
             if (call.function in _SOFTMAX or call.function in _LOG_SOFTMAX) and call.result is output:
                 last_axis = call.argument(1, "dim") in (-1, tensor.ndim - 1)
                 return Path(elements, last_axis, private)
-            element = _element(call, tensor, names.get(users[0]))
-            if element is None:
+            element = _element(call, tensor, names.get(users[0]), maps)
+            if element is None or (maps and isinstance(element, Linear)):  # that reads the last axis, not channels
                 return Path(elements, False, private)
             elements += [element] if element != "same" else []
             private = private and (call.function not in _SIZED or any(isinstance(e, Linear) for e in elements))
@@ -176,8 +176,8 @@ class Held(TorchDispatchMode):
         self.alive -= size
 
 
-def _element(call: _Call, tensor: Tensor, name: str | None) -> Element | None:
-    """The call as an element, ``"same"`` where it changes nothing, None where it is neither."""
+def _element(call: _Call, tensor: Tensor, name: str | None, maps: bool) -> Element | None:
+    """The call as an element (of ``maps``, which have their channels on axis 1), ``"same"`` where it changes nothing, None where it is neither."""
     function = call.function
     if function in _ACTIVATIONS:
         return _ACTIVATIONS[function]
@@ -191,7 +191,7 @@ def _element(call: _Call, tensor: Tensor, name: str | None) -> Element | None:
         weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
         zero = weight.new_zeros(weight.shape[0])
         return Linear(weight.detach().T, zero if bias is None else bias.detach(), name)
-    if function is functional.batch_norm and tensor.ndim == 2 and not call.argument(5, "training", False):
+    if function is functional.batch_norm and (maps or tensor.ndim == 2) and not call.argument(5, "training", False):
         mean, var = call.argument(1, "running_mean"), call.argument(2, "running_var")
         weight, bias = call.argument(3, "weight"), call.argument(4, "bias")
         scale = (var + call.argument(7, "eps", 1e-5)).rsqrt() * (1 if weight is None else weight.detach())

@@ -75,6 +75,8 @@ class Convolution(Operator):
 
     def enter(self, x: Tensor, weight: Tensor) -> Tensor:
         convolved = CONVOLVED[len(self.kernel)]
+        if not weight.numel():
+            return x.new_zeros(*x.shape[: self.axis], weight.shape[1], *self.made(tuple(x.shape[self.axis + 1 :])))
         if self.transposed:
             sides = tuple(before for before, _ in self.padding)
             turned = TRANSPOSED[len(self.kernel)]
@@ -85,6 +87,8 @@ class Convolution(Operator):
         return convolved(self.padded(x), self.stored(weight), None, self.stride, 0, self.dilation, self.groups)
 
     def product(self, h: Tensor, weight: Tensor) -> Tensor:
+        if not weight.numel():
+            return h.new_zeros(*h.shape[: self.axis], weight.shape[1], *h.shape[self.axis + 1 :])
         return CONVOLVED[len(self.kernel)](h, weight.T.reshape(*weight.T.shape, *[1] * len(self.kernel)))
 
     def made(self, sides: Sides) -> Sides:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from slrprop.factors import Factors, express
+from slrprop.factors import Factors, Quantized, express
 from slrprop.factors.spatial import Sequence
 from slrprop.operators.base import Operator
 
@@ -41,4 +41,5 @@ class MatMul(Operator):
 
 def times(rows: Tensor, form: Factors) -> Tensor:
     """Rows (p x m), whatever operation they were taken from, times the matrix that a form stands for."""
-    return rows @ form.dense() if isinstance(form, Sequence) else express(form, MatMul(), rows)
+    sequence = isinstance(form.codes if isinstance(form, Quantized) else form, Sequence)
+    return rows @ form.dense() if sequence else express(form, MatMul(), rows)

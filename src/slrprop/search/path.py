@@ -31,6 +31,8 @@ LEVELS: dict[str, tuple[Choice, ...]] = {
     ),
     "calibrated": (
         *(("low_rank", bits) for bits in FEW_BITS),
+        *(("spatial", bits) for bits in FEW_BITS),
+        *(("tucker", bits) for bits in FEW_BITS),
         ("low_rank", {"metric": "inputs", "bits": 4}),  # ahead where little is lost: LeNet-300-100 from 20 kB on
         *(("nested", {"shape": shape, "bits": 4, "sweeps": 2}) for shape in ("half", "third", "three-wide")),
         *(("dense", bits) for bits in FEW_BITS),
@@ -139,7 +141,7 @@ def candidates_of(
         if name not in kind(**given).eligible(problem.network):
             continue  # for example a layer that SLRProp's chain does not reach
         for step in kind.ladder(m, n)[::-every]:  # from the largest: the components of lower ranks are part of its
-            settings = kind(**{**step, **given}).at(problem.network.operator(name))
+            settings = kind(**{**step, **given}).at(problem.network.operator(name), (m, n))
             if (settings.stored_numbers(m, n) or 0) * min(settings.bits, 8 * problem.network.itemsize(name)) / 8 > most:
                 continue
             try:

@@ -44,7 +44,7 @@ def _smallest(network: Network, name: str, choices: Sequence[Choice], dense: int
         kind = find_method(method).settings
         if not kind(**given).treats(network.operator(name)):
             continue
-        steps = [kind(**{**step, **given}).at(network.operator(name)) for step in kind.ladder(m, n)]
+        steps = [kind(**{**step, **given}).at(network.operator(name), (m, n)) for step in kind.ladder(m, n)]
         if any(step.stored_numbers(m, n) is None or hasattr(step, "density") for step in steps):
             return 0
         found += [(step.stored_numbers(m, n) or 0) * min(step.bits, own) for step in steps]
