@@ -60,6 +60,7 @@ class FactoredLayer(nn.Module):
         # in lists: no part of the module's state
         self._names, self._matrices = tuple(form.arrays()), tuple(matrices)
         self._known = [_shapes_of(form)] if learns else list[Factors]()
+        self._arrays = [] if learns else [self.get_buffer(attribute_of(name)) for name in self._names]
         self._unpacked: list[tuple[Any, Factors, Tensor | None]] = []
         self.register_forward_pre_hook(_keep_factored)
 
@@ -69,7 +70,7 @@ class FactoredLayer(nn.Module):
             return self._known[0].with_matrices(
                 {name: self.get_parameter(attribute_of(name)) for name in self._matrices}
             )
-        return restored(self._description, {name: self.get_buffer(attribute_of(name)) for name in self._names})
+        return restored(self._description, dict(zip(self._names, self._arrays, strict=True)))
 
     @property
     def weight(self) -> Tensor:
@@ -101,12 +102,17 @@ class FactoredLayer(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> "FactoredLayer":
         super()._apply(*args, **kwargs)
-        self._unpacked.clear()
+        self._refresh()
         return self
+
+    def _refresh(self) -> None:
+        self._unpacked.clear()
+        if not self._known:
+            self._arrays[:] = [self.get_buffer(attribute_of(name)) for name in self._names]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._unpacked.clear()
+        self._refresh()
         if self._known:
             arrays = {name: getattr(self, attribute_of(name)).detach() for name in self._names}
             self._known[:] = [_shapes_of(restored(self._description, arrays))]

@@ -188,7 +188,7 @@ def _(form: SparseLowRank, bits: int, task: Regression) -> Quantized:
     rest = task.weight - form.dense()
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for index, (left, right) in enumerate(zip(form.left, form.right, strict=True)):
-        rows, columns = form.sets.rows[index], form.sets.columns[index]
+        rows, columns = form.sets.rows[index].places, form.sets.columns[index]
         rest[rows[:, None], columns] += left @ right
         across = task.covariance[rows]
         own = across[:, rows]

@@ -1,7 +1,7 @@
 """What a dense weight can become."""
 
 from slrprop.factors.base import Dense, Factors, LowRank, restored
-from slrprop.factors.blocks import Segment, SparseLowRank, members, span
+from slrprop.factors.blocks import Index, Segment, SparseLowRank, members, span
 from slrprop.factors.expression import express
 from slrprop.factors.narrowed import Narrowed
 from slrprop.factors.quantized import Quantized, stored_bytes
@@ -12,6 +12,7 @@ from slrprop.factors.spatial import Spatial, Tucker
 __all__ = [
     "Dense",
     "Factors",
+    "Index",
     "LowRank",
     "LowRankPlusSparse",
     "Narrowed",

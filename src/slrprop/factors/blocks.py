@@ -58,16 +58,41 @@ def _permute_blocks(
     return moved, levels[order]
 
 
+class Index(NamedTuple):
+    """Ascending places, and the same as a slice where they are neighbours: nothing is looked up when a graph is traced."""
+
+    places: Tensor
+    part: slice | None
+
+    @classmethod
+    def of(cls, places: Tensor) -> "Index":
+        return cls(places, span(places))
+
+    @classmethod
+    def where(cls, mask: Tensor) -> "Index":
+        """The places that are marked."""
+        return cls.of(mask.nonzero()[:, 0])
+
+    def every(self, unit: int) -> "Index":
+        """The channels that places in whole channels of so many rows belong to."""
+        part = self.part
+        return (
+            Index(self.places[::unit] // unit, None if part is None else slice(part.start // unit, part.stop // unit))
+            if unit > 1
+            else self
+        )
+
+    def taken(self, x: Tensor, axis: int) -> Tensor:
+        """What stands at these places, without a copy where they are neighbours."""
+        if self.part is None:
+            return x.index_select(axis, self.places.to(x.device))
+        return x.narrow(axis, self.part.start, self.part.stop - self.part.start)
+
+
 def span(index: Tensor) -> slice | None:
     """Ascending neurons as a slice, where they are neighbours."""
     first, last = (int(index[0]), int(index[-1])) if len(index) else (0, -2)
     return slice(first, last + 1) if last - first == len(index) - 1 else None
-
-
-def chosen(block: Tensor, columns: Tensor) -> Tensor:
-    """Some columns of a block, without a copy where they are neighbours."""
-    part = span(columns)
-    return block.index_select(1, columns.to(block.device)) if part is None else block[:, part]
 
 
 class Segment(NamedTuple):
@@ -86,18 +111,21 @@ class Sets:
     the pieces, one after the other, are the columns already.
     """
 
-    rows: list[Tensor]
+    rows: list[Index]
     columns: list[Tensor]
-    pieces: list[tuple[Tensor, list[Tensor]]]
+    pieces: list[tuple[Tensor, list[Index]]]
     order: Tensor | None
 
     @classmethod
     def of(cls, row_levels: Tensor, column_levels: Tensor, blocks: int) -> "Sets":
-        rows, columns = ([members(levels, g) for g in range(blocks)] for levels in (row_levels, column_levels))
+        columns = [members(column_levels, g) for g in range(blocks)]
         groups = [((column_levels == level).nonzero()[:, 0], level) for level in column_levels.unique().tolist()]
         groups.sort(key=lambda group: int(group[0][0]))
-        pieces = [(index, [torch.searchsorted(columns[g], index) for g in range(level)]) for index, level in groups]
+        pieces = [
+            (index, [Index.of(torch.searchsorted(columns[g], index)) for g in range(level)]) for index, level in groups
+        ]
         order = torch.cat([index for index, _ in pieces]) if pieces else column_levels.long()
+        rows = [Index.of(members(row_levels, g)) for g in range(blocks)]
         return cls(rows, columns, pieces, None if bool((order.diff() == 1).all()) else order.argsort())
 
 
@@ -136,7 +164,7 @@ class SparseLowRank(Factors):
                 )
         object.__setattr__(self, "known", Sets.of(self.row_levels, self.column_levels, len(self.left)))
         for level, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
-            require_matrix(f"left block {level}", left, (len(self.sets.rows[level]), None))
+            require_matrix(f"left block {level}", left, (len(self.sets.rows[level].places), None))
             require_matrix(f"right block {level}", right, (left.shape[1], len(self.sets.columns[level])))
 
     @property
@@ -168,7 +196,7 @@ class SparseLowRank(Factors):
         """The output side as neighbouring pieces, one per column level; ``sets.order`` brings their columns back."""
         found = []
         for columns, places in self.sets.pieces:
-            parts = [chosen(block, place) for block, place in zip(self.right, places, strict=False)]
+            parts = [place.taken(block, 1) for block, place in zip(self.right, places, strict=False)]
             right = torch.cat(parts) if parts else self.right[0].new_zeros(0, len(columns))
             found.append(Segment(columns, len(parts), right))
         return found
@@ -218,7 +246,7 @@ class SparseLowRank(Factors):
         m, n = self.shape
         left, right = [], []
         for level, (a, b) in enumerate(zip(self.left, self.right, strict=True)):
-            left.append(a.new_zeros(m, a.shape[1]).index_copy(0, self.sets.rows[level].to(a.device), a))
+            left.append(a.new_zeros(m, a.shape[1]).index_copy(0, self.sets.rows[level].places.to(a.device), a))
             right.append(b.new_zeros(b.shape[0], n).index_copy(1, self.sets.columns[level].to(b.device), b))
         return torch.cat(left, 1), torch.cat(right)
 
@@ -238,7 +266,7 @@ class SparseLowRank(Factors):
     @property
     def gathered(self) -> int:
         """Inputs and outputs, for one sample, that the blocks pick one by one because no slice gives them."""
-        picked = sum(len(index) for index in self.sets.rows if span(index) is None)
+        picked = sum(len(index.places) for index in self.sets.rows if index.part is None)
         return picked + (self.shape[1] if self.sets.order is not None else 0)
 
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "SparseLowRank":

@@ -3,12 +3,11 @@
 from functools import singledispatch
 from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
 from slrprop.factors.base import Dense, Factors, LowRank
-from slrprop.factors.blocks import SparseLowRank
+from slrprop.factors.blocks import Index, SparseLowRank
 from slrprop.factors.narrowed import Narrowed
 from slrprop.factors.quantized import Quantized
 from slrprop.factors.shared import Shared
@@ -39,7 +38,7 @@ class Builder(Protocol[T]):
     def product(self, h: T, weight: T) -> T:
         """Channels times a matrix, at every position."""
 
-    def some(self, x: T, rows: Tensor) -> T:
+    def some(self, x: T, rows: Index) -> T:
         """The channels that these rows of the matrix (ascending, whole channels) belong to."""
 
     def join(self, parts: list[T]) -> T:
@@ -112,11 +111,9 @@ def _(form: SparseLowRank, to: Any, x: Any) -> Any:
 
 @express.register
 def _(form: Narrowed, to: Any, x: Any) -> Any:
-    y = to.enter(to.some(x, form.rows.nonzero()[:, 0]), to.number(form.block, "block"))
-    if form.columns.all():
-        return y
-    places = torch.where(form.columns, form.columns.cumsum(0) - 1, form.block.shape[1])
-    return to.pick(to.join([y, to.nothing(y, 1)]), places)
+    read, places = form.sides
+    y = to.enter(to.some(x, read), to.number(form.block, "block"))
+    return y if places is None else to.pick(to.join([y, to.nothing(y, 1)]), places)
 
 
 @express.register(Sparse)

@@ -1,7 +1,7 @@
 """Layers without some of their neurons."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slrprop.errors import SlrpropError
 from slrprop.factors.base import Factors, require_matrix
-from slrprop.factors.blocks import reordered
+from slrprop.factors.blocks import Index, reordered
 
 
 def _bits(mask: Tensor) -> Tensor:
@@ -34,14 +34,27 @@ class Narrowed(Factors):
     block: Tensor
     rows: Tensor
     columns: Tensor
+    known: tuple[Index, Tensor | None] | None = field(
+        default=None, repr=False
+    )  # what the masks say, where that was worked out before
     kind: ClassVar[str] = "narrowed"
     selects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if self.known is not None:
+            return
         for side, mask in (("row", self.rows), ("column", self.columns)):
             if mask.ndim != 1 or mask.dtype != torch.bool:
                 raise SlrpropError(f"a {side} mask takes one bool per neuron, got {mask.dtype} {tuple(mask.shape)}")
         require_matrix("the block", self.block, (int(self.rows.sum()), int(self.columns.sum())))
+        places = torch.where(self.columns, self.columns.cumsum(0) - 1, self.block.shape[1])
+        object.__setattr__(self, "known", (Index.where(self.rows), None if self.columns.all() else places))
+
+    @property
+    def sides(self) -> tuple[Index, Tensor | None]:
+        """The inputs that are read, and where among the block's outputs, and one of zeros behind them, each output is; None where all are made."""
+        assert self.known is not None
+        return self.known
 
     @classmethod
     def cut(cls, weight: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> "Narrowed":
@@ -67,7 +80,7 @@ class Narrowed(Factors):
         return {"rows": _bits(self.rows), "columns": _bits(self.columns)}
 
     def with_matrices(self, matrices: Mapping[str, Tensor]) -> "Narrowed":
-        return Narrowed(matrices["block"], self.rows, self.columns)
+        return Narrowed(matrices["block"], self.rows, self.columns, self.known)
 
     def description(self) -> dict[str, Any]:
         return {"kind": self.kind, "shape": list(self.shape)}

@@ -101,16 +101,15 @@ def cost_of(
     )
 
 
+def kept_of(problem: Problem, name: str, settings: ShortenSettings, scores: Scores) -> tuple[Tensor, Tensor]:
+    """Masks of a layer's inputs (m,), in whole channels, and outputs (n,) that keep the full rank."""
+    rows, columns = (kept(side, settings.sparsity_rate) for side in scores)
+    return rows.repeat_interleave(problem.network.operator(name).unit), columns
+
+
 def shortened(problem: Problem, name: str, settings: ShortenSettings, scores: Scores) -> Decision:
     """Shorten a layer's least relevant neurons."""
-    unit = problem.network.operator(name).unit
-    by_channel = (
-        scores.rows
-        if len(scores.rows) * unit == problem.network.shape(name)[0]
-        else scores.rows.unflatten(0, (-1, unit)).sum(1)
-    )
-    rows = kept(by_channel, settings.sparsity_rate).repeat_interleave(unit)
-    columns = kept(scores.columns, settings.sparsity_rate)
+    rows, columns = kept_of(problem, name, settings, scores)
     svd = problem.svd(name, settings.rank, settings.solver)
     return Decision(name, SparseLowRank.shorten(svd, settings.reduced_rank, ~rows, ~columns), rows, columns)
 
@@ -125,7 +124,11 @@ def scores_of(
             cost = cost_of(problem, name, settings, compressed)
             parts.append(Scores(cost.rows, cost.columns))
         else:
-            parts.append(problem.weight_scores(name) if part == "weight" else problem.activation_scores(name))
+            found, unit = (
+                problem.weight_scores(name) if part == "weight" else problem.activation_scores(name),
+                problem.network.operator(name).unit,
+            )
+            parts.append(found if unit == 1 else Scores(found.rows.unflatten(0, (-1, unit)).sum(1), found.columns))
     return parts[0] if len(parts) == 1 else combined(*parts)
 
 

@@ -13,7 +13,7 @@ from slrprop.factors import Quantized, SparseLowRank
 from slrprop.methods.base import Check, Decision, Problem
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, Fit, in_order
 from slrprop.methods.refit import refit_of
-from slrprop.methods.slr import SLRSettings, kept, scores_of
+from slrprop.methods.slr import SLRSettings, kept_of, scores_of
 from slrprop.plan import LayerPlan
 from slrprop.regression import Regression
 
@@ -75,7 +75,7 @@ def decide(problem: Problem, layers: tuple[str, ...], settings: SLRRefitSettings
     """Patterns by the criterion on the original network, then factors in order of execution."""
     chosen = {}
     for name in layers:
-        rows, columns = (kept(side, settings.sparsity_rate) for side in scores_of(problem, name, settings))
+        rows, columns = kept_of(problem, name, settings, scores_of(problem, name, settings))
         chosen[name] = (replace(METHOD, fit=fit_of(rows, columns)), settings)
     yield from in_order(problem, chosen)
 

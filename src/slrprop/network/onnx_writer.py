@@ -14,7 +14,7 @@ from onnx import GraphProto, NodeProto, helper
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Factors, Quantized, SparseLowRank, span
+from slrprop.factors import Factors, Index, Quantized, SparseLowRank
 from slrprop.network.onnx_graph import Graph, Place
 from slrprop.network.onnx_tensors import graphs_of
 from slrprop.operators import Convolution
@@ -138,12 +138,11 @@ class Writer:
         picked = self.add("Gather", [self._turned[x], places], axis=0)
         return self.add("Transpose", [picked], perm=[*axes[1:], 0])
 
-    def some(self, x: str, rows: Tensor) -> str:
-        channels = rows[:: self.operator.unit] // self.operator.unit
-        part = span(channels)
-        if len(rows) == self.place.shape[0]:
+    def some(self, x: str, rows: Index) -> str:
+        channels = rows.every(self.operator.unit)
+        if len(rows.places) == self.place.shape[0]:
             return x
-        return self.pick(x, channels) if part is None else self.slice(x, part)
+        return self.pick(x, channels.places) if channels.part is None else self.slice(x, channels.part)
 
     def join(self, parts: list[str]) -> str:
         return parts[0] if len(parts) == 1 else self.add("Concat", parts, axis=self.axis)

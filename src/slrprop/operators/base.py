@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Factors, Quantized, express, span
+from slrprop.factors import Factors, Index, Quantized, express
 
 
 class Operator(ABC):
@@ -77,12 +77,8 @@ class Operator(ABC):
     @abstractmethod
     def product(self, h: Tensor, weight: Tensor) -> Tensor: ...
 
-    def some(self, x: Tensor, rows: Tensor) -> Tensor:
-        channels = rows[:: self.unit] // self.unit
-        part = span(channels)
-        if part is None:
-            return x.index_select(self.axis, channels.to(x.device))
-        return x.narrow(self.axis, part.start, part.stop - part.start)
+    def some(self, x: Tensor, rows: Index) -> Tensor:
+        return rows.every(self.unit).taken(x, self.axis)
 
     def join(self, parts: list[Tensor]) -> Tensor:
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.axis)
