@@ -7,6 +7,7 @@ original network's pre-activation.
 import itertools
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,14 +18,16 @@ from slrprop.data import Data
 from slrprop.errors import SlrpropError
 from slrprop.memory import bound, give_back
 from slrprop.network.base import Network
+from slrprop.operators import Lookup
 from slrprop.pairs import Compressed, Pairs
-from slrprop.regression import DAMPING, Regression, level
-from slrprop.statistics import Moments, moments_of
+from slrprop.regression import DAMPING, Diagonal, Regression, level
+from slrprop.statistics import Counts, Moments, moments_of, summed_of
 
 ROUNDING = 1e-12  # relative, of sums in float64
 METRIC_DAMPING = 0.05  # of the outputs' metric, times its mean diagonal
 METRIC_ROWS = 2048  # samples that the metric is averaged over
 METRIC_OUTPUTS = 8192  # of a layer; of more, all weigh alike: the metric would take gigabytes, and minutes to factorise
+UNSEEN = 1e-3  # of how often a row of an embedding is read in the mean: what a row counts that no sample reads
 PROBES = 16  # random directions that stand for more classes than that
 
 
@@ -35,7 +38,7 @@ class Calibration:
         known: moments of layers of the original network (:func:`slrprop.statistics.moments`), which are not summed again.
     """
 
-    def __init__(self, network: Network, data: Data, known: Mapping[str, Moments] | None = None) -> None:
+    def __init__(self, network: Network, data: Data, known: Mapping[str, Moments | Counts] | None = None) -> None:
         self.network, self.data, self._known = network, data, known or {}
         self.pairs = Pairs(network, data)
         self._metrics: dict[str, np.ndarray | None] = {}  # packed triangles
@@ -59,9 +62,9 @@ class Calibration:
     def _measure_next(self, name: str, weighted: bool, outputs: dict[str, list[Tensor]] | None = None) -> None:
         """The regressions of a layer and of those to come that fit into memory beside it, in one run."""
         group = self._coming[self._coming.index(name) :]
-        sizes = itertools.accumulate(_size(*self.network.shape(other)) for other in group)
+        sizes = itertools.accumulate(map(self._size, group))
         group = tuple(other for other, size in zip(group, sizes, strict=True) if size <= bound() // 2) or group[:1]
-        self._forget(sum(_size(*self.network.shape(other)) for other in group))
+        self._forget(sum(map(self._size, group)))
         found = moments_of(self.network, group, self.data, False, outputs)
         for other in group:
             summed = found.pop(other)
@@ -70,7 +73,7 @@ class Calibration:
 
     def _forget(self, size: int) -> None:
         """Let go of the oldest regressions until there is room for such a size."""
-        while self._first and size + sum(_size(*task.weight.shape) for task in self._first.values()) > bound() // 2:
+        while self._first and size + sum(self._size(name) for name, _ in self._first) > bound() // 2:
             del self._first[next(iter(self._first))]
 
     def regression(self, name: str, compressed: Mapping[str, Compressed], weighted: bool = True) -> Regression:
@@ -92,16 +95,23 @@ class Calibration:
             if (name, weighted) in self._first:
                 return self._first[name, weighted]
         if summed is None:
-            summed = Moments(*self.network.shape(name), crossed=bool(before))
+            summed = summed_of(self.network, name, bool(before))
             for x, z in self.pairs.of(name, before):
                 summed.add(x, z)
         if not summed.count:
             raise SlrpropError(f"layer '{name}' saw no sample of the calibration data; give data that reaches it")
         return self._made(name, before, weighted, summed)
 
-    def _made(self, name: str, before: dict[str, Compressed], weighted: bool, summed: Moments) -> Regression:
+    def _made(self, name: str, before: dict[str, Compressed], weighted: bool, summed: Moments | Counts) -> Regression:
         """The regression out of moments; kept where nothing is compressed before."""
         weight, bias, _ = self.pairs.original(name)
+        if isinstance(summed, Counts):
+            read = summed.rows / summed.count
+            covariance: Any = Diagonal(read + UNSEEN * read.mean())
+            return self._kept(name, before, weighted, Regression(
+                name, weight, weight, bias, torch.zeros_like(read), covariance, torch.zeros_like(bias), *self._metric_and_root(name, weighted),
+                False, partial(self.pairs.samples, name, before), self.network.operator(name),
+            ))  # fmt: skip
         mean, target_mean = summed.mean, summed.target_mean
         covariance = summed.square.div_(summed.count)
         varying = covariance.diagonal() > 0
@@ -116,8 +126,7 @@ class Calibration:
             right = summed.cross[varying] / summed.count + pull * weight[varying]
             target = weight.clone()
             target[varying] = torch.cholesky_solve(right, torch.linalg.cholesky(left))
-        metric = self._metric(name) if weighted else None
-        root = None if metric is None else torch.linalg.cholesky(metric)
+        metric, root = self._metric_and_root(name, weighted)
         relu = self.network.activation(name) == "relu"
         samples = partial(self.pairs.samples, name, before)
         found = Regression(
@@ -134,10 +143,25 @@ class Calibration:
             samples,
             self.network.operator(name),
         )
+        return self._kept(name, before, weighted, found)
+
+    def _metric_and_root(self, name: str, weighted: bool) -> tuple[Tensor | None, Tensor | None]:
+        metric = self._metric(name) if weighted else None
+        return metric, None if metric is None else torch.linalg.cholesky(metric)
+
+    def _kept(self, name: str, before: dict[str, Compressed], weighted: bool, found: Regression) -> Regression:
+        """A regression, for later where nothing is compressed before it."""
         if not before:
-            self._forget(_size(*weight.shape))
+            self._forget(self._size(name))
             self._first[name, weighted] = found
         return found
+
+    def _size(self, name: str) -> int:
+        """Bytes of a layer's regression with what it computes once."""
+        m, n = self.network.shape(name)
+        return 8 * (
+            m + 2 * m * n + n * n if isinstance(self.network.operator(name), Lookup) else 3 * m * m + 2 * m * n + n * n
+        )
 
     def rest(self) -> None:
         """Let go of the batches that are on their way through the network."""
@@ -179,8 +203,3 @@ class Calibration:
                     total.diagonal().add_(METRIC_DAMPING * mean)
                     self._metrics[name] = dtrttp(total.numpy())[0]
         give_back()
-
-
-def _size(m: int, n: int) -> int:
-    """Bytes of a layer's regression with what it computes once."""
-    return 8 * (3 * m * m + 2 * m * n + n * n)

@@ -63,9 +63,10 @@ def _tensors(result: Any) -> list[Tensor]:
 
 def _place(layer: FactoredLayer, x: Tensor, index: int) -> Tensor:
     """A node that stands for a factored layer until its own are written, as they are stored."""
-    like = layer.operator.compute(Dense(x.new_empty(layer.shape)), None, x)
+    kind = x.dtype if x.is_floating_point() else layer.like.dtype
+    like = layer.operator.compute(Dense(x.new_empty(layer.shape, dtype=kind)), None, x)
     made: Tensor = torch.onnx.ops.symbolic(
-        f"{OWN}::Layer", (x,), {"index": index}, dtype=x.dtype, shape=like.shape, version=1
+        f"{OWN}::Layer", (x,), {"index": index}, dtype=kind, shape=like.shape, version=1
     )
     return made
 

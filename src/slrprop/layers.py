@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slrprop.factors import Dense, Factors, Quantized, restored
-from slrprop.operators import Convolution, MatMul, Operator
+from slrprop.operators import Convolution, Lookup, MatMul, Operator
 
 _MATMUL = MatMul()
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -43,6 +43,8 @@ class FactoredLayer(nn.Module):
         bias: (n,), or None; a quantised form has its own.
     """
 
+    like: Tensor
+
     def __init__(self, form: Factors, bias: Tensor | None, operator: Operator = _MATMUL) -> None:
         super().__init__()
         self.operator, self._description = operator, form.description()
@@ -61,6 +63,9 @@ class FactoredLayer(nn.Module):
         self._names, self._matrices = tuple(form.arrays()), tuple(matrices)
         self._known = [_shapes_of(form)] if learns else list[Factors]()
         self._arrays = [] if learns else [self.get_buffer(attribute_of(name)) for name in self._names]
+        self.register_buffer(
+            "like", torch.empty(0), persistent=False
+        )  # of what type numbers are where no input says so
         self._unpacked: list[tuple[Any, Factors, Tensor | None]] = []
         self.register_forward_pre_hook(_keep_factored)
 
@@ -85,7 +90,7 @@ class FactoredLayer(nn.Module):
         """What the layer makes of an input."""
         if self._known:
             return self.operator.compute(self.factors(), self.bias, x)
-        key = (x.dtype, x.device)
+        key = (x.dtype if x.is_floating_point() else self.like.dtype, x.device)
         if not self._unpacked or self._unpacked[0][0] != key:
             with ThreadPoolExecutor(1) as elsewhere:  # where nothing is traced: exported programs hold it as constants
                 self._unpacked[:] = [(key, *elsewhere.submit(self._plain, *key).result())]
@@ -141,7 +146,9 @@ def layer_from(form: Factors, bias: Tensor | None, operator: Operator = _MATMUL)
         return FactoredLayer(form, bias, operator)
     (m, n), has_bias = form.shape, bias is not None
     made: nn.Module
-    if isinstance(operator, MatMul):
+    if isinstance(operator, Lookup):
+        made = nn.utils.skip_init(nn.Embedding, m, n)
+    elif isinstance(operator, MatMul):
         made = nn.utils.skip_init(nn.Linear, m, n, bias=has_bias)
     elif isinstance(operator, Convolution) and all(before == behind for before, behind in operator.padding) and not operator.transposed:  # fmt: skip
         sides = {"stride": operator.stride, "padding": tuple(before for before, _ in operator.padding), "dilation": operator.dilation}  # fmt: skip

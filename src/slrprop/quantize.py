@@ -8,16 +8,17 @@ second is fitted anew once the first is rounded.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, singledispatch
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Factors, LowRank, Narrowed, Quantized, SparseLowRank
+from slrprop.factors import Dense, Factors, LowRank, Narrowed, Quantized, SparseLowRank, Table
 from slrprop.factors.quantized import CODES
 from slrprop.linalg import balanced
-from slrprop.regression import Regression, Spread, level
+from slrprop.regression import Diagonal, Regression, Spread, level
 
 CLIPS = torch.arange(1.0, 0.39, -0.05)  # shares of the largest magnitude that may become the largest code
 BLOCK = 128  # rows whose errors are passed on together
@@ -137,6 +138,11 @@ def _(form: Dense, bits: int, task: Regression) -> Quantized:
 
 
 @compensated.register
+def _(form: Table, bits: int, task: Regression) -> Quantized:
+    return _plainly(form, bits)  # no row can take up what another's rounding leaves
+
+
+@compensated.register
 def _(form: Narrowed, bits: int, task: Regression) -> Quantized:
     spread = task.spread if form.rows.all() else Spread.of(task.covariance[form.rows][:, form.rows])
     return form_of(form, bits, {"block": rounded(form.block, 0, bits, spread)})
@@ -146,12 +152,13 @@ def _(form: Narrowed, bits: int, task: Regression) -> Quantized:
 def _(form: LowRank, bits: int, task: Regression) -> Quantized:
     left, right = balanced(form.left, form.right)
     wanted = partial(_between, task.covariance, task.weight)
-    found, _ = _pair(left, right, bits, task.covariance, task.spread, wanted)
+    spread = None if isinstance(task.covariance, Diagonal) else task.spread
+    found, _ = _pair(left, right, bits, task.covariance, spread, wanted)
     return form_of(form, bits, {"left": found[0], "right": found[1]})
 
 
 def _pair(
-    left: Tensor, right: Tensor, bits: int, covariance: Tensor, spread: Spread, wanted: Callable[[Tensor], Tensor]
+    left: Tensor, right: Tensor, bits: int, covariance: Any, spread: Spread | None, wanted: Callable[[Tensor], Tensor]
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Round the left factor, fit the right one, round it too; and their product.
 
@@ -162,7 +169,7 @@ def _pair(
     grown = torch.where((size > 0) & (size < TINY), size, 1.0)  # float16 scales and what is fitted to them reach so far
     codes, scale = rounded(left / grown, 0, bits, spread)
     left, right = codes * scale, right * grown[:, None]
-    inner = left.T @ covariance @ left
+    inner = left.T @ (covariance @ left)
     mean = level(inner)
     damped = inner + 1e-8 * mean * torch.eye(len(inner), dtype=inner.dtype)
     fitted = torch.linalg.solve(damped, wanted(left) + 1e-8 * mean * right)
@@ -170,8 +177,8 @@ def _pair(
     return [(codes, scale), (right_codes, right_scale)], left @ (right_codes * right_scale[:, None])
 
 
-def _between(across: Tensor, target: Tensor, left: Tensor) -> Tensor:
-    return left.T @ across @ target
+def _between(across: Any, target: Tensor, left: Tensor) -> Tensor:
+    return left.T @ (across @ target)
 
 
 def _onto_columns(across: Tensor, rest: Tensor, columns: Tensor, metric: Tensor | None, left: Tensor) -> Tensor:

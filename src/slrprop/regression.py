@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,19 @@ ROUNDING_DAMPING = 1e-2  # of the covariance, when errors of rounding are passed
 def level(matrix: Tensor) -> float:
     """The mean of a covariance's diagonal, what damping is measured by; 1 where all is zero."""
     return float(matrix.diagonal().mean()) or 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal:
+    """A covariance (m x m) without any off the diagonal, as rows of an embedding have."""
+
+    values: Tensor
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return self.values[:, None] * other
+
+    def diagonal(self) -> Tensor:
+        return self.values
 
 
 class Spread(NamedTuple):
@@ -53,7 +66,7 @@ class Regression:
 
     ``original`` (m x n) is the layer's weight; ``weight`` (m x n) the one to come near to: the original, or where layers
     before are compressed, the least-squares weight from their outputs to z (ridge towards the original). ``bias`` (n,) is the
-    original one, ``mean`` (m,) and ``covariance`` (m x m, centred) are of x, ``target_mean`` (n,) of z. ``metric`` (n x n)
+    original one, ``mean`` (m,) and ``covariance`` (m x m, centred; :class:`Diagonal` of an embedding) are of x, ``target_mean`` (n,) of z. ``metric`` (n x n)
     weighs errors of z by what they do to the network's outputs (Gauss-Newton: the mean of ``J H J^T``, J the Jacobian of the
     outputs, H centring over classes), damped; None weighs all alike. ``root`` is its lower Cholesky factor. ``relu``: the layer's activation is ReLU.
     ``operator`` says how it is multiplied. ``samples`` gives up to ``pairs.SAMPLE_ROWS`` of (x, z), (p x m) and (p x n).
@@ -64,7 +77,7 @@ class Regression:
     weight: Tensor
     bias: Tensor
     mean: Tensor
-    covariance: Tensor
+    covariance: Any
     target_mean: Tensor
     metric: Tensor | None
     root: Tensor | None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slrprop.data import Data
 from slrprop.network import open_network
 from slrprop.network.base import Network
+from slrprop.operators import Lookup
 from slrprop.parallel import each
 
 
@@ -101,13 +102,35 @@ class Moments:
         self.count = total
 
 
+class Counts:
+    """How often each row of an embedding is read: the second moments of rows with a single one, all of which are on the diagonal."""
+
+    def __init__(self, m: int) -> None:
+        self.count, self.rows = 0, torch.zeros(m, dtype=torch.float64)
+
+    def add(self, x: Tensor, z: Tensor) -> None:
+        """Take in the numbers (p,) that rows were read by."""
+        self.count += len(x)
+        self.rows += x.cpu().long().remainder(len(self.rows)).bincount(minlength=len(self.rows))
+
+    def merge(self, other: Self) -> None:
+        """Take in what another part of the data has counted."""
+        self.count, self.rows = self.count + other.count, self.rows + other.rows
+
+
+def summed_of(network: Network, name: str, crossed: bool) -> Moments | Counts:
+    """What takes in the rows of a layer, empty yet."""
+    m, n = network.shape(name)
+    return Counts(m) if isinstance(network.operator(name), Lookup) else Moments(m, n, crossed)
+
+
 def moments(
     model: nn.Module | str | Path,
     names: tuple[str, ...],
     parts: Iterable[Any],
     workers: int = 1,
     cluster: str | None = None,
-) -> dict[str, Moments]:
+) -> dict[str, Moments | Counts]:
     """Moments of the named layers' inputs and pre-activations, each part of the data streamed by one worker.
 
     Hand them to :class:`slrprop.calibration.Calibration` as what is known of the original network.
@@ -120,17 +143,17 @@ def moments(
     Raises:
         SlrpropError: a name is no dense layer of the model.
     """
-    found: dict[str, Moments] = {}
+    found: dict[str, Moments | Counts] = {}
     for _, part in each(_moments, parts, (model, names), workers, cluster):
         for name, summed in part.items():
             if name in found:
-                found[name].merge(summed)
+                found[name].merge(summed)  # type: ignore[arg-type]
             else:
                 found[name] = summed
     return found
 
 
-def _moments(part: Any, model: nn.Module | str | Path, names: tuple[str, ...]) -> dict[str, Moments]:
+def _moments(part: Any, model: nn.Module | str | Path, names: tuple[str, ...]) -> dict[str, Moments | Counts]:
     data = part if isinstance(part, Data) else Data(part)
     network = open_network(model, data)
     for name in names:
@@ -144,14 +167,14 @@ def moments_of(
     data: Data,
     crossed: bool = True,
     outputs: dict[str, list[Tensor]] | None = None,
-) -> dict[str, Moments]:
+) -> dict[str, Moments | Counts]:
     """Moments of the named layers in one run of the data.
 
     Args:
         crossed: those of inputs with pre-activations too.
         outputs: the pre-activations (p x n) of every call are put here.
     """
-    found = {name: Moments(*network.shape(name), crossed) for name in names}
+    found = {name: summed_of(network, name, crossed) for name in names}
     for flow in network.stream(names, data, whole=False):
         for name, calls in flow.calls.items():
             for x, z in calls:

@@ -1,6 +1,6 @@
 """What a dense weight can become."""
 
-from slrprop.factors.base import Dense, Factors, LowRank, restored
+from slrprop.factors.base import Dense, Factors, LowRank, Table, restored
 from slrprop.factors.blocks import Index, Segment, SparseLowRank, members, span
 from slrprop.factors.expression import express
 from slrprop.factors.narrowed import Narrowed
@@ -22,6 +22,7 @@ __all__ = [
     "Sparse",
     "SparseLowRank",
     "Spatial",
+    "Table",
     "Tucker",
     "express",
     "members",

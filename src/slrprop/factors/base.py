@@ -153,6 +153,22 @@ class Dense(Factors):
 
 
 @dataclass(frozen=True, eq=False)
+class Table(Dense):
+    """The weight of an embedding (m x n): numbers of a row share a scale when they are quantised."""
+
+    kind: ClassVar[str] = "table"
+
+    def with_matrices(self, matrices: Mapping[str, Tensor]) -> "Table":
+        return Table(matrices["weight"])
+
+    def scale_axes(self) -> dict[str, int]:
+        return {"weight": 1}
+
+    def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Table":
+        return Table(super().permuted(rows, columns).weight)
+
+
+@dataclass(frozen=True, eq=False)
 class LowRank(Factors):
     """``W = left @ right`` with ``left`` (m x k) and ``right`` (k x n)."""
 

@@ -18,7 +18,7 @@ from slrprop.factors.quantized import BITS
 from slrprop.linalg import SOLVERS, SVD, Solver, truncated_svd
 from slrprop.losses import LOSSES, LossName
 from slrprop.network.base import Network
-from slrprop.operators import Operator
+from slrprop.operators import Lookup, Operator
 from slrprop.plan import LayerPlan
 from slrprop.relevance.cost import Baseline, CostScores, cost_scores
 from slrprop.relevance.simple import Scores, weight_scores
@@ -83,7 +83,7 @@ class Settings(ABC):
 
     def treats(self, operator: Operator) -> bool:
         """Whether the method can treat a weight that is multiplied so."""
-        return not operator.bits_only
+        return not operator.bits_only and not isinstance(operator, Lookup)
 
     def at(self, operator: Operator, shape: tuple[int, int]) -> Self:
         """The settings for a layer of a shape (m, n), where these depend on it."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from slrprop.factors import Dense, Factors, Quantized
 from slrprop.memory import give_back
 from slrprop.methods.base import Decision, Method, Problem, Settings
+from slrprop.operators import Lookup
 from slrprop.pairs import Compressed
 from slrprop.plan import LayerPlan
 from slrprop.quantize import quantised, with_bias
@@ -166,7 +167,16 @@ def fit_layer(
     if own is not None:  # a solution in itself: rounding is to come near to it, not to the weight it was fitted to
         task = replace(task, weight=form.dense())
     # the mean output that the bias is to give, whatever rounding does to the form; None: the bias stays as it is
-    mean = task.target_mean if settings.bias_correction else None if own is None else own + task.mean @ form.dense()
+    looked_up = isinstance(task.operator, Lookup)  # which adds nothing
+    mean = (
+        None
+        if looked_up
+        else task.target_mean
+        if settings.bias_correction
+        else None
+        if own is None
+        else own + task.mean @ form.dense()
+    )
     bias: Tensor | None = None
     if settings.bits < 32:
         form = quantised(form, settings.bits, task)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from slrprop.factors import Dense
+from slrprop.factors import Dense, Table
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
-from slrprop.operators import Operator
+from slrprop.operators import Lookup, Operator
 from slrprop.regression import Regression
 
 
@@ -30,7 +30,7 @@ class DenseSettings(CalibratedSettings):
 
 def fit(task: Regression, settings: DenseSettings) -> Dense:
     """The layer's least-squares weight."""
-    return Dense(task.weight)
+    return (Table if isinstance(task.operator, Lookup) else Dense)(task.weight)
 
 
 METHOD = calibrated("dense", DenseSettings, fit)

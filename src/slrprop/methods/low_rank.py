@@ -8,6 +8,7 @@ from slrprop.checks import require_choice
 from slrprop.factors import LowRank
 from slrprop.methods.base import Check, RankSettings
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
+from slrprop.operators import Operator
 from slrprop.regression import Regression
 
 
@@ -27,6 +28,9 @@ class LowRankSettings(RankSettings, CalibratedSettings):
     )
 
     checks: ClassVar[dict[str, Check]] = {"metric": partial(require_choice, choices=("two_sided", "inputs"))}
+
+    def treats(self, operator: Operator) -> bool:
+        return not operator.bits_only
 
     @property
     def weighted(self) -> bool:

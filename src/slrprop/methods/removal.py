@@ -20,6 +20,7 @@ from slrprop.methods.base import Check, Decision, Method, Problem
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
 from slrprop.network.base import Network
 from slrprop.network.chain import Chain
+from slrprop.operators import MatMul
 from slrprop.regression import DAMPING, Regression
 
 Score = Callable[[Problem, Mapping[str, str], Any], dict[str, Tensor]]
@@ -54,7 +55,7 @@ class RemovalSettings(CalibratedSettings):
     @staticmethod
     def reader(network: Network, first: str) -> str | None:
         """The dense layer that reads a layer's neurons, where both can be changed."""
-        following = network.next_layer(first)
+        following = network.next_layer(first) if isinstance(network.operator(first), MatMul) else None
         free = all(network.layers[name].calls == 1 and not network.stays(name) for name in (first, following) if name)
         return following if free and following in network.order else None
 

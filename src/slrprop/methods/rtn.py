@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from slrprop.factors import Dense
+from slrprop.factors import Dense, Table
 from slrprop.methods.base import Decision, Method, Problem, Settings
-from slrprop.operators import Operator
+from slrprop.operators import Lookup, Operator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,8 @@ class RTNSettings(Settings):
 def decide(problem: Problem, layers: tuple[str, ...], settings: RTNSettings) -> Iterator[Decision]:
     """Every layer by itself; the numbers are rounded when the decision becomes a plan."""
     for name in layers:
-        yield Decision(name, Dense(problem.weight(name)))
+        form = Table if isinstance(problem.network.operator(name), Lookup) else Dense
+        yield Decision(name, form(problem.weight(name)))
 
 
 METHOD = Method("rtn", RTNSettings, decide)

@@ -9,6 +9,7 @@ from torch import Tensor
 from slrprop.factors import LowRank
 from slrprop.linalg import truncated_svd
 from slrprop.methods.base import Decision, Method, Problem, SVDBasedSettings
+from slrprop.operators import Operator
 from slrprop.plan import LayerPlan
 
 
@@ -17,6 +18,9 @@ class SVDSettings(SVDBasedSettings):
     """Truncated SVD: the best rank-k approximation of the weight itself."""
 
     source: ClassVar[str] = "Eckart and Young, Psychometrika 1, 1936"
+
+    def treats(self, operator: Operator) -> bool:
+        return not operator.bits_only
 
     def stored_numbers(self, m: int, n: int) -> int:
         return self.rank * (m + n)

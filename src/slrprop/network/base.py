@@ -19,7 +19,7 @@ from slrprop.network.chain import ACTIVATIONS, Affine, Chain, Element, Linear, P
 from slrprop.network.layer import Layer
 from slrprop.network.reading import Raised, Reading, class_axis, embedding
 from slrprop.network.samples import Sampled
-from slrprop.operators import Operator
+from slrprop.operators import MatMul, Operator
 
 Changing = Callable[[Tensor, Tensor], Tensor]  # (what a layer reads, candidate) -> what it makes
 
@@ -212,7 +212,15 @@ class Network(Sampled):
     def feeds_directly(self, name: str) -> str | None:
         """Like :meth:`next_layer`, where nothing between tells features apart (no batch norm), counts or reads them."""
         between = itertools.takewhile(lambda element: not isinstance(element, Linear), self._elements(name))
-        if name not in self._paths or not self._paths[name].private or any(isinstance(e, Affine) for e in between):
+        dense = isinstance(
+            self.layers[name].operator, MatMul
+        )  # channels of maps are not counted by what comes behind them
+        if (
+            not dense
+            or name not in self._paths
+            or not self._paths[name].private
+            or any(isinstance(e, Affine) for e in between)
+        ):
             return None
         return self.next_layer(name)
 

@@ -14,7 +14,7 @@ from slrprop.errors import SlrpropError
 from slrprop.network.chain import ACTIVATIONS, Affine, Element, Linear, Path
 from slrprop.network.onnx_constants import Constant, attribute, constants_of, standard, tensor_of
 from slrprop.network.onnx_file import FLOATS, OnnxFile, node_reads
-from slrprop.operators import Convolution, MatMul, Operator
+from slrprop.operators import Convolution, Lookup, MatMul, Operator
 from slrprop.operators.convolution import Sides
 
 ACTIVATION_OPS = {"Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid"}
@@ -30,7 +30,7 @@ class Place:
     """Where a layer is: node number ``index`` multiplies ``x`` by the constant ``weight``, ``y`` is its output.
 
     ``shape`` is that of the matrix, ``bias`` the tensor that is added, by ``adder`` (this node, or an Add node behind a MatMul).
-    ``held`` says why nothing can take its place.
+    ``held`` says why nothing can take its place, ``port`` which of the node's inputs the weight is.
     """
 
     index: int
@@ -46,6 +46,7 @@ class Place:
     trans_b: bool = False
     operator: Operator = field(default_factory=MatMul)
     held: str = ""
+    port: int = 1
 
     def matrix(self, stored: np.ndarray) -> np.ndarray:
         """The matrix (m x n) of the numbers as they are stored."""
@@ -124,6 +125,7 @@ class Graph:
             "MatMul": self._matmul,
             "Conv": self._convolution,
             "ConvTranspose": self._convolution,
+            "Gather": self._lookup,
         }
         for index, node in enumerate(self.nodes):
             op = standard(node)
@@ -196,6 +198,13 @@ class Graph:
         return Place(
             index, node.input[0], node.output[0], node.input[1], (m, n), bias, index, operator=operator, held=held
         )
+
+    def _lookup(self, index: int, node: NodeProto) -> Place | None:
+        weight = self._matrix(node.input[0]) if len(node.input) == 2 and node.input[1] not in self.constants else None
+        if weight is None or attribute(node, "axis", 0) not in (0, -2):
+            return None
+        m, n = weight.shape
+        return Place(index, node.input[1], node.output[0], node.input[0], (m, n), operator=Lookup(), port=0)
 
     def _padding(
         self, node: NodeProto, kernel: Sides, stride: Sides, dilation: Sides

@@ -61,8 +61,8 @@ class OnnxLockstep(Lockstep):
         bias = None if bias is None else bias.to(weight)
         for tensors in self._tensors:
             x = layer_input(dense, tensors)
-            y = dense.operator.compute(Dense(weight), bias, x.to(weight))
-            tensors[dense.y] = np.ascontiguousarray(y.numpy(), tensors[dense.x].dtype)
+            y = dense.operator.compute(Dense(weight), bias, x.to(weight) if x.is_floating_point() else x)
+            tensors[dense.y] = np.ascontiguousarray(y.numpy(), self.network.graph.constants[dense.weight].dtype)
         self._done |= {dense.index} if dense.adder is None else {dense.index, dense.adder}
         self._forget()
 

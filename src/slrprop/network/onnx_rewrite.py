@@ -105,7 +105,7 @@ def _dense(form: Dense, writer: Writer, bias: Tensor | None) -> None:
     """The same node with another weight, and another bias where its own is replaced."""
     node = NodeProto()
     node.CopyFrom(writer.node)
-    node.input[1] = writer.tensor(writer.place.stored(form.weight).contiguous())
+    node.input[writer.place.port] = writer.tensor(writer.place.stored(form.weight).contiguous())
     for item in node.attribute:
         if item.name == "alpha" or (item.name == "beta" and bias is not None):
             item.f = 1.0

@@ -183,7 +183,7 @@ def _pad(node: NodeProto, x: Any) -> Tensor:
 
 def _resize(node: NodeProto, x: Any) -> Tensor:
     """To the nearest number or by lines between them; other ways give other numbers than ONNX Runtime's, which is noticed."""
-    scales = x[-1] if len(x) == 2 else x[2] if len(x) > 2 else None
+    scales: Any = x[-1] if len(x) == 2 else x[2] if len(x) > 2 else None
     given = x[3].tolist()[2:] if len(x) > 3 and x[3] is not None else None
     sides = given or [int(side * scale) for side, scale in zip(x[0].shape[2:], scales.tolist()[2:], strict=True)]
     linear = attribute(node, "mode", b"nearest").decode() == "linear"

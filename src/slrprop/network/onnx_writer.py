@@ -17,7 +17,7 @@ from slrprop.errors import SlrpropError
 from slrprop.factors import Factors, Index, Quantized, SparseLowRank
 from slrprop.network.onnx_graph import Graph, Place
 from slrprop.network.onnx_tensors import graphs_of
-from slrprop.operators import Convolution
+from slrprop.operators import Convolution, Lookup
 
 SHARED = 16  # numbers at most of a constant that is stored once
 FEW = 24  # numbers up to which the nodes that unpack them would take more bytes than few bits save
@@ -182,6 +182,8 @@ class Writer:
 
     def enter(self, x: str, weight: Number | str) -> str:
         operator = self.operator
+        if isinstance(operator, Lookup):
+            return self.add("Gather", [self.laid(weight) if isinstance(weight, Number) else weight, x], axis=0)
         if not isinstance(operator, Convolution):
             return self.product(x, weight)
         if isinstance(weight, Number):

@@ -14,7 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from slrprop.errors import SlrpropError
-from slrprop.operators import Convolution, MatMul, Operator
+from slrprop.operators import Convolution, Lookup, MatMul, Operator
 
 COMPUTING = (BasePruningMethod, WeightNorm, SpectralNorm)  # hooks that write a weight or bias before each call
 CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
@@ -22,6 +22,7 @@ TRANSPOSED = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 _USUAL = {"weight", "bias", "original_shape"}.union(
     vars(nn.Linear(1, 1, device="meta")),
     vars(nn.Conv1d(1, 1, 1, device="meta")),
+    vars(nn.Embedding(1, 1, device="meta")),
     vars(nn.ConvTranspose1d(1, 1, 1, device="meta")),
 )
 
@@ -96,6 +97,8 @@ def operator_of(module: nn.Module) -> Operator:
     """How a layer multiplies its weight."""
     if isinstance(module, nn.Linear):
         return MatMul()
+    if isinstance(module, nn.Embedding):
+        return Lookup()
     assert isinstance(module, (*CONVOLUTIONS, *TRANSPOSED))
     kernel, around = module.kernel_size, module._reversed_padding_repeated_twice
     padding = tuple((around[2 * axis], around[2 * axis + 1]) for axis in reversed(range(len(kernel))))
@@ -130,7 +133,9 @@ def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def layer_class(module: nn.Module) -> type[nn.Module] | None:
     """Torch's own class of a layer, whatever was derived from it."""
-    return next((kind for kind in (nn.Linear, *CONVOLUTIONS, *TRANSPOSED) if isinstance(module, kind)), None)
+    return next(
+        (kind for kind in (nn.Linear, nn.Embedding, *CONVOLUTIONS, *TRANSPOSED) if isinstance(module, kind)), None
+    )
 
 
 def computed_arrays(module: nn.Module) -> set[str]:
@@ -146,7 +151,7 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, COMPUTING):
                 hook(module, ())
-        weight, bias = module.weight, module.bias
+        weight, bias = module.weight, getattr(module, "bias", None)
         return weight.detach(), None if bias is None else bias.detach()  # type: ignore[operator]
 
 
@@ -167,6 +172,8 @@ def binding(module: nn.Module) -> str:
     assert base is not None
     if getattr(module, "padding_mode", "zeros") != "zeros":
         return f"its border is padded by '{module.padding_mode}' and not by zeros"
+    if getattr(module, "max_norm", None) is not None:
+        return "it scales its rows while it runs (max_norm)"
     if getattr(module, "transposed", False) and module.groups != 1:
         return "it is a transposed convolution in groups"
     if any(side in vars(module) and side not in computed for side in ("weight", "bias")):

@@ -28,6 +28,7 @@ _CONVOLUTIONS = {
     torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
 }  # fmt: skip
 _PRODUCTS = {functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__}
+_WEIGHED = {functional.linear, functional.embedding, *_CONVOLUTIONS}
 _SIZED = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.squeeze, torch.squeeze}  # may name a size, or need one
 PLAIN = (Tensor, nn.Parameter)
 _SAME = {torch.flatten, Tensor.flatten, Tensor.contiguous, *_SIZED}
@@ -106,7 +107,7 @@ class Trace(TorchFunctionMode):
 
     def reads(self, weight: Tensor) -> int:
         """How many products read a weight (of one that a hook computes at each call, the last)."""
-        products = (call for call in self.calls if call.function is functional.linear or call.function in _CONVOLUTIONS)
+        products = (call for call in self.calls if call.function in _WEIGHED)
         return sum(call.argument(1, "weight") is weight for call in products)
 
     def ending(self, output: Tensor) -> str | None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from slrprop.factors import Factors, Quantized, express
 from slrprop.factors.spatial import Sequence
 from slrprop.operators.base import Operator
+from slrprop.operators.lookup import Lookup
 
 
 @dataclass(frozen=True)
@@ -41,5 +42,7 @@ class MatMul(Operator):
 
 def times(rows: Tensor, form: Factors) -> Tensor:
     """Rows (p x m), whatever operation they were taken from, times the matrix that a form stands for."""
+    if not rows.is_floating_point():  # the numbers of rows
+        return express(form, Lookup(), rows)
     sequence = isinstance(form.codes if isinstance(form, Quantized) else form, Sequence)
     return rows @ form.dense() if sequence else express(form, MatMul(), rows)

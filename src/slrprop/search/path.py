@@ -11,11 +11,11 @@ from torch import Tensor
 
 from slrprop.api import finished, plan_problem, planned_layer
 from slrprop.errors import SlrpropError
-from slrprop.factors import Quantized
+from slrprop.factors import Dense, Quantized
 from slrprop.methods import METHODS, Method, Problem, Settings, find_method
 from slrprop.methods.base import ranks_for
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
-from slrprop.operators import times
+from slrprop.operators import Lookup, times
 from slrprop.plan import LayerPlan, Plan
 from slrprop.quantize import TooLargeError
 
@@ -85,7 +85,12 @@ class Point:
 
 def layer_inputs(problem: Problem, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Up to ``CALIBRATION_ROWS`` inputs of each layer (p x m), spread over the data."""
-    seen = {name: problem.weight(name).new_empty(0, problem.network.shape(name)[0]) for name in names}
+    seen = {
+        name: torch.empty(0, dtype=torch.long)
+        if isinstance(problem.network.operator(name), Lookup)
+        else problem.weight(name).new_empty(0, problem.network.shape(name)[0])
+        for name in names
+    }
     apart = dict.fromkeys(names, 1)  # of so many rows one is taken
     looked = tuple(name for name in names if not problem.network.operator(name).bits_only)
     for flow in problem.network.stream(looked, problem.data, whole=False) if looked else ():
@@ -115,18 +120,20 @@ def candidates_of(
     weight, methods = problem.weight(name).detach(), choices[name]
     m, n = weight.shape
     blind = bool(problem.network.operator(name).bits_only)  # the weight's own error stands for the outputs'
-    x = (torch.eye(m) if blind else inputs[name]).to(weight).to(torch.promote_types(weight.dtype, torch.float32))
+    x, looked_up = torch.eye(m) if blind else inputs[name], isinstance(problem.network.operator(name), Lookup)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    x = x if looked_up else x.to(wide)
     to_data = not blind and any(
         "inputs" in find_method(method).settings(**settings).needs() for method, settings in methods
     )
     root = problem.calibration.regression(name, {}).root if to_data else None
-    root = None if root is None else root.to(x)
+    root = None if root is None else root.to(wide)
     bias = problem.network.bias(name)
 
     def weighed(y: Tensor) -> float:
         return float((y if root is None else y @ root).square().sum(dtype=torch.float64))
 
-    y = x @ weight.to(x)
+    y = times(x, Dense(weight.to(wide)))
     energy = max(weighed(y - y.mean(0) if to_data else y), 1e-30)
     found = [Candidate(problem.network.stored(name), 0.0)]
     ranks = ranks_for(m, n)
@@ -152,9 +159,9 @@ def candidates_of(
                 factors = layer.factors
                 assert factors is not None
                 own = factors.bias if isinstance(factors, Quantized) else layer.bias
-                moved = (0 if own is None else own.to(x)) - (0 if bias is None or own is None else bias.to(x))
+                moved = (0 if own is None else own.to(wide)) - (0 if bias is None or own is None else bias.to(wide))
                 made_of = next(iter(factors.matrices().values()))  # factors have their own dtype and device
-                error = weighed(y - times(x.to(made_of), factors).to(y) - moved) / energy
+                error = weighed(y - times(x if looked_up else x.to(made_of), factors).to(y) - moved) / energy
                 found.append(Candidate(problem.network.stored(name, factors, own), error, layer))
     return found
 
