@@ -144,6 +144,7 @@ def layer_from(form: Factors, bias: Tensor | None, operator: Operator = _MATMUL)
     """The module that computes with a form; ``bias`` is (n,) or None. A dense weight becomes torch's own module."""
     if not isinstance(form, Dense):
         return FactoredLayer(form, bias, operator)
+    bias = None if isinstance(operator, Lookup) else bias
     (m, n), has_bias = form.shape, bias is not None
     made: nn.Module
     if isinstance(operator, Lookup):

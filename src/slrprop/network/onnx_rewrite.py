@@ -17,6 +17,7 @@ from slrprop.network.onnx_constants import attribute
 from slrprop.network.onnx_file import OnnxFile
 from slrprop.network.onnx_graph import Graph, Place
 from slrprop.network.onnx_writer import FOUR_BITS, Additions, Number, Writer
+from slrprop.operators import Lookup
 
 OWN = "slrprop"
 MERGED = 40_000  # zeros that may be multiplied to save nodes: python -m benchmarks.quantisation
@@ -209,6 +210,7 @@ def _edited(
         writer: LayerWriter | None = None
         for name, (place, form, bias, dtype) in items.items():
             writer = LayerWriter(layers, name, place, dtype, additions, integers)
+            bias = None if isinstance(place.operator, Lookup) else bias
             if isinstance(form, Dense) and place.weight:
                 _dense(form, writer, bias)
             else:
