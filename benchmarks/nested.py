@@ -25,7 +25,7 @@ from slrprop.comparison.run import Bench, plans_of
 from slrprop.methods.nested import SHAPES
 from slrprop.paper.experiments import COMPARED
 from slrprop.search.result import parse_size
-from slrprop.tune import distance
+from slrprop.distil import distance
 
 SWEEPS = (0, 1, 2, 6)
 Row = tuple[float, float, float]  # divergence, accuracy in percent, seconds

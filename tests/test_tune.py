@@ -3,6 +3,7 @@
 import copy
 import sys
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -10,9 +11,10 @@ from torch import nn
 import slrprop
 from slrprop import SlrpropError
 from slrprop.data import Data
+from slrprop.distil import TuneSettings, distance
 from slrprop.network import open_network
 from slrprop.quantize import with_bias
-from slrprop.tune import Tunable, TuneSettings, distance, distilled
+from slrprop.tune import Tunable, distilled
 
 FAST = TuneSettings(epochs=3, learning_rate=2e-3, batch=128)
 
@@ -194,7 +196,7 @@ class TestWholeModules:
         assert once == again < 4000
         # 900 samples in 37 mixtures are more than 2**15
         assert asked(60, True)[0] == asked(37, True)[0] > asked(36, True)[0]
-        monkeypatch.setattr(sys.modules["slrprop.tune"], "KEPT", 1000)
+        monkeypatch.setattr(sys.modules["slrprop.distil"], "KEPT", 1000)
         assert asked(8, False) == (again + 7 * 900, divergence)
 
     def test_in_training_mode_are_tuned_as_they_are_used(self, calibration):
@@ -213,7 +215,7 @@ class TestWholeModules:
         one, other = (tuned(model, calibration, made).layers[0].notes for model in (plain, ending))
         assert one == pytest.approx(other, rel=1e-2)
 
-    def test_only_with_one_input(self):
+    def test_with_several_inputs(self):
         class Two(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -224,8 +226,8 @@ class TestWholeModules:
 
         model, data = Two(), {"x": torch.randn(40, 8), "y": torch.randn(40, 3)}
         made = slrprop.plan(model, data, method="svd", layers=["a"], rank=2)
-        with pytest.raises(SlrpropError, match="can be tuned on data with one input only; use the calibrated level"):
-            tuned(model, data, made)
+        notes = tuned(model, data, made).layers[0].notes
+        assert notes["divergence_after"] < 0.9 * notes["divergence_before"]
 
 
 class TestErrors:
@@ -247,10 +249,21 @@ class TestErrors:
         assert tuned(trained, calibration[0][:10], plans[32]).layers
 
     def test_files_without_a_chain(self, calibration, tmp_path):
+        """Are tuned by torch operations for their nodes, and refused where there is none for one."""
         slrprop.export_onnx(normed(), tmp_path / "model.onnx", calibration[0][:4])
         network = open_network(tmp_path / "model.onnx", Data(calibration))
         made = slrprop.plan(tmp_path / "model.onnx", calibration, method="low_rank", layers=list(network.order[:2]), rank=4)  # fmt: skip
-        with pytest.raises(SlrpropError, match=r"tuning needs a chain of dense layers from '.*' to the output"):
+        done = tuned(tmp_path / "model.onnx", calibration, made)
+        assert done.layers[0].notes["divergence_after"] < 0.9 * done.layers[0].notes["divergence_before"]
+        assert max(slrprop.apply(tmp_path / "model.onnx", done, tmp_path / "tuned.onnx").outputs.values()) < 1e-4
+        model = onnx.load(tmp_path / "model.onnx")
+        last = model.graph.node[-1]
+        kept, last.output[0] = last.output[0], "before"
+        model.graph.node.append(onnx.helper.make_node("Celu", ["before"], [kept]))
+        onnx.save(model, tmp_path / "model.onnx")
+        with pytest.raises(
+            SlrpropError, match=r"some without \(Celu\); tune the torch module, or use the calibrated level"
+        ):
             tuned(tmp_path / "model.onnx", calibration, made)
 
     @pytest.mark.parametrize(

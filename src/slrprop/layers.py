@@ -20,7 +20,7 @@ CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _placed: ContextVar[Callable[["FactoredLayer", Tensor], Tensor] | None] = ContextVar("placed", default=None)
 
 
-def _keep_factored(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def keep_factored(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Do nothing: torch's fused paths read ``weight``, unless a hook hangs on one of their modules."""
 
 
@@ -67,7 +67,7 @@ class FactoredLayer(nn.Module):
             "like", torch.empty(0), persistent=False
         )  # of what type numbers are where no input says so
         self._unpacked: list[tuple[Any, Factors, Tensor | None]] = []
-        self.register_forward_pre_hook(_keep_factored)
+        self.register_forward_pre_hook(keep_factored)
 
     def factors(self) -> Factors:
         """The form as it is now."""

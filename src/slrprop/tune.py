@@ -7,69 +7,29 @@ the original answers between the samples too, and says more there than where it 
 again after a few epochs, so that the original, which is much slower than the plan, answers each of them once.
 """
 
-import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from slrprop.checks import require_count, require_flag, require_positive, require_seed
 from slrprop.data import Batch, Data, open_data
+from slrprop.distil import Forward, Inputs, TuneSettings, trained
 from slrprop.errors import SlrpropError
 from slrprop.factors import Factors, Quantized
 from slrprop.factors.quantized import CODES
-from slrprop.losses import rows_of
-from slrprop.network import Network, TorchNetwork, open_network
+from slrprop.layers import keep_factored
+from slrprop.network import Network, OnnxNetwork, TorchNetwork, open_network
 from slrprop.network.chain import ACTIVATIONS, Step
+from slrprop.network.onnx_torch import Behind, foreign_nodes
 from slrprop.network.torch import evaluating, main_output, swapped
 from slrprop.operators import MatMul, Operator
 from slrprop.plan import LayerPlan, Plan
 from slrprop.quantize import LARGEST, SMALLEST, rounded, with_bias
 
-HELD_OUT = 0.1  # of the data, to choose the epoch by
 LEAST = 10  # samples, of which one is held out
-LEAST_HELD_OUT = 1000  # few are mixed with one another again and again
-EPOCHS, LEAST_STEPS = 40, 1000
-MIXTURES, LEAST_MIXED = 4, 2**15  # of all samples, then they come again; more of them where samples are few
-KEPT = 2**30  # bytes of the original's answers; where they would take more it answers anew in every step
-RATES = 1.0, 0.1  # of the learning rate, one after the other
-Forward = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuneSettings:
-    """How factors are fine-tuned.
-
-    Args:
-        epochs: passes over the data, the best of which by the held-out divergence is kept (0 is the start); None: 40, and where
-            samples are few and mixed as many as make 1 000 steps.
-        learning_rate: of Adam in the first half of the epochs, decaying to zero by a cosine; the other half begins at the best so
-            far with a tenth of it, which is what a plan needs that is good from the start.
-        batch: samples per step.
-        temperature: of the softmax of both networks.
-        mixup: whether a half of the samples, on average, are mixed with another one, in shares drawn evenly, in the steps and those
-            held out; inputs of whole numbers never are.
-        seed: of the order of the samples and of the mixtures.
-    """
-
-    epochs: int | None = None
-    learning_rate: float = 3e-3
-    batch: int = 256
-    temperature: float = 2.0
-    mixup: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("batch",) if self.epochs is None else ("batch", "epochs"):
-            require_count(name, getattr(self, name), 1)
-        require_seed(self.seed)
-        require_flag("mixup", self.mixup)
-        for name in ("learning_rate", "temperature"):
-            require_positive(name, getattr(self, name))
 
 
 class Tunable(nn.Module):
@@ -95,6 +55,7 @@ class Tunable(nn.Module):
         self.own_bias = isinstance(form, Quantized) and form.bias is not None
         plain = form.plain() if isinstance(form, Quantized) else form
         self.form = plain
+        self.register_forward_pre_hook(keep_factored)
         self.axes = plain.scale_axes()
         self.numbers = nn.ParameterDict(
             {name: nn.Parameter(matrix.detach().to(dtype, copy=True)) for name, matrix in plain.matrices().items()}
@@ -111,6 +72,11 @@ class Tunable(nn.Module):
         self.bias = (
             None if start is None else nn.Parameter(start.detach().to(next(iter(self.numbers.values())), copy=True))
         )
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as torch stores it, for code that reads it."""
+        return self.operator.stored(self.now().dense())
 
     def _scale(self, name: str) -> Tensor:
         scale = self.scales[name].exp()
@@ -137,6 +103,8 @@ class Tunable(nn.Module):
         return self.bias + ((codes * scale).to(self.bias) - self.bias).detach()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():  # numbers of rows
+            return self.operator.compute(self.now(), None, x).to(next(iter(self.form.matrices().values())).dtype)
         return self.operator.compute(self.now(), self._bias(), x.to(self.dtype)).to(x.dtype)
 
     def finished(self) -> LayerPlan:
@@ -202,20 +170,25 @@ def distilled(
             weight.device
         )
     entry = require_tunable(network, data, names)
-    student: Forward
-    teacher: Forward
+    most = network.at_once or chosen.batch  # samples that a step runs together
     if entry is not None:
-        inputs = torch.cat([x for flow in network.stream((entry,), data) for x, _ in flow.calls[entry]])
-        student, teacher = _along(network, entry, layers), _along(network, entry, {})
+        inputs = {entry: torch.cat([x for flow in network.stream((entry,), data) for x, _ in flow.calls[entry]])}
+        student, teacher, most = _along(network, entry, layers), _along(network, entry, {}), chosen.batch
     else:
-        assert isinstance(network, TorchNetwork)
-        inputs, like = _whole_inputs(data).to(network.device), next(iter(data))
-        with evaluating(network.model):  # the copy stays in that mode
-            student = _whole(network, swapped(network.model, dict(layers)), like)
-        teacher = evaluating(network.model)(_whole(network, network.model, like))
+        inputs, like = _whole_inputs(network, data), next(iter(data))
+        if isinstance(network, TorchNetwork):
+            with evaluating(network.model):  # the copy stays in that mode
+                copied = swapped(network.model, dict(layers))
+            student = _whole(network, _called(network, copied, like), like)
+            teacher = evaluating(network.model)(_whole(network, _called(network, network.model, like), like))
+        else:
+            assert isinstance(network, OnnxNetwork)
+            student, teacher = (
+                _whole(network, _run(network, chosen_layers, like), like) for chosen_layers in (layers, {})
+            )
     targets = network.numbered(next(iter(data)).targets)
-    notes = _distil(
-        student, teacher, inputs, nn.ModuleList(layers.values()), chosen, quiet,
+    notes = trained(
+        student, teacher, inputs, nn.ModuleList(layers.values()), chosen, quiet, most,
         lambda outputs: network.real_valued(targets, outputs),
     )  # fmt: skip
     done = [layers[layer.name].finished() for layer in plan.layers]
@@ -225,17 +198,15 @@ def distilled(
 def require_tunable(network: Network, data: Data, names: Sequence[str]) -> str | None:
     """Refuse to tune layers where that can't be done; the first of them, if a chain leads from it over all others to the output."""
     entry = _entry(network, names)
-    if entry is None and not isinstance(network, TorchNetwork):
+    if entry is None and isinstance(network, OnnxNetwork) and (foreign := foreign_nodes(network.graph)):
         reached = next((names[i:] for i in range(1, len(names)) if _entry(network, names[i:])), ())
         raise SlrpropError(
-            f"tuning needs a chain of dense layers from '{names[0]}' to the output, which this ONNX graph has not; "
-            + (f"name the layers that have one ({', '.join(reached)}), " if reached else "")
+            f"tuning needs the gradients of all nodes, and this ONNX graph has some without ({', '.join(foreign)}); "
+            + (f"name the layers that only dense ones follow ({', '.join(reached)}), " if reached else "")
             + "tune the torch module, or use the calibrated level"
         )
-    if entry is None:
-        _only_input(next(iter(data)))
-        rows: Iterable[int] = (batch.samples for batch in data)
-    else:
+    rows: Iterable[int] = (batch.samples for batch in data)
+    if entry is not None:
         rows = (len(x) for flow in network.stream((entry,), data, whole=False) for x, _ in flow.calls[entry])
     count = 0
     for count in itertools.accumulate(rows):
@@ -263,8 +234,8 @@ def _along(network: Network, first: str, layers: Mapping[str, Tunable]) -> Forwa
     like = chain.scale
     start = Step("identity", weight.to(like), like.new_zeros(len(like)) if bias is None else bias.to(like), first)
 
-    def run(x: Tensor) -> Tensor:
-        x = x.to(like)
+    def run(inputs: Inputs) -> Tensor:
+        x = inputs[first].to(like)
         for step in (start, *chain.steps):
             layer = layers.get(step.name or "")
             x = step(x) if layer is None else layer(ACTIVATIONS[step.activation](x))
@@ -273,115 +244,43 @@ def _along(network: Network, first: str, layers: Mapping[str, Tunable]) -> Forwa
     return run
 
 
-def _whole(network: TorchNetwork, model: nn.Module, like: Batch) -> Forward:
-    axis, place = like.axes.get(0, 0), network.place(like)
-    return lambda x: network.classes_last(network.scores(main_output(model(x.movedim(0, axis))).movedim(place, 0)))
+def _whole(network: Network, run: Callable[[Inputs], Tensor], like: Batch) -> Forward:
+    """The scores, classes last, of what gives a main output for inputs whose samples stand where the batch's do."""
+    axes, place = like.axes, network.place(like)
+
+    def scores(inputs: Inputs) -> Tensor:
+        placed = {key: x.movedim(0, axes.get(key, 0)) for key, x in inputs.items()}
+        return network.classes_last(network.scores(run(placed)).movedim(place, 0))
+
+    return scores
 
 
-def _whole_inputs(data: Data) -> Tensor:
-    """The only input of all batches, its samples on the first axis."""
-    return torch.cat([_only_input(batch).movedim(batch.axes.get(0, 0), 0) for batch in data])
+def _called(network: TorchNetwork, model: nn.Module, like: Batch) -> Callable[[Inputs], Tensor]:
+    def run(inputs: Inputs) -> Tensor:
+        named = {key: x for key, x in inputs.items() if key in like.named}
+        return main_output(model(*(x for key, x in inputs.items() if key not in named), **named))
+
+    return run
 
 
-def _only_input(batch: Batch) -> Tensor:
-    if len(batch.inputs) != 1 or batch.named:
-        raise SlrpropError("a network without a chain of dense layers can be tuned on data with one input only; use the calibrated level")  # fmt: skip
-    only: Tensor = batch.inputs[0]
-    return only
+def _run(network: OnnxNetwork, layers: Mapping[str, Tunable], like: Batch) -> Callable[[Inputs], Tensor]:
+    """An ONNX graph by torch operations, with these layers in the place of their nodes."""
+    graph, names = network.graph, list(network.feed(like.take(slice(1))))
+    whole = Behind(graph, {name: name for name in names})
+    places = {graph.layers[name]: layer for name, layer in layers.items()}
+    free = [name for name in names if name not in like.named]
+
+    def run(inputs: Inputs) -> Tensor:
+        given = {str(key) if key in like.named else free[key]: x for key, x in inputs.items()}
+        return whole.forward(given, places)
+
+    return run
 
 
-def _distil(
-    student: Forward, teacher: Forward, inputs: Tensor, layers: nn.ModuleList, chosen: TuneSettings, quiet: bool,
-    real_valued: Callable[[Tensor], bool],
-) -> dict[str, float]:  # fmt: skip
-    """Train the layers in place; what was reached."""
-    count = len(inputs)
-    held = int(count * HELD_OUT)
-    random = torch.Generator().manual_seed(chosen.seed)
-    order = torch.randperm(count, generator=random)
-    aside, rest = order[:held], order[held:]
-    mixing = chosen.mixup and inputs.is_floating_point()
-
-    def mixtures(places: Tensor, ways: int) -> tuple[Tensor, Tensor]:
-        """So many partners and shares of theirs for each of these samples (ways x p)."""
-        partners = torch.stack([places[torch.randperm(len(places), generator=random)] for _ in range(ways)])
-        shares = torch.rand(partners.shape, generator=random)
-        return partners, shares * (torch.rand(partners.shape, generator=random) < 0.5)
-
-    def mixed(places: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
-        x = inputs[places]
-        return x.lerp(inputs[partners], shares.to(x).reshape(-1, *[1] * (x.ndim - 1))) if mixing else x
-
-    def answers(run: Forward, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return torch.cat([rows_of(run(part)) for part in x.split(1024)])
-
-    ways = -(-LEAST_HELD_OUT // held) if mixing else 1
-    held_inputs = torch.cat([mixed(aside, *way) for way in zip(*mixtures(aside, ways), strict=True)])
-    wanted = answers(teacher, held_inputs)
-    numbers = real_valued(wanted[:1])
-
-    def held_out() -> float:
-        return float(distance(answers(student, held_inputs), wanted, 1.0, numbers))
-
-    best = before = held_out()
-    kept, reached, epoch = copy.deepcopy(layers.state_dict()), 0, 0
-    an_epoch = -(-len(rest) // chosen.batch)
-    epochs = chosen.epochs or max(EPOCHS, -(-LEAST_STEPS // an_epoch) if mixing else 0)
-    ways = min(max(MIXTURES, -(-LEAST_MIXED // len(rest))), epochs) if mixing else 1
-    partners, shares = mixtures(rest, ways)
-    known = _kept(teacher, held_inputs, wanted, ways, len(rest))
-    with tqdm(
-        total=epochs * an_epoch, desc="tuning", unit="step", mininterval=1, disable=True if quiet else None
-    ) as bar:
-        for rate, passes in zip(RATES, (epochs - epochs // 2, epochs // 2), strict=True):
-            layers.load_state_dict(kept)
-            optimizer = torch.optim.Adam(layers.parameters(), rate * chosen.learning_rate, fused=True)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, passes * an_epoch))
-            for done in range(1, passes + 1):
-                way = epoch % ways
-                for places in torch.randperm(len(rest), generator=random).split(chosen.batch):
-                    x = mixed(rest[places], partners[way, places], shares[way, places])
-                    if known is not None and epoch >= ways:
-                        target = known[way, places].flatten(0, 1)
-                    else:
-                        target = answers(teacher, x)
-                        if known is not None:
-                            known[way, places] = target.reshape(len(places), *known.shape[2:])
-                    loss = distance(rows_of(student(x)), target, chosen.temperature, numbers)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    schedule.step()
-                    bar.update()
-                epoch += 1
-                if done % max(1, epochs // EPOCHS) and done < passes:
-                    continue  # so many held-out samples would take longer than the few that it learns from
-                found = held_out()
-                if found < best:
-                    best, kept, reached = found, copy.deepcopy(layers.state_dict()), epoch
-    layers.load_state_dict(kept)
-    return {"tuned_epochs": float(reached), "divergence_before": before, "divergence_after": best}
-
-
-def _kept(teacher: Forward, x: Tensor, wanted: Tensor, ways: int, count: int) -> Tensor | None:
-    """Room for the original's answers to ``count`` samples in so many ways; None where it takes too much, or an output is of no sample of its own.
-
-    Args:
-        x, wanted: some samples and the rows that it answers (:func:`slrprop.losses.rows_of`).
-    """
-    each = wanted.numel() * wanted.element_size() // len(x)
-    probe = x[:7]
-    with torch.no_grad():
-        by_sample = len(teacher(probe)) == len(probe)
-    if not by_sample or ways * count * each > KEPT:
-        return None
-    return wanted.new_empty(ways, count, len(wanted) // len(x), wanted.shape[1])
-
-
-def distance(outputs: Tensor, wanted: Tensor, temperature: float, real_valued: bool = False) -> Tensor:
-    """Mean divergence of outputs (p x c) from the wanted ones; the mean squared distance of real-valued or single ones."""
-    if real_valued or outputs.shape[1] < 2:
-        return (outputs - wanted).square().mean()
-    log_q, log_p = (wanted / temperature).log_softmax(-1), (outputs / temperature).log_softmax(-1)
-    return temperature**2 * (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+def _whole_inputs(network: Network, data: Data) -> Inputs:
+    """The inputs of all batches, their samples on the first axis."""
+    parts = [{key: x.movedim(batch.axes.get(key, 0), 0) for key, x in batch.values().items()} for batch in data]
+    if any(not isinstance(x, Tensor) for x in parts[0].values()):
+        raise SlrpropError("tuning takes numbers, and an input of the data holds text; use the calibrated level")
+    device = network.device if isinstance(network, TorchNetwork) else "cpu"
+    return {key: torch.cat([part[key] for part in parts]).to(device) for key in parts[0]}

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from slrprop.comparison.contenders import CONTENDERS, ORIGINAL
 from slrprop.comparison.run import SLOW_SEEDS, Comparison
+from slrprop.distil import EPOCHS, LEAST_STEPS
 from slrprop.errors import SlrpropError
 from slrprop.files import holding, replacing
 from slrprop.paper.experiments import Experiment
 from slrprop.paper.results import markdown, plus_minus
-from slrprop.tune import EPOCHS, LEAST_STEPS
 
 LEVELS = ("weights", "calibrated", "tuned", "trained")
 KNOWN = {contender.name: contender for contender in CONTENDERS}

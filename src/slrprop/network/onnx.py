@@ -21,7 +21,8 @@ from slrprop.network.onnx_census import elsewhere
 from slrprop.network.onnx_constants import tensor_of
 from slrprop.network.onnx_feed import Feed, Part, input_dtype, unpadded
 from slrprop.network.onnx_file import OnnxFile, Session
-from slrprop.network.onnx_graph import Graph, Place
+from slrprop.network.onnx_graph import Graph
+from slrprop.network.onnx_places import Place
 from slrprop.network.onnx_rewrite import rewritten
 from slrprop.network.onnx_tensors import reading
 from slrprop.network.onnx_torch import Behind

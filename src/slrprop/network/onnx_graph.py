@@ -1,21 +1,19 @@
 """The graph of an ONNX model: its constants, its layers, and what follows a tensor."""
 
 from collections import defaultdict
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from onnx import NodeProto, TensorProto, helper
-from torch import Tensor
 
 from slrprop.errors import SlrpropError
 from slrprop.network.chain import ACTIVATIONS, Affine, Element, Linear, Path
-from slrprop.network.onnx_constants import Constant, attribute, constants_of, standard, tensor_of
+from slrprop.network.onnx_constants import attribute, constants_of, standard, tensor_of
 from slrprop.network.onnx_file import FLOATS, OnnxFile, node_reads
-from slrprop.operators import Convolution, Lookup, MatMul, Operator
-from slrprop.operators.convolution import Sides
+from slrprop.network.onnx_places import Finder, Place
+from slrprop.operators import MatMul
 
 ACTIVATION_OPS = {"Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid"}
 ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Neg", "Erf", "Exp", "Max", "Min", "Clip", "Cast", "Identity"} | {
@@ -23,43 +21,6 @@ ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Neg", "Erf", "Exp", "
 }  # fmt: skip
 MAX_REGION = 16  # nodes that one activation may be made of
 PROBE = np.linspace(-6, 6, 121)
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """Where a layer is: node number ``index`` multiplies ``x`` by the constant ``weight``, ``y`` is its output.
-
-    ``shape`` is that of the matrix, ``bias`` the tensor that is added, by ``adder`` (this node, or an Add node behind a MatMul).
-    ``held`` says why nothing can take its place, ``port`` which of the node's inputs the weight is.
-    """
-
-    index: int
-    x: str
-    y: str
-    weight: str
-    shape: tuple[int, int]
-    bias: str | None = None
-    adder: int | None = None
-    alpha: float = 1.0
-    beta: float = 1.0
-    trans_a: bool = False
-    trans_b: bool = False
-    operator: Operator = field(default_factory=MatMul)
-    held: str = ""
-    port: int = 1
-
-    def matrix(self, stored: np.ndarray) -> np.ndarray:
-        """The matrix (m x n) of the numbers as they are stored."""
-        if isinstance(self.operator, MatMul):
-            return stored.T if self.trans_b else stored
-        matrix: np.ndarray = self.operator.matrix(tensor_of(stored)).numpy()
-        return matrix
-
-    def stored(self, matrix: Tensor) -> Tensor:
-        """A matrix as this node stores it."""
-        if isinstance(self.operator, MatMul):
-            return matrix.T if self.trans_b else matrix
-        return self.operator.stored(matrix)
 
 
 class Graph:
@@ -83,7 +44,7 @@ class Graph:
         self.inputs = [value for value in file.proto.graph.input if value.name not in stored]
         self.main = self._main_output()
         self._ranks: dict[str, tuple[int, ...]] | None = None
-        self.layers = self._places()
+        self.layers = Finder(self).places()
         self.by_index = {layer.index: name for name, layer in self.layers.items()}
         self.ending = self._ending()
 
@@ -117,120 +78,6 @@ class Graph:
                 found.append(onnx.numpy_helper.to_array(stored[node.input[0]]).reshape(-1).tolist())
         names: list[Any] = next((labels for labels in found if labels), [])
         return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
-
-    def _places(self) -> dict[str, Place]:
-        found: dict[str, Place] = {}
-        finders = {
-            "Gemm": self._gemm,
-            "MatMul": self._matmul,
-            "Conv": self._convolution,
-            "ConvTranspose": self._convolution,
-            "Gather": self._lookup,
-        }
-        for index, node in enumerate(self.nodes):
-            op = standard(node)
-            layer = finders[op](index, node) if op in finders else None
-            if layer is not None:
-                name = node.name if node.name and node.name not in found else layer.y
-                found[name if name not in found else f"{name}#{index}"] = layer
-        return found
-
-    def _matrix(self, name: str) -> Constant | None:
-        found = self.constants.get(name)
-        known = found is not None and len(found.shape) == 2 and min(found.shape) > 0 and found.dtype in FLOATS.values()
-        return found if known else None
-
-    def _gemm(self, index: int, node: NodeProto) -> Place | None:
-        if len(node.input) < 2 or node.input[0] in self.constants or (weight := self._matrix(node.input[1])) is None:
-            return None
-        trans_b = bool(attribute(node, "transB", 0))
-        m, n = weight.shape[::-1] if trans_b else weight.shape
-        bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
-        if bias is not None and not self._is_row(bias, n):
-            return None  # added numbers that differ from sample to sample: no bias
-        alpha, beta = float(attribute(node, "alpha", 1.0)), float(attribute(node, "beta", 1.0))
-        trans_a = bool(attribute(node, "transA", 0))
-        return Place(
-            index, node.input[0], node.output[0], node.input[1], (m, n), bias, index, alpha, beta, trans_a, trans_b
-        )
-
-    def _matmul(self, index: int, node: NodeProto) -> Place | None:
-        if len(node.input) != 2 or node.input[0] in self.constants or (weight := self._matrix(node.input[1])) is None:
-            return None
-        m, n = weight.shape
-        y, bias, adder = node.output[0], None, None
-        readers = self.readers[y]
-        if len(readers) == 1 and y not in self.outputs and standard(after := self.nodes[readers[0]]) == "Add":
-            others = [name for name in after.input if name != y]
-            if len(others) == 1 and self._is_row(others[0], n):
-                y, bias, adder = after.output[0], others[0], readers[0]
-        return Place(index, node.input[0], y, node.input[1], (m, n), bias, adder)
-
-    def _convolution(self, index: int, node: NodeProto) -> Place | None:
-        weight = self.constants.get(node.input[1]) if len(node.input) > 1 else None
-        if (
-            weight is None
-            or node.input[0] in self.constants
-            or weight.dtype not in FLOATS.values()
-            or min(weight.shape) < 1
-        ):
-            return None
-        turned, count = node.op_type == "ConvTranspose", len(weight.shape) - 2
-        if not 1 <= count <= 3:
-            return None
-        kernel, groups = tuple(map(int, weight.shape[2:])), int(attribute(node, "group", 1))
-        stride, dilation = (tuple(attribute(node, name, [1] * count)) for name in ("strides", "dilations"))
-        padding, held = self._padding(node, kernel, stride, dilation)
-        wider = tuple(attribute(node, "output_padding", [0] * count)) if turned else ()
-        if turned and (attribute(node, "output_shape", None) or any(one != two for one, two in padding)):
-            held = held or "its map is made larger or smaller in a way of its own"
-        outputs = weight.shape[1] * groups if turned else weight.shape[0]
-        if groups < 1 or outputs % groups or weight.shape[0] % groups:
-            held = f"its {groups} groups do not divide its channels"
-        if turned and groups > 1:
-            held = "it is a transposed convolution in groups"
-        bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
-        if bias is not None and not self._is_row(bias, outputs):
-            return None
-        operator = Convolution(kernel, stride, padding, dilation, groups, turned, wider)
-        m, n = weight.shape[0] if turned else weight.shape[1], weight.shape[1] if turned else weight.shape[0]
-        m *= operator.unit
-        return Place(
-            index, node.input[0], node.output[0], node.input[1], (m, n), bias, index, operator=operator, held=held
-        )
-
-    def _lookup(self, index: int, node: NodeProto) -> Place | None:
-        weight = self._matrix(node.input[0]) if len(node.input) == 2 and node.input[1] not in self.constants else None
-        if weight is None or attribute(node, "axis", 0) not in (0, -2):
-            return None
-        m, n = weight.shape
-        return Place(index, node.input[1], node.output[0], node.input[0], (m, n), operator=Lookup(), port=0)
-
-    def _padding(
-        self, node: NodeProto, kernel: Sides, stride: Sides, dilation: Sides
-    ) -> tuple[tuple[tuple[int, int], ...], str]:
-        """The zeros before and behind each axis of the map, and why that can't be known."""
-        count, how = len(kernel), attribute(node, "auto_pad", b"NOTSET").decode()
-        if how in ("NOTSET", "VALID"):
-            pads = attribute(node, "pads", [0] * 2 * count) if how == "NOTSET" else [0] * 2 * count
-            return tuple(zip(pads[:count], pads[count:], strict=True)), ""
-        sides = self.sides(node.input[0])[2:]
-        if how not in ("SAME_UPPER", "SAME_LOWER") or node.op_type != "Conv":
-            return ((0, 0),) * count, f"its auto_pad '{how}' is not known"
-        if len(sides) != count or not all(side > 0 or step == 1 for side, step in zip(sides, stride, strict=True)):
-            return ((0, 0),) * count, f"its auto_pad '{how}' depends on the map's sides, which are open"
-        found = []
-        for side, places, step, reach in zip(sides, kernel, stride, dilation, strict=True):
-            more = max(
-                0, (-(-side // step) - 1) * step + reach * (places - 1) + 1 - side if step > 1 else reach * (places - 1)
-            )
-            found.append((more // 2, more - more // 2) if how == "SAME_UPPER" else (more - more // 2, more // 2))
-        return tuple(found), ""
-
-    def _is_row(self, name: str, n: int) -> bool:
-        """Whether a tensor is a constant (n,) or (1, n), or one number for all."""
-        found = self.constants.get(name)
-        return found is not None and found.dtype in FLOATS.values() and found.shape in ((n,), (1, n), (1,), ())
 
     def weight(self, layer: Place) -> np.ndarray:
         """The numbers that ``x`` is multiplied by (m x n), alpha included."""

@@ -15,7 +15,8 @@ from slrprop.factors import Dense, Factors, LowRank, Quantized, SparseLowRank, e
 from slrprop.layers import FactoredLayer
 from slrprop.network.onnx_constants import attribute
 from slrprop.network.onnx_file import OnnxFile
-from slrprop.network.onnx_graph import Graph, Place
+from slrprop.network.onnx_graph import Graph
+from slrprop.network.onnx_places import Place
 from slrprop.network.onnx_writer import FOUR_BITS, Additions, Number, Writer
 from slrprop.operators import Lookup
 

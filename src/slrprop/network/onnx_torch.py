@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from slrprop.network.onnx_constants import attribute, standard, tensor_of
 from slrprop.network.onnx_graph import Graph
+from slrprop.network.onnx_places import Place
 
 CONVOLVED = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
@@ -322,6 +323,13 @@ def _computable(node: NodeProto, opset: int) -> bool:
     return True
 
 
+def foreign_nodes(graph: Graph) -> list[str]:
+    """The operators on the way from the inputs to the main output that can't be computed here, each once."""
+    varying = graph.after({value.name for value in graph.inputs}) & graph.before(graph.main)
+    nodes = (graph.nodes[index] for index in sorted(varying))
+    return list(dict.fromkeys(node.op_type for node in nodes if not _computable(node, graph.file.opset)))
+
+
 class Behind:
     """The nodes from tensors (by name, like dense layers' outputs) to the main output, of those behind which there is an operation for each.
 
@@ -335,12 +343,32 @@ class Behind:
         behind = {name: graph.after({tensor}) & leading for name, tensor in tensors.items()}
         self.watched = {tensors[name]: name for name, nodes in behind.items() if not nodes & foreign}
         chosen = set[int]().union(*(behind[name] for name in self.watched.values()))
-        self._nodes = [graph.nodes[index] for index in sorted(chosen)]
+        self._numbered = [(index, graph.nodes[index]) for index in sorted(chosen)]
+        self._nodes = [node for _, node in self._numbered]
         made = {name for node in self._nodes for name in node.output}
         read = {name for node in self._nodes for name in node.input if name} | {self.main, *self.watched}
         self._constants = {name: graph.constants[name] for name in read - made if name in graph.constants}
         self.reads = read - made - self._constants.keys()
         self._loaded: dict[str, Tensor] = {}
+
+    def forward(self, given: Mapping[str, Tensor], layers: Mapping[Place, Callable[[Tensor], Tensor]]) -> Tensor:
+        """The main output for the model's inputs, differentiable in what stands in the place of layers."""
+        self._loaded = self._loaded or {name: tensor_of(value.load()) for name, value in self._constants.items()}
+        values: dict[str, Any] = self._loaded | dict(given)
+        inside = {place.index: (place, layer) for place, layer in layers.items()}
+        adders = {place.adder for place in layers} - {place.index for place in layers}
+        for index, node in self._numbered:
+            if index in adders:  # the layer has the bias
+                continue
+            if index in inside:
+                place, layer = inside[index]
+                x = values[place.x]
+                values[place.y] = layer(x.T if place.trans_a else x)
+                continue
+            result = self._ops[standard(node)](node, [values[name] if name else None for name in node.input])
+            values |= zip(node.output, result if isinstance(result, list) else [result], strict=False)
+        output: Tensor = values[self.main]
+        return output
 
     def run(self, given: Mapping[str, np.ndarray]) -> tuple[Tensor, dict[str, Tensor]] | None:
         """The main output, and the watched tensors, which its gradient can be asked for; None where an operation takes other values here."""

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from slrprop.errors import SlrpropError
 from slrprop.factors import Factors, Index, Quantized, SparseLowRank
-from slrprop.network.onnx_graph import Graph, Place
+from slrprop.network.onnx_graph import Graph
+from slrprop.network.onnx_places import Place
 from slrprop.network.onnx_tensors import graphs_of
 from slrprop.operators import Convolution, Lookup
 
