@@ -227,7 +227,7 @@ class TestWholeModules:
         model, data = Two(), {"x": torch.randn(400, 8), "y": torch.randn(400, 3)}
         made = slrprop.plan(model, data, method="svd", layers=["a"], rank=1)
         notes = tuned(model, data, made).layers[0].notes
-        assert notes["divergence_after"] < 0.9 * notes["divergence_before"]
+        assert notes["divergence_after"] < notes["divergence_before"] and notes["tuned_epochs"] > 0
 
 
 class TestErrors:
