@@ -43,7 +43,55 @@ UNARY = [
     "Abs",
 ]
 BINARY = ["Add", "Mul", "Sub", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Sum"]
+MAP = np.random.default_rng(3).standard_normal((2, 4, 9, 7)).astype("f")
+LINE = np.random.default_rng(4).standard_normal((2, 4, 9)).astype("f")
+KERNEL = np.random.default_rng(5).standard_normal((6, 4, 3, 2)).astype("f")
+GROUPED = np.random.default_rng(6).standard_normal((8, 2, 3, 3)).astype("f")
+TURNED = np.random.default_rng(7).standard_normal((4, 3, 3, 2)).astype("f")
+SIX = np.linspace(-1, 1, 6).astype("f")
+WINDOW = {"kernel_shape": [3, 2], "strides": [2, 1]}
+MAPS = [
+    ("Conv", {}, [MAP, KERNEL, SIX]),
+    ("Conv", {"pads": [0, 1, 2, 0], "strides": [2, 1], "dilations": [1, 2]}, [MAP, KERNEL]),
+    ("Conv", {"auto_pad": "SAME_UPPER", "strides": [2, 3]}, [MAP, KERNEL]),
+    ("Conv", {"auto_pad": "SAME_LOWER"}, [MAP, KERNEL]),
+    ("Conv", {"group": 2, "pads": [1, 1, 1, 1]}, [MAP, GROUPED]),
+    ("Conv", {"auto_pad": "VALID"}, [LINE, KERNEL[..., 0].copy(), SIX]),
+    ("ConvTranspose", {}, [MAP, TURNED, SIX[:3].copy()]),
+    ("ConvTranspose", {"pads": [1, 0, 0, 1], "strides": [2, 3], "output_padding": [1, 2]}, [MAP, TURNED]),
+    ("ConvTranspose", {"group": 2, "dilations": [2, 1]}, [MAP, TURNED]),
+    ("AveragePool", WINDOW, [MAP]),
+    ("AveragePool", {**WINDOW, "pads": [1, 0, 1, 1]}, [MAP]),
+    ("AveragePool", {**WINDOW, "pads": [1, 1, 1, 0], "count_include_pad": 1}, [MAP]),
+    ("AveragePool", {**WINDOW, "auto_pad": "SAME_UPPER"}, [MAP]),
+    ("MaxPool", WINDOW, [MAP]),
+    ("MaxPool", {**WINDOW, "pads": [1, 0, 1, 1], "dilations": [2, 1]}, [MAP]),
+    ("MaxPool", {"kernel_shape": [3], "strides": [2], "ceil_mode": 1}, [LINE[..., :8].copy()]),
+    ("GlobalAveragePool", {}, [MAP]),
+    ("GlobalMaxPool", {}, [MAP]),
+    ("HardSigmoid", {"alpha": 0.3}, [MAP]),
+    ("InstanceNormalization", {"epsilon": 0.01}, [MAP, SIX[:4].copy(), SIX[2:].copy()]),
+    ("PRelu", {}, [MAP, SIX[:4].reshape(4, 1, 1).copy()]),
+    ("Pad", {}, [MAP, ints(0, 0, 1, 2, 0, 1, 0, 3), np.array(0.5, "f")]),
+    ("Pad", {"mode": "reflect"}, [MAP, ints(0, 0, 1, 2, 0, 0, 2, 1)]),
+    ("Pad", {"mode": "edge"}, [MAP, ints(0, 0, 1, 0, 0, 0, 2, 1)]),
+    ("Pad", {}, [MAP, ints(1, 2), None, ints(3)]),
+    (
+        "Resize",
+        {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"},
+        [MAP, None, np.array([1, 1, 2, 3], "f")],
+    ),
+    ("Resize", {"mode": "linear"}, [MAP, None, None, ints(2, 4, 18, 14)]),
+    (
+        "Resize",
+        {"mode": "linear", "coordinate_transformation_mode": "align_corners"},
+        [MAP, None, None, ints(2, 4, 17, 13)],
+    ),
+    ("DepthToSpace", {"blocksize": 2}, [MAP]),
+    ("DepthToSpace", {"blocksize": 2, "mode": "CRD"}, [MAP]),
+]
 CASES = [
+    *MAPS,
     *((op, {}, [X]) for op in UNARY),
     *((op, {}, [np.abs(X) + 0.1]) for op in ("Log", "Sqrt", "Reciprocal")),
     *((op, {}, [X, Y]) for op in BINARY),
