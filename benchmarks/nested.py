@@ -22,10 +22,10 @@ from slrprop.api import apply
 from slrprop.comparison.contenders import SHAPES as TRIED
 from slrprop.comparison.contenders import Contender
 from slrprop.comparison.run import Bench, plans_of
+from slrprop.distil import distance
 from slrprop.methods.nested import SHAPES
 from slrprop.paper.experiments import COMPARED
 from slrprop.search.result import parse_size
-from slrprop.distil import distance
 
 SWEEPS = (0, 1, 2, 6)
 Row = tuple[float, float, float]  # divergence, accuracy in percent, seconds

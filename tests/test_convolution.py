@@ -395,3 +395,24 @@ def test_every_method_treats_convolutions_or_says_that_it_does_not(plain, images
             assert "treat" in str(error) or "response layer" in str(error), name
             continue
         assert slrprop.apply(model, plan)(images).isfinite().all(), method
+
+
+def test_batch_norm_behind_a_layer_goes_into_it(net, images, tmp_path):
+    """The same outputs with fewer numbers; the plan and the saved state say so, and one option keeps it."""
+    found = slrprop.compress(net, images, max_bytes="60%")
+    assert found.plan.folded == {"a": "norm"} and found.met and not isinstance(found.model.norm, nn.BatchNorm2d)
+    plain = slrprop.apply(net, slrprop.Plan((), folded={"a": "norm"}))
+    torch.testing.assert_close(plain(images), net(images), rtol=1e-4, atol=1e-5)
+    found.plan.save(tmp_path / "plan.json")
+    again = slrprop.apply(net, slrprop.Plan.load(tmp_path / "plan.json"))
+    torch.testing.assert_close(again(images), found.model(images))
+    for model in (plain, found.model):
+        slrprop.save(model, tmp_path / "model.safetensors")
+        assert torch.equal(slrprop.load(net, tmp_path / "model.safetensors")(images), model(images))
+    assert slrprop.export_onnx(found.model, tmp_path / "model.onnx", images[:3]) < 1e-4
+    kept = slrprop.compress(net, images, max_bytes="60%", keep_batch_norm=True)
+    assert kept.plan.folded == {} and isinstance(kept.model.norm, nn.BatchNorm2d)
+    with pytest.raises(
+        SlrpropError, match="the plan folds the batch norm 'norm' into 'a', which this model does not have"
+    ):
+        slrprop.apply(nn.Sequential(nn.Linear(3, 3)), slrprop.Plan((), folded={"a": "norm"}))

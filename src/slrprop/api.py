@@ -25,6 +25,7 @@ from slrprop.network.onnx_file import OnnxFile
 from slrprop.network.onnx_parity import Parity, write
 from slrprop.network.onnx_rewrite import is_own, rewritten
 from slrprop.network.torch import swapped
+from slrprop.network.torch_fold import folded
 from slrprop.network.torch_modules import computed_arrays, layer_modules, operator_of, weight_and_bias
 from slrprop.plan import LayerPlan, Plan, pack
 from slrprop.quantize import quantised, with_bias
@@ -306,6 +307,11 @@ class _Done(NamedTuple):
 
 
 def _file_forms(network: OnnxNetwork, plan: Plan) -> _Done:
+    if plan.folded:
+        raise SlrpropError(
+            "the plan folds batch norms of a torch module, and an ONNX file was given; it was made for another model"
+        )
+
     def dense(name: str) -> Dense:
         if name not in network.names:
             raise _foreign(name, network.names)
@@ -327,6 +333,7 @@ def _foreign(name: str, names: Collection[str]) -> SlrpropError:
 
 
 def _apply_module(model: nn.Module, plan: Plan) -> nn.Module:
+    model = folded(model, plan.folded) if plan.folded else model
     modules = layer_modules(model)
 
     def dense(name: str) -> Dense:

@@ -121,13 +121,15 @@ class Plan:
     """What to do with a model.
 
     ``left_dense`` says for each layer that was asked for and stays as it is, why. ``feeds`` names pairs of layers
-    whose neurons may be reordered together, because only element-wise functions stand between them. ``sha256`` is the
+    whose neurons may be reordered together, because only element-wise functions stand between them. ``folded`` names batch norms
+    that are put into the layers before them first, by these layers. ``sha256`` is the
     checksum that a loaded file carried; take it out of the file to use a plan edited by hand.
     """
 
     layers: tuple[LayerPlan, ...]
     left_dense: dict[str, str] = field(default_factory=dict)
     feeds: dict[str, str] = field(default_factory=dict)
+    folded: dict[str, str] = field(default_factory=dict)
     format: str = FORMAT
     version: int = VERSION
     sha256: str = field(default="", compare=False)
@@ -180,6 +182,7 @@ class Plan:
                 ],
                 "left_dense": self.left_dense,
                 "feeds": self.feeds,
+                **({"folded": self.folded} if self.folded else {}),
             }
         )
         return content

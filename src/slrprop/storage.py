@@ -17,7 +17,8 @@ from slrprop.factors import Dense, restored
 from slrprop.factors.base import KINDS
 from slrprop.files import replacing, require_regular, scratch
 from slrprop.layers import FactoredLayer, layer_from, note_shape, original_shape
-from slrprop.network.torch import swapped
+from slrprop.network.torch import NORMS, swapped
+from slrprop.network.torch_fold import Folded
 from slrprop.network.torch_modules import layer_modules, named_modules, operator_of, plain_name, weight_and_bias
 from slrprop.plan import arrays_digest, header_refusal
 
@@ -53,7 +54,7 @@ def _write(model: nn.Module, path: Path) -> None:
     kinds = {
         name: _described(module)
         for name, module in named_modules(model).items()
-        if isinstance(module, FactoredLayer) or original_shape(module)
+        if isinstance(module, (FactoredLayer, Folded)) or original_shape(module)
     }
     state = _unique_state(model)
     head = {"format": FORMAT, "version": VERSION, "layers": json.dumps(kinds)}
@@ -73,6 +74,8 @@ def size_of(model: nn.Module) -> int:
 
 def _described(module: nn.Module) -> dict[str, Any]:
     """What the header says about a layer: its form, and its original shape where neurons around it were removed."""
+    if isinstance(module, Folded):
+        return {"kind": "folded"}
     form = module.factors().description() if isinstance(module, FactoredLayer) else {"kind": Dense.kind}
     shape = original_shape(module)
     return form | {"original_shape": list(shape)} if shape else form
@@ -115,8 +118,10 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         raise SlrpropError(f"the header of '{path}' names no layers; the file is damaged")
     if header.get("sha256") != arrays_digest(header["layers"], state):
         raise SlrpropError(f"'{path}' is damaged: its tensors differ from their checksum; save it again")
-    layers = layer_modules(model)
-    loaded = swapped(model, {name: _skeleton(layers.get(name), name, kind, state) for name, kind in kinds.items()})
+    layers, modules = layer_modules(model), named_modules(model)
+    loaded = swapped(
+        model, {name: _skeleton(modules.get(name), layers.get(name), name, kind, state) for name, kind in kinds.items()}
+    )
     places = {plain_name(key): key for key in loaded.state_dict()}
     aliases = {places[name] for name in set(places) - set(_unique_state(loaded))}
     try:
@@ -130,9 +135,13 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     return loaded
 
 
-def _skeleton(old: nn.Module | None, name: str, description: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+def _skeleton(
+    place: nn.Module | None, old: nn.Module | None, name: str, description: dict[str, Any], state: dict[str, Tensor]
+) -> nn.Module:
     """A factored layer of the shapes that the file has for it; its values are loaded later."""
     kind = str(description.get("kind"))
+    if kind == "folded" and isinstance(place, NORMS):
+        return Folded()
     if old is None or kind not in KINDS:
         raise SlrpropError(
             f"the file has a {kind} layer '{name}', but this model has no layer of that name that could hold one"

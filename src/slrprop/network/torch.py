@@ -40,6 +40,8 @@ from slrprop.network.torch_modules import (
 from slrprop.network.trace import Held, Trace
 from slrprop.operators import MatMul
 
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
@@ -160,6 +162,7 @@ class TorchNetwork(Network):
             m, n = operator.matrix(self.arrays[name][0]).shape
             layers[name] = Layer(name, operator, (m, n), tied=tied[name], held=binding(module))
         super().__init__(layers)
+        self.norms: dict[str, str] = {}  # batch norms that alone take what a layer makes, by the layer's name
         self.device, self.reading = device_of(model), reading
         for name, arrays in self.arrays.items():
             if not all(torch.isfinite(array).all() for array in arrays if array is not None):
@@ -204,9 +207,17 @@ class TorchNetwork(Network):
             positions = max(1, count // max(1, calls * batch.samples))
             self.layers[name] = replace(self.layers[name], calls=calls, positions=positions)
         self.order = tuple(sorted((name for name in made if self.layers[name].calls), key=lambda name: made[name][0]))
+        means = {
+            id(module.running_mean): key
+            for key, module in named_modules(self.model).items()
+            if isinstance(module, NORMS)
+        }
         for name in self.order:
             if len(made[name]) == 1:
                 start = made[name][0]
+                mean = trace.norm_behind(start)
+                if mean is not None and id(mean) in means and not self.stays(name):
+                    self.norms[name] = means[id(mean)]
                 self._paths[name] = path = trace.follow(start, result, output)
                 y = trace.calls[start].result
                 if path.whole and y.ndim < 2:

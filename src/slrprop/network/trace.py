@@ -117,6 +117,14 @@ class Trace(TorchFunctionMode):
             return None
         return "softmax" if last.function in _SOFTMAX else "log_softmax" if last.function in _LOG_SOFTMAX else None
 
+    def norm_behind(self, start: int) -> Tensor | None:
+        """The running mean of the batch norm that alone takes the result of a call; None where there is none."""
+        users = [call for call in self.calls[start + 1 :] if id(self.calls[start].result) in call.reads]
+        if len(users) != 1 or users[0].function is not functional.batch_norm or users[0].argument(5, "training", False):
+            return None
+        found: Tensor | None = users[0].argument(1, "running_mean")
+        return found
+
     def follow(self, start: int, result: Any, output: Tensor) -> Path:
         """What happens to the result of call ``start``, as long as it is element-wise or dense and its only use.
 

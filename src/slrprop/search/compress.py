@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +17,9 @@ from slrprop.errors import SlrpropError
 from slrprop.files import together
 from slrprop.measure import file_bytes
 from slrprop.methods import Problem, find_method
-from slrprop.network import open_network
+from slrprop.network import TorchNetwork, open_network
 from slrprop.network.onnx_file import OnnxFile
+from slrprop.network.torch_fold import folded
 from slrprop.plan import Plan
 from slrprop.search.check import Check
 from slrprop.search.judge import LONGEST, Door, Judge, Log
@@ -28,6 +30,7 @@ from slrprop.search.search import Search
 from slrprop.search.shares import Shares
 from slrprop.search.trials import Trials
 from slrprop.selection import treated
+from slrprop.storage import size_of
 from slrprop.tune import TuneSettings, require_tunable
 
 CHOOSING = 3  # the part of the search's samples that only chooses: one of so many, where others are fitted to
@@ -61,6 +64,7 @@ def compress(
     integer_products: bool = False,
     output: str | Path | None = None,
     batch_axis: Axes = None,
+    keep_batch_norm: bool = False,
 ) -> Compression:
     """The network that meets a budget, its promise checked on data that the search did not see.
 
@@ -105,6 +109,8 @@ def compress(
             can't be. Bytes are those of the file of this name. Without it they are those of the longest name there is, where
             tensors are kept beside the file (250 bytes too many for each at most); no other file holds its own name.
         batch_axis: where samples stand in the data, see :class:`slrprop.data.Data`.
+        keep_batch_norm: leave a module's batch norms where they are. Else those right behind a layer are put into it first, which changes
+            nothing that is computed; exporters of ONNX files do so themselves.
 
     Raises:
         BudgetError: the budget can't be met; it carries the nearest compression found, or none where bytes were asked for that no plan
@@ -126,7 +132,9 @@ def compress(
             name = file.places(output, places)[0].name
     warn_if_compressed(model)
     opened = open_data(data, class_axis, ignore_label, batch_axis)
-    open_network(model, opened)  # where its samples stand shows before it is cut
+    network = open_network(model, opened)  # where its samples stand shows before it is cut
+    norms = {} if keep_batch_norm or not isinstance(network, TorchNetwork) else network.norms
+    original, model = model, folded(model, norms) if norms else model
     search_part, check_part = parts_of(opened, data, check, seed, class_axis, ignore_label, batch_axis)
     fitting_part, choosing_part = search_part, search_part
     tuned = (tuning or TuneSettings()) if level == "tuned" else None
@@ -138,7 +146,7 @@ def compress(
     door = Door(model, fitting_part, integer_products, LONGEST if output is None else name)
     problem = Problem(open_network(model, fitting_part), fitting_part)
     names, _ = treated(problem.network, "dense", find_method("dense").settings(bits=8), layers)
-    original_bytes = file_bytes(problem.network)
+    original_bytes = file_bytes(problem.network) if not norms else size_of(original)
     most_bytes = None if max_bytes is None else parse_size(max_bytes, original_bytes, "max_bytes")
     written = min(original_bytes, door.size(door.realise(Plan(()))))  # what no graph reads is not copied
     reach = reach_of(problem.network, names, choices + narrow, written)
@@ -168,7 +176,7 @@ def compress(
     evaluations, plan_now = trials.evaluations + checked.looks + 1, run.final_at(at)
     latency = (math.nan, math.nan) if budget.max_latency is None else (run.timed(0), run.timed(at))
     result = Compression(
-        model=look.made, plan=plan_now, budget=budget, met=feasible and look.within, metric="evaluate" if evaluate else judge.metric,
+        model=look.made, plan=replace(plan_now, folded=norms), budget=budget, met=feasible and look.within, metric="evaluate" if evaluate else judge.metric,
         quality=(checked.before.value, look.quality), drop=look.drop, interval=look.interval, bytes=(original_bytes, door.size(look.made)),
         latency=latency, evaluations=evaluations, points=tuple(run.points), chosen=at, curves=shares.curves, seed=seed,
         data_fingerprint=judge.fingerprint, seconds=time.perf_counter() - start,
