@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from slrprop import cli
-from slrprop.demo import Row
 from slrprop.methods import METHODS
+from slrprop.research.demo import Row
 
 runner = CliRunner()
 
@@ -76,7 +76,7 @@ def test_a_missing_extra_is_named(monkeypatch):
 
 def test_the_demo_says_what_it_chose(monkeypatch, tmp_path):
     rows = [Row("original", 1000, 4000, 97.0, 96.0, 1e-4), Row("svd, rank 2", 100, 400, 96.5, 95.5, 2e-5)]
-    monkeypatch.setattr("slrprop.demo.run", lambda output: (rows, rows[1]))
+    monkeypatch.setattr("slrprop.research.demo.run", lambda output: (rows, rows[1]))
     text = runner.invoke(cli.app, ["demo", "--output", str(tmp_path)]).stdout
     assert "svd, rank 2: 10.0x smaller, 5.0x faster, test accuracy 96.0 -> 95.5 %" in text
     assert json.loads(runner.invoke(cli.app, ["demo", "--json"]).stdout)["chosen"] == "svd, rank 2"

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from slrprop import SlrpropError
-from slrprop.paper import datasets, results, run
-from slrprop.paper.datasets import Dataset
-from slrprop.paper.experiments import EXPERIMENTS, find_experiment, trained
-from slrprop.paper.networks import LeNet5, RoomMLP
-from slrprop.paper.store import paper_store
+from slrprop.research import datasets
+from slrprop.research.datasets import Dataset
+from slrprop.research.experiments import EXPERIMENTS, find_experiment, trained
+from slrprop.research.networks import LeNet5, RoomMLP
+from slrprop.research.paper import results, run
+from slrprop.research.store import paper_store
 
 needs_data = pytest.mark.skipif("SLRPROP_DATA" not in os.environ, reason="SLRPROP_DATA names no data folder")
 

@@ -11,11 +11,11 @@ from typing import Annotated
 import typer
 
 from slrprop.checks import need_extra
-from slrprop.comparison.commands import compare
 from slrprop.errors import SlrpropError, SlrpropWarning, printable
 from slrprop.files import raising_on_signals, together
-from slrprop.paper.commands import paper
 from slrprop.research.commands import interpret
+from slrprop.research.comparison.commands import compare
+from slrprop.research.paper.commands import paper
 from slrprop.terminal import (  # fmt: skip
     BatchAxis,
     ClassAxis,
@@ -321,7 +321,7 @@ def demo(output: Output = Path("build/demo"), as_json: Json = False) -> None:
     Example: slrprop demo --output build/demo
     """
     need_extra("matplotlib", "paper")
-    rows, best = importlib.import_module("slrprop.demo").run(output)
+    rows, best = importlib.import_module("slrprop.research.demo").run(output)
     if as_json:
         show_json({"rows": [asdict(row) for row in rows], "chosen": best.name, "onnx": str(output / "demo.onnx")})
         return

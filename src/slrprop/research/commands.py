@@ -39,7 +39,7 @@ def interpret(
     tools = need_extra("slrprop.research.interpret", "research")
     if output is not None:
         need_extra("matplotlib", "research")
-        results = need_extra("slrprop.paper.results", "research")
+        results = need_extra("slrprop.research.paper.results", "research")
         if output.suffix not in (".png", ".svg"):
             raise SlrpropError(f"--output must end in .png or .svg, got '{output}'")
         with together(*((f"'{path}', an input", path) for path in (model, data, against))) as outputs:
@@ -101,7 +101,7 @@ def run_study(
     study, store = opened(name, run_dir, database)
     if rows is not None:
         store.take_in(rows, name)
-    loaded = importlib.import_module("slrprop.paper.datasets").DATASETS[study.DATASET](data)
+    loaded = importlib.import_module("slrprop.research.datasets").DATASETS[study.DATASET](data)
     return study.run(loaded, run_dir, store=store, **options), store
 
 
@@ -109,7 +109,7 @@ def opened(name: str, run_dir: Path, database: str | None) -> tuple[Any, Any]:
     """A study's module, and the store of its rows."""
     require_choice("study", name, STUDIES)
     study = need_extra(f"slrprop.research.{STUDIES[name]}", "research")
-    return study, need_extra("slrprop.paper.store", "research").Store(
+    return study, need_extra("slrprop.research.store", "research").Store(
         database or run_dir / "results.sqlite", study.ROW, study.KEYS
     )
 
@@ -124,7 +124,7 @@ def show_study(name: str, output: Path | None, run_dir: Path, database: str | No
     page = study.page(found)
     typer.echo(json.dumps([asdict(row) for row in found]).replace("NaN", "null") if as_json else page)
     if output is not None:
-        results = importlib.import_module("slrprop.paper.results")
+        results = importlib.import_module("slrprop.research.paper.results")
         with together():
             results.write_csv(found, made_folder(output) / f"{name}.csv")
             with replacing(output / f"{name}.md", holding(page.splitlines()[0])) as part:

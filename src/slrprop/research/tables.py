@@ -7,7 +7,7 @@ from typing import Any
 
 from scipy import stats
 
-from slrprop.paper.results import spread
+from slrprop.research.paper.results import spread
 
 
 def paired(one: dict[int, float], other: dict[int, float]) -> str:

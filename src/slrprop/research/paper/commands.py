@@ -61,8 +61,8 @@ def paper_train(
     Example: slrprop paper train vgg16-cifar10
     """
     require_choice("device", device, ("auto", "cpu", "cuda"))
-    experiments = importlib.import_module("slrprop.paper.experiments")
-    training = importlib.import_module("slrprop.paper.training")
+    experiments = importlib.import_module("slrprop.research.experiments")
+    training = importlib.import_module("slrprop.research.training")
     experiment = experiments.find_experiment(name)
     loaded = experiment.load_data(data)
     told = []
@@ -103,8 +103,8 @@ def paper_run(
         _tell(name, new, store, as_json)
         return
     store = _store(run_dir, database)
-    experiment = importlib.import_module("slrprop.paper.experiments").find_experiment(name)
-    sweep = importlib.import_module("slrprop.paper.run")
+    experiment = importlib.import_module("slrprop.research.experiments").find_experiment(name)
+    sweep = importlib.import_module("slrprop.research.paper.run")
     named = sweep.methods_of(experiment, methods or ())
     if rows is not None:
         store.take_in(rows, name)
@@ -119,12 +119,12 @@ def _tell(name: str, new: int, store: Any, as_json: bool) -> None:
 
 
 def _store(run_dir: Path, database: str | None) -> Any:
-    return need_extra("slrprop.paper.store", "paper").paper_store(database or run_dir / "results.sqlite")
+    return need_extra("slrprop.research.store", "paper").paper_store(database or run_dir / "results.sqlite")
 
 
 def _results(name: str, run_dir: Path, database: str | None) -> tuple[Any, Any, Any]:
-    results = need_extra("slrprop.paper.results", "paper")
-    experiment = importlib.import_module("slrprop.paper.experiments").find_experiment(name)
+    results = need_extra("slrprop.research.paper.results", "paper")
+    experiment = importlib.import_module("slrprop.research.experiments").find_experiment(name)
     return experiment, _store(run_dir, database).results(name), results
 
 

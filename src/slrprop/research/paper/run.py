@@ -14,12 +14,12 @@ from slrprop.files import require_seen
 from slrprop.measure import file_bytes, measure
 from slrprop.methods.slr import CRITERIA
 from slrprop.network import TorchNetwork
-from slrprop.paper.bench import Bench
-from slrprop.paper.datasets import Dataset
-from slrprop.paper.experiments import Experiment, train_missing, weights_of
-from slrprop.paper.store import Result, Store
 from slrprop.parallel import each
 from slrprop.plan import Plan
+from slrprop.research.bench import Bench
+from slrprop.research.datasets import Dataset
+from slrprop.research.experiments import Experiment, train_missing, weights_of
+from slrprop.research.store import Result, Store
 from slrprop.search.path import LEVELS
 
 ORIGINAL = "original"

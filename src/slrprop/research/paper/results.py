@@ -12,9 +12,9 @@ from typing import Any
 
 from slrprop.errors import SlrpropError
 from slrprop.files import holding, replacing
-from slrprop.paper.experiments import Experiment
-from slrprop.paper.run import AUTO, ORIGINAL, methods_of
-from slrprop.paper.store import Result
+from slrprop.research.experiments import Experiment
+from slrprop.research.paper.run import AUTO, ORIGINAL, methods_of
+from slrprop.research.store import Result
 
 METRICS = ("accuracy", "auc", "recall", "precision", "specificity")
 COLOURS = ("#555555", "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#cc79a7", "#d55e00", "#999933", "#882255", "#000000")
@@ -22,7 +22,7 @@ COLOURS = ("#555555", "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#cc79a7", "#d
 
 def published() -> dict[tuple[str, str, int], dict[str, float]]:
     """The article's figures (SLR there is the cost criterion on both layers), by experiment, method and rank."""
-    text = files("slrprop.paper").joinpath("published.csv").read_text()
+    text = files("slrprop.research.paper").joinpath("published.csv").read_text()
     return {
         (row["experiment"], row["method"], int(row["rank"])): {
             metric: float(row[metric]) for metric in METRICS if row[metric]

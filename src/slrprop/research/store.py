@@ -116,7 +116,7 @@ class Store(Generic[Row]):
             connection.execute(self._insert(self._table).on_conflict_do_nothing(), vars(row))
 
     def take_in(self, path: Path, experiment: str) -> None:
-        """Keep the experiment's rows of a CSV file that :func:`slrprop.paper.results.write_csv` wrote, unless they are there.
+        """Keep the experiment's rows of a CSV file that :func:`slrprop.research.paper.results.write_csv` wrote, unless they are there.
 
         Raises:
             SlrpropError: the file can't be read, or it is not such a file.
