@@ -71,7 +71,7 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = runner.invoke(cli.app, ["demo"])
     assert result.exit_code != 0
-    assert "install it with: pip install 'slrprop[paper]'" in str(result.exception)
+    assert "install it with: pip install 'slrprop[research]'" in str(result.exception)
 
 
 def test_the_demo_says_what_it_chose(monkeypatch, tmp_path):

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from slrprop import SlrpropError
-from slrprop.research import datasets
+from slrprop.research import datasets, tables
 from slrprop.research.datasets import Dataset
 from slrprop.research.experiments import EXPERIMENTS, find_experiment, trained
 from slrprop.research.networks import LeNet5, RoomMLP
 from slrprop.research.paper import results, run
-from slrprop.research.store import paper_store
+from slrprop.research.paper.run import paper_store
 
 needs_data = pytest.mark.skipif("SLRPROP_DATA" not in os.environ, reason="SLRPROP_DATA names no data folder")
 
@@ -55,7 +55,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
 
     lines = results.table(experiment, store.results(experiment.name))
     assert len(lines) == 18 and any("[21.08]" in cell for line in lines for cell in line)
-    results.write_csv(store.results(), tmp_path / "results.csv")
+    tables.write_csv(store.results(), tmp_path / "results.csv")
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 18
     results.figure(experiment, store.results(), "title").savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000

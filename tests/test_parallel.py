@@ -28,7 +28,7 @@ from slrprop.parallel import each
 from slrprop.research.datasets import Dataset
 from slrprop.research.experiments import EXPERIMENTS, train_missing
 from slrprop.research.paper import run
-from slrprop.research.store import paper_store
+from slrprop.research.paper.run import paper_store
 from slrprop.statistics import Moments, moments
 from tests.tasks import ROWS, fails, meet, square, write
 

@@ -17,9 +17,8 @@ from slrprop.checks import require_choice
 from slrprop.parallel import each
 from slrprop.research.datasets import Dataset
 from slrprop.research.interpret import InformationControl, References, collapse
-from slrprop.research.paper.results import COLOURS, markdown, plus_minus
 from slrprop.research.store import Store
-from slrprop.research.tables import curve, paired
+from slrprop.research.tables import COLOURS, curve, markdown, paired, plus_minus
 
 NAME, DATASET = "interpret-room", "room"
 KEYS = ("experiment", "table", "seed", "control", "epoch")

@@ -12,7 +12,7 @@ from slrprop.files import holding, replacing
 from slrprop.research.comparison.contenders import CONTENDERS, ORIGINAL
 from slrprop.research.comparison.run import SLOW_SEEDS, Comparison
 from slrprop.research.experiments import Experiment
-from slrprop.research.paper.results import markdown, plus_minus
+from slrprop.research.tables import markdown, plus_minus
 from slrprop.tune import EPOCHS, LEAST_STEPS
 
 LEVELS = ("weights", "calibrated", "tuned", "trained")

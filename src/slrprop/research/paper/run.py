@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from slrprop.plan import Plan
 from slrprop.research.bench import Bench
 from slrprop.research.datasets import Dataset
 from slrprop.research.experiments import Experiment, train_missing, weights_of
-from slrprop.research.store import Result, Store
+from slrprop.research.store import Store
 from slrprop.search.path import LEVELS
 
 ORIGINAL = "original"
@@ -29,6 +29,33 @@ METHODS: dict[str, dict[str, Any]] = {
     **{f"slr {criterion}": {"method": "slr", "criterion": criterion} for criterion in CRITERIA},
     "slrprop": {"method": "slrprop"},
 }
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured network. ``method`` says the criterion too; metrics in percent on the test set.
+
+    ``compression_rate`` is of the layer before the FRL, ``numbers`` of the whole network, ``seconds`` to plan.
+    """
+
+    experiment: str
+    seed: int
+    method: str
+    rank: int
+    accuracy: float
+    auc: float
+    recall: float
+    precision: float
+    specificity: float
+    compression_rate: float
+    numbers: int
+    bytes: int
+    seconds: float
+
+
+def paper_store(place: Path | str) -> Store[Result]:
+    """The rows of the article's sweep."""
+    return Store(place, Result, ("experiment", "seed", "method", "rank"))
 
 
 def methods_of(experiment: Experiment, named: Sequence[str] = ()) -> tuple[str, ...]:
