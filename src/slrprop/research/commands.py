@@ -11,7 +11,8 @@ from slrprop.checks import need_extra
 from slrprop.errors import SlrpropError, printable
 from slrprop.files import holding, together
 from slrprop.research import module
-from slrprop.terminal import Json, Output, show_json, show_table
+from slrprop.research.paper.commands import Output
+from slrprop.terminal import Json, show_json, show_table
 
 
 def interpret(

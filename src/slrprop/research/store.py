@@ -16,7 +16,8 @@ from sqlalchemy.schema import CreateTable
 
 from slrprop.checks import need_extra
 from slrprop.errors import SlrpropError, first_line
-from slrprop.files import made_folder, require_seen
+from slrprop.files import made_folder
+from slrprop.research import require_seen
 
 _TYPES = {str: String, int: BigInteger, float: Float}
 TIMEOUT = 60  # seconds to wait for another writer of a file

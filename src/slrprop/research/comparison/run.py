@@ -13,13 +13,14 @@ from tqdm.auto import tqdm
 
 from slrprop.api import apply, plan_problem, realised
 from slrprop.export import export_onnx
-from slrprop.files import require_seen, scratch
+from slrprop.files import scratch
 from slrprop.latency import latencies
 from slrprop.network import OnnxNetwork
 from slrprop.network.base import fingerprint
 from slrprop.network.onnx_file import OnnxFile
 from slrprop.parallel import each
 from slrprop.plan import Plan, wording
+from slrprop.research import require_seen
 from slrprop.research.bench import Bench, front_of
 from slrprop.research.comparison.contenders import CONTENDERS, NARROWER, ORIGINAL, Contender
 from slrprop.research.datasets import Dataset

@@ -11,7 +11,7 @@ from slrprop.checks import need_extra, require_choice
 from slrprop.errors import SlrpropError
 from slrprop.files import holding, made_folder, replacing, together
 from slrprop.research import module
-from slrprop.terminal import Cluster, Json, Output, Workers, show_json, show_table
+from slrprop.terminal import Cluster, Json, Workers, show_json, show_table
 
 STUDIES = {"spiking-mnist": "spiking_study", "interpret-room": "interpret_study"}  # their modules
 
@@ -27,6 +27,7 @@ AnyName = Annotated[
 DataFolder = Annotated[
     Path | None, typer.Option("--data", help="Folder with the data sets; default: $SLRPROP_DATA, else downloaded.")
 ]
+Output = Annotated[Path, typer.Option("--output", help="Folder to write to.")]
 RunFolder = Annotated[Path, typer.Option("--run-dir", help="Folder for trained networks and results.")]
 Database = Annotated[
     str | None,

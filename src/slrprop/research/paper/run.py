@@ -10,12 +10,12 @@ from tqdm.auto import tqdm
 
 from slrprop.api import apply, plan_problem
 from slrprop.checks import require_choice
-from slrprop.files import require_seen
 from slrprop.measure import file_bytes, measure
 from slrprop.methods.slr import CRITERIA
 from slrprop.network import TorchNetwork
 from slrprop.parallel import each
 from slrprop.plan import Plan
+from slrprop.research import require_seen
 from slrprop.research.bench import Bench
 from slrprop.research.datasets import Dataset
 from slrprop.research.experiments import Experiment, train_missing, weights_of
