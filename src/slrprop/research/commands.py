@@ -105,28 +105,11 @@ def demo(output: Output = Path("build/demo"), as_json: Json = False) -> None:
         return
     original = rows[0]
     lines = [
-        [
-            row.name,
-            f"{row.numbers:,}",
-            f"{row.bytes / 1000:,.1f}",
-            f"{original.bytes / row.bytes:.1f}x",
-            f"{row.choosing:.1f}",
-            f"{row.testing:.1f}",
-            f"{1e6 * row.latency:.0f}",
-            f"{original.latency / row.latency:.1f}x",
-        ]
+        [row.name, f"{row.numbers:,}", f"{row.bytes / 1000:,.1f}", f"{original.bytes / row.bytes:.1f}x", f"{row.choosing:.1f}",
+         f"{row.testing:.1f}", f"{1e6 * row.latency:.0f}", f"{original.latency / row.latency:.1f}x"]
         for row in rows
-    ]
-    header = [
-        "network",
-        "numbers",
-        "ONNX file, kB",
-        "smaller",
-        "accuracy, choosing %",
-        "accuracy, test %",
-        "latency, µs",
-        "faster",
-    ]
+    ]  # fmt: skip
+    header = ["network", "numbers", "ONNX file, kB", "smaller", "accuracy, choosing %", "accuracy, test %", "latency, µs", "faster"]  # fmt: skip
     show_table(
         header,
         lines,

@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,36 +100,35 @@ def paper_run(
 
     Example: slrprop paper run lenet5-mnist --seeds 10 --workers 4
     """
+    store = _store(name, run_dir, database)
     if name in STUDIES:
-        new, store = _run_study(
-            name, data, run_dir, database, rows, seeds=seeds, workers=workers, cluster=cluster, methods=methods or ()
-        )
-        _tell(name, new, store, as_json)
-        return
-    store = _store(run_dir, database)
-    experiment = module("experiments").find_experiment(name)
-    sweep = module("paper.run")
-    named = sweep.methods_of(experiment, methods or ())
+        study = module(STUDIES[name])
+        load, run = module("datasets").DATASETS[study.DATASET], study.run
+    else:
+        experiment, sweep = module("experiments").find_experiment(name), module("paper.run")
+        sweep.methods_of(experiment, methods or ())  # a wrong name is told before the work
+        load, run = experiment.load_data, partial(sweep.run, experiment)
     if rows is not None:
         store.take_in(rows, name)
-    new = sweep.run(experiment, experiment.load_data(data), run_dir, seeds, store, workers, cluster, named)
-    _tell(name, new, store, as_json)
-
-
-def _tell(name: str, new: int, store: Any, as_json: bool) -> None:
+    new = run(load(data), run_dir, seeds=seeds, store=store, workers=workers, cluster=cluster, methods=methods or ())
     count = len(store.results(name))
     told = {"experiment": name, "new": new, "rows": count, "database": store.name}
     show_json(told) if as_json else typer.echo(f"{new} new rows; all {count} of {name} are in {store.name}")
 
 
-def _store(run_dir: Path, database: str | None) -> Any:
-    return module("paper.run").paper_store(database or run_dir / "results.sqlite")
+def _store(name: str, run_dir: Path, database: str | None) -> Any:
+    """What holds the rows of the sweep, or of a study."""
+    place = database or run_dir / "results.sqlite"
+    if name not in STUDIES:
+        return module("paper.run").paper_store(place)
+    study = module(STUDIES[name])
+    return module("store").Store(place, study.ROW, study.KEYS)
 
 
 def _results(name: str, run_dir: Path, database: str | None) -> tuple[Any, Any, Any]:
     results = module("paper.results")
     experiment = module("experiments").find_experiment(name)
-    return experiment, _store(run_dir, database).results(name), results
+    return experiment, _store(name, run_dir, database).results(name), results
 
 
 @paper.command("table")
@@ -191,28 +191,10 @@ def paper_figures(
     show_json(written) if as_json else typer.echo(f"Written: {', '.join(written)}")
 
 
-def _run_study(
-    name: str, data: Path | None, run_dir: Path, database: str | None, rows: Path | None, **options: Any
-) -> tuple[int, Any]:
-    """Compute a study's missing rows; how many, and the store that holds them."""
-    study, store = _opened(name, run_dir, database)
-    if rows is not None:
-        store.take_in(rows, name)
-    loaded = module("datasets").DATASETS[study.DATASET](data)
-    return study.run(loaded, run_dir, store=store, **options), store
-
-
-def _opened(name: str, run_dir: Path, database: str | None) -> tuple[Any, Any]:
-    """A study's module, and the store of its rows."""
-    study = module(STUDIES[name])
-    return study, module("store").Store(database or run_dir / "results.sqlite", study.ROW, study.KEYS)
-
-
 def _show_study(name: str, output: Path | None, run_dir: Path, database: str | None, as_json: bool) -> None:
     """Print a study's page; write its rows, page and figures."""
     need_extra("matplotlib", "research")
-    study, store = _opened(name, run_dir, database)
-    found = store.results(name)
+    study, found = module(STUDIES[name]), _store(name, run_dir, database).results(name)
     if not found:
         raise SlrpropError(f"there are no results of {name} yet; compute them with: slrprop paper run {name}")
     page = study.page(found)
