@@ -22,9 +22,9 @@ from slrprop.data import Data
 from slrprop.linalg import truncated_svd
 from slrprop.losses import loss_point
 from slrprop.network.torch import TorchNetwork
-from slrprop.paper.experiments import EXPERIMENTS, trained
 from slrprop.relevance.changes import Walk, chain_changes
 from slrprop.relevance.cost import cost_scores
+from slrprop.research.experiments import EXPERIMENTS, trained
 from tests.oracle import naive_cost
 
 CASES = (("lenet5-mnist", "fc4"), ("lenet5-mnist", "fc3"), ("room-mlp", "fc3"), ("room-mlp", "fc2"))

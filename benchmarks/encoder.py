@@ -38,7 +38,7 @@ from slrprop.data import Data
 from slrprop.latency import latencies
 from slrprop.measure import file_bytes
 from slrprop.network import Network, OnnxNetwork, TorchNetwork, open_network
-from slrprop.paper.datasets import mnist
+from slrprop.research.datasets import mnist
 
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 LENGTH = 48  # word pieces of a text

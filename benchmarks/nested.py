@@ -19,12 +19,12 @@ import torch
 from tqdm.auto import tqdm
 
 from slrprop.api import apply
-from slrprop.comparison.contenders import SHAPES as TRIED
-from slrprop.comparison.contenders import Contender
-from slrprop.comparison.run import Bench, plans_of
 from slrprop.distil import distance
 from slrprop.methods.nested import SHAPES
-from slrprop.paper.experiments import COMPARED
+from slrprop.research.comparison.contenders import SHAPES as TRIED
+from slrprop.research.comparison.contenders import Contender
+from slrprop.research.comparison.run import Bench, plans_of
+from slrprop.research.experiments import COMPARED
 from slrprop.search.result import parse_size
 
 SWEEPS = (0, 1, 2, 6)

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from slrprop.admm import Programme, singular_value_threshold, soft_threshold, solve
 from slrprop.factors import Factors, LowRank, Sparse
 from slrprop.linalg import truncated_svd
-from slrprop.paper.experiments import COMPARED, Experiment, trained
 from slrprop.quantize import quantised
 from slrprop.regression import Regression
+from slrprop.research.experiments import COMPARED, Experiment, trained
 
 GAINS = "0.02,0.05,0.1,0.15,0.2,0.3,0.4,0.5,0.6,0.7"
 PROXIMAL = {"net_trim": soft_threshold, "ddlr": singular_value_threshold}

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 import slrprop
 from slrprop.layers import layer_from
 from slrprop.network.torch import stored_numbers, swapped
-from slrprop.paper.experiments import EXPERIMENTS, trained
-from slrprop.paper.networks import LeNet5, RoomMLP
-from slrprop.paper.training import fit
 from slrprop.permutations import packed_bytes
-from slrprop.permuted import PermutedLinear, permute, train
 from slrprop.quantize import quantised, with_bias
+from slrprop.research.experiments import EXPERIMENTS, trained
+from slrprop.research.networks import LeNet5, RoomMLP
+from slrprop.research.permuted import PermutedLinear, permute, train
+from slrprop.research.training import fit
 from slrprop.storage import size_of
 
 SEEDS = (0, 1, 2)

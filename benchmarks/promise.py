@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm, trange
 
 from slrprop.errors import SlrpropError
-from slrprop.paper.datasets import Dataset, mnist
-from slrprop.paper.networks import LeNet5
+from slrprop.research.datasets import Dataset, mnist
+from slrprop.research.networks import LeNet5
 from slrprop.search import compress
 from slrprop.tune import TuneSettings
 

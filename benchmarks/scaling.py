@@ -24,8 +24,8 @@ from slrprop.api import plan_problem
 from slrprop.data import Data
 from slrprop.methods import Problem
 from slrprop.network import TorchNetwork
-from slrprop.paper.datasets import mnist
 from slrprop.parallel import each
+from slrprop.research.datasets import mnist
 from slrprop.search.judge import Door, Judge
 from slrprop.search.path import LEVELS, candidates_of, layer_inputs
 

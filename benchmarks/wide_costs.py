@@ -24,10 +24,10 @@ from slrprop.checks import share
 from slrprop.data import Data
 from slrprop.linalg import truncated_svd
 from slrprop.network import TorchNetwork
-from slrprop.paper.bench import Bench
-from slrprop.paper.experiments import EXPERIMENTS
 from slrprop.relevance.cost import cost_scores
 from slrprop.relevance.simple import weight_scores
+from slrprop.research.bench import Bench
+from slrprop.research.experiments import EXPERIMENTS
 from tests.oracle import naive_cost
 
 

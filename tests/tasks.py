@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from slrprop import SlrpropError
-from slrprop.paper.store import Result
+from slrprop.research.paper.run import Result
 
 ROWS = [
     Result("tiny", seed, "svd", 2, 90.0, math.nan, 1.0, 2.0, 3.0, 0.5, 10, 5_000_000_000, 0.1) for seed in range(40)

@@ -6,9 +6,9 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from slrprop import cli
-from slrprop.demo import Row
+from slrprop import SlrpropError, cli
 from slrprop.methods import METHODS
+from slrprop.research.demo import Row
 
 runner = CliRunner()
 
@@ -67,16 +67,28 @@ def test_a_mistake_is_one_sentence_and_no_traceback(tmp_path):
     )
 
 
-def test_a_missing_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    result = runner.invoke(cli.app, ["demo"])
-    assert result.exit_code != 0
-    assert "install it with: pip install 'slrprop[paper]'" in str(result.exception)
+MISSING = (
+    "demo: matplotlib", "paper train lenet5-mnist: pooch", "paper run lenet5-mnist: sqlalchemy", "paper run spiking-mnist: sqlalchemy",
+    "paper table room-mlp: sqlalchemy", "paper figures: matplotlib", "compare room-mlp: sqlalchemy", "compare room-mlp: matplotlib",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_a_missing_package_is_named_with_its_extra(case, monkeypatch, tmp_path):
+    command, _, package = case.partition(": ")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SLRPROP_DATA", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    for name in ("store", "paper.run", "paper.results", "comparison.run", "spiking_study"):
+        monkeypatch.delitem(sys.modules, f"slrprop.research.{name}", raising=False)
+    error = runner.invoke(cli.app, command.split()).exception
+    told = f"this command needs the package '{package}'; install it with: pip install 'slrprop[research]'"
+    assert isinstance(error, SlrpropError) and str(error) == told and list(tmp_path.iterdir()) == []
 
 
 def test_the_demo_says_what_it_chose(monkeypatch, tmp_path):
     rows = [Row("original", 1000, 4000, 97.0, 96.0, 1e-4), Row("svd, rank 2", 100, 400, 96.5, 95.5, 2e-5)]
-    monkeypatch.setattr("slrprop.demo.run", lambda output: (rows, rows[1]))
+    monkeypatch.setattr("slrprop.research.demo.run", lambda output: (rows, rows[1]))
     text = runner.invoke(cli.app, ["demo", "--output", str(tmp_path)]).stdout
     assert "svd, rank 2: 10.0x smaller, 5.0x faster, test accuracy 96.0 -> 95.5 %" in text
     assert json.loads(runner.invoke(cli.app, ["demo", "--json"]).stdout)["chosen"] == "svd, rank 2"

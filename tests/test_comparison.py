@@ -8,15 +8,15 @@ import torch
 from typer.testing import CliRunner
 
 from slrprop import SlrpropError, cli
-from slrprop.comparison import contenders, figure, run, verdict
-from slrprop.comparison.commands import chosen
-from slrprop.comparison.contenders import CONTENDERS
-from slrprop.comparison.results import Results, accuracy_table, answers_table, files_table, page
-from slrprop.comparison.run import Comparison
 from slrprop.methods import find_method
-from slrprop.paper import experiments
-from slrprop.paper.datasets import Dataset
-from slrprop.paper.networks import LeNet300
+from slrprop.research import experiments
+from slrprop.research.comparison import contenders, figure, run, verdict
+from slrprop.research.comparison.commands import chosen
+from slrprop.research.comparison.contenders import CONTENDERS
+from slrprop.research.comparison.results import Results, accuracy_table, answers_table, files_table, page
+from slrprop.research.comparison.run import Comparison
+from slrprop.research.datasets import Dataset
+from slrprop.research.networks import LeNet300
 
 NAN = float("nan")
 LENET5 = experiments.COMPARED["lenet5-mnist"]

@@ -69,8 +69,8 @@ def test_compress(level, trained, digits):
 
 def test_training(images, tmp_path, monkeypatch):  # noqa: F811
     """A killed training goes on, and its weights are the CPU's to read."""
-    from slrprop.paper.experiments import trained
-    from slrprop.paper.training import Trainer
+    from slrprop.research.experiments import trained
+    from slrprop.research.training import Trainer
 
     kept = Trainer.keep
 

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from torch.nn import Linear
 from typer.testing import CliRunner
 
 import slrprop
@@ -106,7 +107,7 @@ def test_python_writes_over_its_own_kind_only(folder: Path) -> None:
     found = compress("other.onnx", Data("data.npz"), max_bytes="60%", level="weights")
     for write in (
         lambda: plan.save("model.onnx"),
-        lambda: slrprop.save(slrprop.permuted, "weights.safetensors"),
+        lambda: slrprop.save(Linear(2, 2), "weights.safetensors"),
         lambda: write_report(found, "report.md"),
         lambda: slrprop.apply("other.onnx", plan, "data.npz"),
     ):

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 import slrprop
 from slrprop import SlrpropError, cli
-from slrprop.paper.store import Store
 from slrprop.research import interpret
 from slrprop.research import interpret_study as study
 from slrprop.research.interpret import InformationControl, References, collapse, compare
+from slrprop.research.store import Store
 from tests.onnx_models import export
 
 runner = CliRunner()

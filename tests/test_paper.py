@@ -1,18 +1,21 @@
 """The article's experiments, on a tiny network in the place of the large ones; real data where it lies."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from slrprop import SlrpropError
-from slrprop.paper import datasets, results, run
-from slrprop.paper.datasets import Dataset
-from slrprop.paper.experiments import EXPERIMENTS, find_experiment, trained
-from slrprop.paper.networks import LeNet5, RoomMLP
-from slrprop.paper.store import paper_store
+from slrprop import SlrpropError, cli
+from slrprop.research import datasets, interpret_study, spiking_study, tables
+from slrprop.research.datasets import Dataset
+from slrprop.research.experiments import EXPERIMENTS, find_experiment, trained
+from slrprop.research.networks import LeNet5, RoomMLP
+from slrprop.research.paper import results, run
+from slrprop.research.paper.run import paper_store
 
 needs_data = pytest.mark.skipif("SLRPROP_DATA" not in os.environ, reason="SLRPROP_DATA names no data folder")
 
@@ -54,10 +57,44 @@ def test_a_killed_run_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
 
     lines = results.table(experiment, store.results(experiment.name))
     assert len(lines) == 18 and any("[21.08]" in cell for line in lines for cell in line)
-    results.write_csv(store.results(), tmp_path / "results.csv")
+    tables.write_csv(store.results(), tmp_path / "results.csv")
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 18
     results.figure(experiment, store.results(), "title").savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+    monkeypatch.setitem(EXPERIMENTS, experiment.name, experiment)
+    monkeypatch.setitem(datasets.DATASETS, experiment.dataset, lambda folder: data)
+    command = ["paper", "run", experiment.name, "--seeds", "1", "--json", "--run-dir", str(tmp_path)]
+    told = {"experiment": experiment.name, "new": 0, "rows": 17, "database": str(tmp_path / "results.sqlite")}
+    assert json.loads(CliRunner().invoke(cli.app, command, catch_exceptions=False).stdout) == told
+    elsewhere = ["--run-dir", str(tmp_path / "new"), "--rows", str(tmp_path / "results.csv"), "--method", "svd"]
+    again = CliRunner().invoke(cli.app, [*command, *elsewhere], catch_exceptions=False)
+    assert json.loads(again.stdout)["new"] == 0 and json.loads(again.stdout)["rows"] == 17
+
+
+@pytest.mark.parametrize("study", [interpret_study, spiking_study])
+def test_the_command_hands_a_study_what_it_was_told(study, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study, "run", lambda *args, **options: asked.append((args, options)) or 0)
+    monkeypatch.setitem(datasets.DATASETS, study.DATASET, lambda folder: f"what {folder} holds")
+    command = [
+        "paper",
+        "run",
+        study.NAME,
+        "--seeds",
+        "2",
+        "--method",
+        "a",
+        "--data",
+        "there",
+        "--run-dir",
+        str(tmp_path),
+    ]
+    found = CliRunner().invoke(cli.app, command, catch_exceptions=False).stdout
+    assert found == f"0 new rows; all 0 of {study.NAME} are in {tmp_path / 'results.sqlite'}\n"
+    (args, options), store = asked[0], asked[0][1].pop("store")
+    assert args == ("what there holds", tmp_path) and store.name == str(tmp_path / "results.sqlite")
+    assert options == {"seeds": 2, "workers": 1, "cluster": None, "methods": ["a"]}
 
 
 def test_training_is_repeatable_and_kept(tiny, tmp_path):

@@ -24,11 +24,11 @@ from slrprop import SlrpropError
 from slrprop.calibration import Calibration
 from slrprop.data import Data
 from slrprop.network import TorchNetwork
-from slrprop.paper import run
-from slrprop.paper.datasets import Dataset
-from slrprop.paper.experiments import EXPERIMENTS, train_missing
-from slrprop.paper.store import paper_store
 from slrprop.parallel import each
+from slrprop.research.datasets import Dataset
+from slrprop.research.experiments import EXPERIMENTS, train_missing
+from slrprop.research.paper import run
+from slrprop.research.paper.run import paper_store
 from slrprop.statistics import Moments, moments
 from tests.tasks import ROWS, fails, meet, square, write
 

@@ -19,10 +19,10 @@ from slrprop import SlrpropError
 from slrprop.factors import Shared
 from slrprop.layers import layer_from
 from slrprop.methods.permuted import PermutedSettings, fit, fitted, refined
-from slrprop.paper.networks import LeNet5
 from slrprop.permutations import entry_bits, pack, packed_bytes, seeded, unpack, words
-from slrprop.permuted import PermutedLinear, permute, train
 from slrprop.regression import Regression
+from slrprop.research.networks import LeNet5
+from slrprop.research.permuted import PermutedLinear, permute, train
 
 
 @st.composite

@@ -9,10 +9,10 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from slrprop import SlrpropError, cli
-from slrprop.paper.datasets import Dataset
-from slrprop.paper.store import Store
 from slrprop.research import spiking_study as study
+from slrprop.research.datasets import Dataset
 from slrprop.research.spiking import Operations, Pruning, SpikingNetwork, SpikingSettings, Training, fewest
+from slrprop.research.store import Store
 
 SHORT = SpikingSettings(steps=60, rate=300.0)
 IMAGES = np.random.default_rng(0).random((40, 30)).astype(np.float32) * (

@@ -16,12 +16,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 from slrprop import SlrpropError, cli
-from slrprop.paper import bench, datasets, training
-from slrprop.paper.bench import Bench
-from slrprop.paper.datasets import Dataset, cifar
-from slrprop.paper.experiments import EXPERIMENTS, train_missing, trained, weights_of
-from slrprop.paper.networks import VGG16, Convolution, Headed
-from slrprop.paper.training import Recipe, Trainer, cropped, cut_out, device_of
+from slrprop.research import bench, datasets, training
+from slrprop.research.bench import Bench
+from slrprop.research.datasets import Dataset, cifar
+from slrprop.research.experiments import EXPERIMENTS, train_missing, trained, weights_of
+from slrprop.research.networks import VGG16, Convolution, Headed
+from slrprop.research.training import Recipe, Trainer, cropped, cut_out, device_of
 
 needs_cifar = pytest.mark.skipif(
     not any((Path(os.environ.get("SLRPROP_DATA", "-")) / f"cifar10.npz{end}").exists() for end in ("", ".xz")),

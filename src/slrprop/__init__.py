@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reads it when it is loaded, so before all imports
 
-from slrprop import permuted, relevance
+from slrprop import relevance
 from slrprop.api import apply, inspect, plan
 from slrprop.errors import SlrpropError
 from slrprop.export import export_onnx
@@ -27,7 +27,6 @@ __all__ = [
     "inspect",
     "load",
     "measure",
-    "permuted",
     "plan",
     "relevance",
     "save",

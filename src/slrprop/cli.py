@@ -11,11 +11,11 @@ from typing import Annotated
 import typer
 
 from slrprop.checks import need_extra
-from slrprop.comparison.commands import compare
 from slrprop.errors import SlrpropError, SlrpropWarning, printable
 from slrprop.files import raising_on_signals, together
-from slrprop.paper.commands import paper
-from slrprop.research.commands import interpret
+from slrprop.research.commands import demo, interpret
+from slrprop.research.comparison.commands import compare
+from slrprop.research.paper.commands import paper
 from slrprop.terminal import (  # fmt: skip
     BatchAxis,
     ClassAxis,
@@ -23,7 +23,6 @@ from slrprop.terminal import (  # fmt: skip
     IgnoreLabel,
     Json,
     Metric,
-    Output,
     Workers,
     axes_of,
     parsed,
@@ -37,9 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make trained networks smaller and faster by rewriting their dense weights.",
 )
-app.add_typer(paper, name="paper")
-app.command()(compare)
-app.command()(interpret)
 
 OnnxFile = Annotated[Path, typer.Argument(help="An .onnx file.", show_default=False)]
 IntegerProducts = Annotated[
@@ -314,57 +310,9 @@ def compress(
         typer.echo(printable(f"Report: {report}"))
 
 
-@app.command()
-def demo(output: Output = Path("build/demo"), as_json: Json = False) -> None:
-    """Train a small network on scikit-learn's digits, compress it, measure it.
-
-    Example: slrprop demo --output build/demo
-    """
-    need_extra("matplotlib", "paper")
-    rows, best = importlib.import_module("slrprop.demo").run(output)
-    if as_json:
-        show_json({"rows": [asdict(row) for row in rows], "chosen": best.name, "onnx": str(output / "demo.onnx")})
-        return
-    original = rows[0]
-    lines = [
-        [
-            row.name,
-            f"{row.numbers:,}",
-            f"{row.bytes / 1000:,.1f}",
-            f"{original.bytes / row.bytes:.1f}x",
-            f"{row.choosing:.1f}",
-            f"{row.testing:.1f}",
-            f"{1e6 * row.latency:.0f}",
-            f"{original.latency / row.latency:.1f}x",
-        ]
-        for row in rows
-    ]
-    header = [
-        "network",
-        "numbers",
-        "ONNX file, kB",
-        "smaller",
-        "accuracy, choosing %",
-        "accuracy, test %",
-        "latency, µs",
-        "faster",
-    ]
-    show_table(
-        header,
-        lines,
-        "Handwritten digits, 64-768-768-768-10; the two 768 x 768 layers compressed; ONNX Runtime, batch 1, 1 thread",
-    )
-    typer.echo(
-        f"Smallest file within 1 point of the original on the choosing part: {best.name}: {original.bytes / best.bytes:.1f}x smaller, "
-        f"{original.latency / best.latency:.1f}x faster, test accuracy {original.testing:.1f} -> {best.testing:.1f} %."
-    )
-    typer.echo(
-        f"Written: {', '.join(str(output / name) for name in ('demo.onnx', 'demo.png', 'original.onnx', 'data.npz'))}"
-    )
-    typer.echo(
-        f"Next: slrprop compress {output / 'original.onnx'} --calibration {output / 'data.npz'} --max-drop 0.5 "
-        "-o small.onnx --report report.html"
-    )
+for command in (demo, compare, interpret):
+    app.command()(command)
+app.add_typer(paper, name="paper")
 
 
 def main() -> None:

@@ -36,16 +36,6 @@ Refusal = Callable[
 ]  # why an existing file can't be replaced, as the end of a sentence; nothing where it can
 
 
-def require_seen(path: Path) -> Path:
-    """A file that another process has written, by a path that must mean the same on its machine."""
-    if not path.exists():
-        raise SlrpropError(
-            f"'{path}' is not seen here; machines that work together need a folder that all of them see (--run-dir), "
-            "and a database that all of them reach (--database)"
-        )
-    return path
-
-
 def require_regular(path: str | Path) -> None:
     """Refuse to read what has no end that is known: a pipe, a device."""
     path = Path(path)

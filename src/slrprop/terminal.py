@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +11,6 @@ from rich.text import Text
 
 from slrprop.errors import SlrpropError, finite, printable
 
-Output = Annotated[Path, typer.Option("--output", help="Folder to write to.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes on this machine, one thread each.")]
 Cluster = Annotated[

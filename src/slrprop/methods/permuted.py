@@ -24,7 +24,7 @@ class PermutedSettings(CalibratedSettings):
 
     The permutations take ceil(log2 m) bits an entry, so that an m x n layer is stored in about as many bits: smaller
     than 32-bit numbers, not than 8-bit ones. To train such a layer from scratch, its permutations given by a seed, see
-    :mod:`slrprop.permuted`.
+    :mod:`slrprop.research.permuted`.
 
     Args:
         refine: rounds of alternating least squares on the data after the fit to the weight; 0 for none.

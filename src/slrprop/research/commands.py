@@ -1,19 +1,18 @@
-"""``slrprop interpret``, and the studies of this package in ``slrprop paper``."""
+"""``slrprop demo`` and ``slrprop interpret``."""
 
 import importlib
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from slrprop.checks import need_extra, require_choice
+from slrprop.checks import need_extra
 from slrprop.errors import SlrpropError, printable
-from slrprop.files import holding, made_folder, replacing, together
-from slrprop.terminal import Json, show_table
-
-STUDIES = {"spiking-mnist": "spiking_study", "interpret-room": "interpret_study"}  # what ``slrprop paper`` hands on to
+from slrprop.files import holding, together
+from slrprop.research import module
+from slrprop.research.paper.commands import Output
+from slrprop.terminal import Json, show_json, show_table
 
 
 def interpret(
@@ -36,10 +35,10 @@ def interpret(
 
     Example: slrprop interpret model.onnx --data data.npz --against small.onnx --output interpret.png
     """
-    tools = need_extra("slrprop.research.interpret", "research")
+    tools = module("interpret")
     if output is not None:
         need_extra("matplotlib", "research")
-        results = need_extra("slrprop.paper.results", "research")
+        tables = module("tables")
         if output.suffix not in (".png", ".svg"):
             raise SlrpropError(f"--output must end in .png or .svg, got '{output}'")
         with together(*((f"'{path}', an input", path) for path in (model, data, against))) as outputs:
@@ -61,10 +60,10 @@ def interpret(
         "alike_by_output": apart, "likeness": [asdict(one) for one in likeness], "effects": [matrix.tolist() for matrix in entries],
     }  # fmt: skip
     if output is not None:
-        drawn = importlib.import_module("slrprop.research.figures").heatmaps([file.name for file in files], entries)
-        results.save_figure(drawn, output)
+        drawn = module("figures").heatmaps([file.name for file in files], entries)
+        tables.save_figure(drawn, output)
     if as_json:
-        typer.echo(json.dumps(told).replace("NaN", "null"))
+        show_json(told)
         return
     rows = []
     for k, alike in enumerate(apart):
@@ -94,41 +93,36 @@ def _drivers(effects: Any, top: int) -> list[list[tuple[int, float]]]:
     return [[(i, float(column[i])) for i in first] for first, column in zip(order, effects.T, strict=True)]
 
 
-def run_study(
-    name: str, data: Path | None, run_dir: Path, database: str | None, rows: Path | None, **options: Any
-) -> tuple[int, Any]:
-    """Compute a study's missing rows; how many, and the store that holds them."""
-    study, store = opened(name, run_dir, database)
-    if rows is not None:
-        store.take_in(rows, name)
-    loaded = importlib.import_module("slrprop.paper.datasets").DATASETS[study.DATASET](data)
-    return study.run(loaded, run_dir, store=store, **options), store
+def demo(output: Output = Path("build/demo"), as_json: Json = False) -> None:
+    """Train a small network on scikit-learn's digits, compress it, measure it.
 
-
-def opened(name: str, run_dir: Path, database: str | None) -> tuple[Any, Any]:
-    """A study's module, and the store of its rows."""
-    require_choice("study", name, STUDIES)
-    study = need_extra(f"slrprop.research.{STUDIES[name]}", "research")
-    return study, need_extra("slrprop.paper.store", "research").Store(
-        database or run_dir / "results.sqlite", study.ROW, study.KEYS
-    )
-
-
-def show_study(name: str, output: Path | None, run_dir: Path, database: str | None, as_json: bool) -> None:
-    """Print a study's page; write its rows, page and figures."""
+    Example: slrprop demo --output build/demo
+    """
     need_extra("matplotlib", "research")
-    study, store = opened(name, run_dir, database)
-    found = store.results(name)
-    if not found:
-        raise SlrpropError(f"there are no results of {name} yet; compute them with: slrprop paper run {name}")
-    page = study.page(found)
-    typer.echo(json.dumps([asdict(row) for row in found]).replace("NaN", "null") if as_json else page)
-    if output is not None:
-        results = importlib.import_module("slrprop.paper.results")
-        with together():
-            results.write_csv(found, made_folder(output) / f"{name}.csv")
-            with replacing(output / f"{name}.md", holding(page.splitlines()[0])) as part:
-                part.write_text(page)
-            for file, drawn in study.figures(found, run_dir).items():
-                for kind in ("png", "svg"):
-                    results.save_figure(drawn, output / f"{file}.{kind}")
+    rows, best = module("demo").run(output)
+    if as_json:
+        show_json({"rows": [asdict(row) for row in rows], "chosen": best.name, "onnx": str(output / "demo.onnx")})
+        return
+    original = rows[0]
+    lines = [
+        [row.name, f"{row.numbers:,}", f"{row.bytes / 1000:,.1f}", f"{original.bytes / row.bytes:.1f}x", f"{row.choosing:.1f}",
+         f"{row.testing:.1f}", f"{1e6 * row.latency:.0f}", f"{original.latency / row.latency:.1f}x"]
+        for row in rows
+    ]  # fmt: skip
+    header = ["network", "numbers", "ONNX file, kB", "smaller", "accuracy, choosing %", "accuracy, test %", "latency, µs", "faster"]  # fmt: skip
+    show_table(
+        header,
+        lines,
+        "Handwritten digits, 64-768-768-768-10; the two 768 x 768 layers compressed; ONNX Runtime, batch 1, 1 thread",
+    )
+    typer.echo(
+        f"Smallest file within 1 point of the original on the choosing part: {best.name}: {original.bytes / best.bytes:.1f}x smaller, "
+        f"{original.latency / best.latency:.1f}x faster, test accuracy {original.testing:.1f} -> {best.testing:.1f} %."
+    )
+    typer.echo(
+        f"Written: {', '.join(str(output / name) for name in ('demo.onnx', 'demo.png', 'original.onnx', 'data.npz'))}"
+    )
+    typer.echo(
+        f"Next: slrprop compress {output / 'original.onnx'} --calibration {output / 'data.npz'} --max-drop 0.5 "
+        "-o small.onnx --report report.html"
+    )

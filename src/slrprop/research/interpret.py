@@ -84,7 +84,7 @@ class InformationControl:
         require_count("every", every, 1)
         require_density("theta", theta)
         require_density("strength", strength)
-        self.layers = layer_modules(model)
+        self.layers = {name: layer for name, layer in layer_modules(model).items() if isinstance(layer, nn.Linear)}
         if not self.layers:
             raise SlrpropError("the model has no nn.Linear layer whose information could be controlled")
         self._schedule, self.every, self.theta, self.strength = schedule, every, theta, strength

@@ -14,12 +14,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from slrprop.checks import require_choice
-from slrprop.paper.datasets import Dataset
-from slrprop.paper.results import COLOURS, markdown, plus_minus
-from slrprop.paper.store import Store
 from slrprop.parallel import each
+from slrprop.research.datasets import Dataset
 from slrprop.research.interpret import InformationControl, References, collapse
-from slrprop.research.tables import curve, paired
+from slrprop.research.store import Store
+from slrprop.research.tables import COLOURS, curve, markdown, paired, plus_minus
 
 NAME, DATASET = "interpret-room", "room"
 KEYS = ("experiment", "table", "seed", "control", "epoch")

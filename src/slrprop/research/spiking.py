@@ -17,9 +17,10 @@ import safetensors
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from slrprop.checks import need_extra, require_choice, require_count
+from slrprop.checks import require_choice, require_count
 from slrprop.errors import SlrpropError, first_line
 from slrprop.files import replacing
+from slrprop.research import module
 
 FORMAT = "slrprop-spiking"
 STRATEGIES = ("constant number", "constant threshold", "adaptive threshold")
@@ -135,7 +136,7 @@ class SpikingNetwork:
         return tuple(math.exp(-1 / tau) for tau in (self.settings.tau, self.settings.tau_i, self.settings.trace))  # type: ignore[return-value]
 
     def _shown(self, image: Array, random: np.random.Generator, learn: bool = False) -> Array:
-        show = need_extra("slrprop.research.spiking_loop", "research").show
+        show = module("spiking_loop").show
         starts, inputs, ties = self._input_spikes(image, random)
         counts, inhibitory = show(self.weight, self.theta, starts, inputs, ties, self.settings, self._decays, learn)
         spikes, pixels = int(counts.sum()), len(self.weight)

@@ -12,12 +12,11 @@ from tqdm.auto import tqdm
 
 from slrprop.checks import require_choice
 from slrprop.files import made_folder
-from slrprop.paper.datasets import Dataset
-from slrprop.paper.results import COLOURS, markdown, plus_minus, spread
-from slrprop.paper.store import Store
 from slrprop.parallel import each
+from slrprop.research.datasets import Dataset
 from slrprop.research.spiking import STRATEGIES, Operations, Pruning, SpikingNetwork, Training, fewest
-from slrprop.research.tables import curve, paired, times
+from slrprop.research.store import Store
+from slrprop.research.tables import COLOURS, curve, markdown, paired, plus_minus, spread, times
 
 NAME, DATASET = "spiking-mnist", "mnist"
 KEYS = ("experiment", "neurons", "seed", "strategy", "percent", "start")

@@ -1,13 +1,60 @@
-"""What the studies' pages and figures share."""
+"""What the pages and figures of sweep, comparison and studies share."""
 
+import csv
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from scipy import stats
 
-from slrprop.paper.results import spread
+from slrprop.files import holding, replacing
+
+COLOURS = ("#555555", "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#cc79a7", "#d55e00", "#999933", "#882255", "#000000")
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation over seeds, of the values that are defined."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return math.nan, math.nan
+    return statistics.mean(known), statistics.stdev(known) if len(known) > 1 else 0.0
+
+
+def plus_minus(values: list[float]) -> str:
+    """Mean ± standard deviation of the values that are defined, if there is more than one; "-" if there is none."""
+    mean, deviation = spread(values)
+    return "-" if math.isnan(mean) else f"{mean:.2f} ± {deviation:.2f}" if len(values) > 1 else f"{mean:.2f}"
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """The table as Markdown."""
+    header, *rows = lines
+    rule = ["---"] * len(header)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows)) + "\n"
+
+
+def write_csv(results: list[Any], path: Path) -> None:
+    """All rows (of one dataclass, at least one) as CSV."""
+    names = [field.name for field in fields(results[0])]
+    with replacing(path, holding(",".join(names))) as part, open(part, "w", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        for result in results:
+            writer.writerow(
+                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in asdict(result).items()}
+            )
+
+
+def save_figure(drawn: Any, path: Path) -> None:
+    """Write a figure as PNG or SVG, by the name's end; of the same rows the same file."""
+    import matplotlib
+
+    kind = path.suffix[1:]
+    with replacing(path, holding("Matplotlib")) as part, matplotlib.rc_context({"svg.hashsalt": path.stem}):
+        drawn.savefig(part, dpi=130, format=kind, metadata={"Date": None} if kind == "svg" else None)
 
 
 def paired(one: dict[int, float], other: dict[int, float]) -> str:

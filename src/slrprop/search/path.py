@@ -149,7 +149,11 @@ def candidates_of(
             continue  # for example a layer that SLRProp's chain does not reach
         for step in kind.ladder(m, n)[::-every]:  # from the largest: the components of lower ranks are part of its
             settings = kind(**{**step, **given}).at(problem.network.operator(name), (m, n))
-            if settings.refusal(m, n) or (settings.stored_numbers(m, n) or 0) * min(settings.bits, 8 * problem.network.itemsize(name)) / 8 > most:
+            if (
+                settings.refusal(m, n)
+                or (settings.stored_numbers(m, n) or 0) * min(settings.bits, 8 * problem.network.itemsize(name)) / 8
+                > most
+            ):
                 continue
             try:
                 made = plan_problem(problem, method, [name], **{**step, **alone(method), **given})

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from slrprop.comparison.contenders import NARROWER
-from slrprop.comparison.results import Results, amount
+from slrprop.research.comparison.contenders import NARROWER
+from slrprop.research.comparison.results import Results, amount
 
 # Okabe and Ito's colours, safe for the colour-blind; markers and lines tell them apart as well
 SHOWN = {

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from slrprop.errors import SlrpropError
 from slrprop.files import replacing
-from slrprop.paper.datasets import Dataset
+from slrprop.research.datasets import Dataset
 
 PADDING = 4  # pixels that a cropped image may lose on a side
 HOLE = 8  # pixels, the side of the square that is cut out of an image

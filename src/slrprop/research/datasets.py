@@ -69,7 +69,7 @@ def _local(folder: str | Path | None, name: str) -> bytes | None:
 
 
 def _download(url: str, known_hash: str | None) -> Path:
-    pooch = need_extra("pooch", "paper")
+    pooch = need_extra("pooch", "research")
     try:
         return Path(pooch.retrieve(url, known_hash, path=pooch.os_cache("slrprop"), progressbar=True))
     except (OSError, ValueError) as error:  # no connection; another digest

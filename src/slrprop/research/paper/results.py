@@ -2,27 +2,21 @@
 
 import csv
 import io
-import math
-import statistics
 from collections.abc import Iterable
-from dataclasses import asdict, fields
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from slrprop.errors import SlrpropError
-from slrprop.files import holding, replacing
-from slrprop.paper.experiments import Experiment
-from slrprop.paper.run import AUTO, ORIGINAL, methods_of
-from slrprop.paper.store import Result
+from slrprop.research.experiments import Experiment
+from slrprop.research.paper.run import AUTO, ORIGINAL, Result, methods_of
+from slrprop.research.tables import COLOURS, plus_minus, spread
 
 METRICS = ("accuracy", "auc", "recall", "precision", "specificity")
-COLOURS = ("#555555", "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#cc79a7", "#d55e00", "#999933", "#882255", "#000000")
 
 
 def published() -> dict[tuple[str, str, int], dict[str, float]]:
     """The article's figures (SLR there is the cost criterion on both layers), by experiment, method and rank."""
-    text = files("slrprop.paper").joinpath("published.csv").read_text()
+    text = files("slrprop.research.paper").joinpath("published.csv").read_text()
     return {
         (row["experiment"], row["method"], int(row["rank"])): {
             metric: float(row[metric]) for metric in METRICS if row[metric]
@@ -37,20 +31,6 @@ def cells(results: Iterable[Result]) -> dict[tuple[str, int], list[Result]]:
     for result in results:
         grouped.setdefault((result.method, result.rank), []).append(result)
     return grouped
-
-
-def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation over seeds, of the values that are defined."""
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
-        return math.nan, math.nan
-    return statistics.mean(known), statistics.stdev(known) if len(known) > 1 else 0.0
-
-
-def plus_minus(values: list[float]) -> str:
-    """Mean ± standard deviation of the values that are defined, if there is more than one; "-" if there is none."""
-    mean, deviation = spread(values)
-    return "-" if math.isnan(mean) else f"{mean:.2f} ± {deviation:.2f}" if len(values) > 1 else f"{mean:.2f}"
 
 
 def table(experiment: Experiment, results: list[Result]) -> list[list[str]]:
@@ -73,34 +53,6 @@ def table(experiment: Experiment, results: list[Result]) -> list[list[str]]:
             f"there are no results of {experiment.name} yet; compute them with: slrprop paper run {experiment.name}"
         )
     return lines
-
-
-def markdown(lines: list[list[str]]) -> str:
-    """The table as Markdown."""
-    header, *rows = lines
-    rule = ["---"] * len(header)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows)) + "\n"
-
-
-def write_csv(results: list[Any], path: Path) -> None:
-    """All rows (of one dataclass, at least one) as CSV."""
-    names = [field.name for field in fields(results[0])]
-    with replacing(path, holding(",".join(names))) as part, open(part, "w", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        for result in results:
-            writer.writerow(
-                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in asdict(result).items()}
-            )
-
-
-def save_figure(drawn: Any, path: Path) -> None:
-    """Write a figure as PNG or SVG, by the name's end; of the same rows the same file."""
-    import matplotlib
-
-    kind = path.suffix[1:]
-    with replacing(path, holding("Matplotlib")) as part, matplotlib.rc_context({"svg.hashsalt": path.stem}):
-        drawn.savefig(part, dpi=130, format=kind, metadata={"Date": None} if kind == "svg" else None)
 
 
 def figure(experiment: Experiment, results: list[Result], title: str) -> Any:

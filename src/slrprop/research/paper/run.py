@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,16 @@ from tqdm.auto import tqdm
 
 from slrprop.api import apply, plan_problem
 from slrprop.checks import require_choice
-from slrprop.files import require_seen
 from slrprop.measure import file_bytes, measure
 from slrprop.methods.slr import CRITERIA
 from slrprop.network import TorchNetwork
-from slrprop.paper.bench import Bench
-from slrprop.paper.datasets import Dataset
-from slrprop.paper.experiments import Experiment, train_missing, weights_of
-from slrprop.paper.store import Result, Store
 from slrprop.parallel import each
 from slrprop.plan import Plan
+from slrprop.research import require_seen
+from slrprop.research.bench import Bench
+from slrprop.research.datasets import Dataset
+from slrprop.research.experiments import Experiment, train_missing, weights_of
+from slrprop.research.store import Store
 from slrprop.search.path import LEVELS
 
 ORIGINAL = "original"
@@ -29,6 +29,33 @@ METHODS: dict[str, dict[str, Any]] = {
     **{f"slr {criterion}": {"method": "slr", "criterion": criterion} for criterion in CRITERIA},
     "slrprop": {"method": "slrprop"},
 }
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured network. ``method`` says the criterion too; metrics in percent on the test set.
+
+    ``compression_rate`` is of the layer before the FRL, ``numbers`` of the whole network, ``seconds`` to plan.
+    """
+
+    experiment: str
+    seed: int
+    method: str
+    rank: int
+    accuracy: float
+    auc: float
+    recall: float
+    precision: float
+    specificity: float
+    compression_rate: float
+    numbers: int
+    bytes: int
+    seconds: float
+
+
+def paper_store(place: Path | str) -> Store[Result]:
+    """The rows of the article's sweep."""
+    return Store(place, Result, ("experiment", "seed", "method", "rank"))
 
 
 def methods_of(experiment: Experiment, named: Sequence[str] = ()) -> tuple[str, ...]:

@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from slrprop.errors import SlrpropError
-from slrprop.files import made_folder, replacing, require_seen
-from slrprop.paper.datasets import DATASETS, Dataset
-from slrprop.paper.networks import VGG16, DenseHead, Headed, LeNet5, LeNet300, ResNet20, RoomMLP
-from slrprop.paper.training import Recipe, Trainer, cropped, cut_out, shifted, write_log
+from slrprop.files import made_folder, replacing
 from slrprop.parallel import each
+from slrprop.research import require_seen
+from slrprop.research.datasets import DATASETS, Dataset
+from slrprop.research.networks import VGG16, DenseHead, Headed, LeNet5, LeNet300, ResNet20, RoomMLP
+from slrprop.research.training import Recipe, Trainer, cropped, cut_out, shifted, write_log
 from slrprop.search.path import LEVELS
 
 

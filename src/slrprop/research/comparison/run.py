@@ -12,20 +12,21 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from slrprop.api import apply, plan_problem, realised
-from slrprop.comparison.contenders import CONTENDERS, NARROWER, ORIGINAL, Contender
 from slrprop.export import export_onnx
-from slrprop.files import require_seen, scratch
+from slrprop.files import scratch
 from slrprop.latency import latencies
 from slrprop.network import OnnxNetwork
 from slrprop.network.base import fingerprint
 from slrprop.network.onnx_file import OnnxFile
-from slrprop.paper.bench import Bench, front_of
-from slrprop.paper.datasets import Dataset
-from slrprop.paper.experiments import Experiment, train_missing, weights_of
-from slrprop.paper.store import Store
-from slrprop.paper.training import Recipe, fit
 from slrprop.parallel import each
 from slrprop.plan import Plan, wording
+from slrprop.research import require_seen
+from slrprop.research.bench import Bench, front_of
+from slrprop.research.comparison.contenders import CONTENDERS, NARROWER, ORIGINAL, Contender
+from slrprop.research.datasets import Dataset
+from slrprop.research.experiments import Experiment, train_missing, weights_of
+from slrprop.research.store import Store
+from slrprop.research.training import Recipe, fit
 from slrprop.search.path import Choice
 from slrprop.search.result import parse_size
 

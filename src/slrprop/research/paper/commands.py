@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +11,10 @@ import typer
 from slrprop.checks import need_extra, require_choice
 from slrprop.errors import SlrpropError
 from slrprop.files import holding, made_folder, replacing, together
-from slrprop.research.commands import STUDIES, run_study, show_study
-from slrprop.terminal import Cluster, Json, Output, Workers, show_json, show_table
+from slrprop.research import module
+from slrprop.terminal import Cluster, Json, Workers, show_json, show_table
+
+STUDIES = {"spiking-mnist": "spiking_study", "interpret-room": "interpret_study"}  # their modules
 
 paper = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +28,7 @@ AnyName = Annotated[
 DataFolder = Annotated[
     Path | None, typer.Option("--data", help="Folder with the data sets; default: $SLRPROP_DATA, else downloaded.")
 ]
+Output = Annotated[Path, typer.Option("--output", help="Folder to write to.")]
 RunFolder = Annotated[Path, typer.Option("--run-dir", help="Folder for trained networks and results.")]
 Database = Annotated[
     str | None,
@@ -61,8 +65,8 @@ def paper_train(
     Example: slrprop paper train vgg16-cifar10
     """
     require_choice("device", device, ("auto", "cpu", "cuda"))
-    experiments = importlib.import_module("slrprop.paper.experiments")
-    training = importlib.import_module("slrprop.paper.training")
+    experiments = module("experiments")
+    training = module("training")
     experiment = experiments.find_experiment(name)
     loaded = experiment.load_data(data)
     told = []
@@ -96,36 +100,35 @@ def paper_run(
 
     Example: slrprop paper run lenet5-mnist --seeds 10 --workers 4
     """
+    store = _store(name, run_dir, database)
     if name in STUDIES:
-        new, store = run_study(
-            name, data, run_dir, database, rows, seeds=seeds, workers=workers, cluster=cluster, methods=methods or ()
-        )
-        _tell(name, new, store, as_json)
-        return
-    store = _store(run_dir, database)
-    experiment = importlib.import_module("slrprop.paper.experiments").find_experiment(name)
-    sweep = importlib.import_module("slrprop.paper.run")
-    named = sweep.methods_of(experiment, methods or ())
+        study = module(STUDIES[name])
+        load, run = module("datasets").DATASETS[study.DATASET], study.run
+    else:
+        experiment, sweep = module("experiments").find_experiment(name), module("paper.run")
+        sweep.methods_of(experiment, methods or ())  # a wrong name is told before the work
+        load, run = experiment.load_data, partial(sweep.run, experiment)
     if rows is not None:
         store.take_in(rows, name)
-    new = sweep.run(experiment, experiment.load_data(data), run_dir, seeds, store, workers, cluster, named)
-    _tell(name, new, store, as_json)
-
-
-def _tell(name: str, new: int, store: Any, as_json: bool) -> None:
+    new = run(load(data), run_dir, seeds=seeds, store=store, workers=workers, cluster=cluster, methods=methods or ())
     count = len(store.results(name))
     told = {"experiment": name, "new": new, "rows": count, "database": store.name}
     show_json(told) if as_json else typer.echo(f"{new} new rows; all {count} of {name} are in {store.name}")
 
 
-def _store(run_dir: Path, database: str | None) -> Any:
-    return need_extra("slrprop.paper.store", "paper").paper_store(database or run_dir / "results.sqlite")
+def _store(name: str, run_dir: Path, database: str | None) -> Any:
+    """What holds the rows of the sweep, or of a study."""
+    place = database or run_dir / "results.sqlite"
+    if name not in STUDIES:
+        return module("paper.run").paper_store(place)
+    study = module(STUDIES[name])
+    return module("store").Store(place, study.ROW, study.KEYS)
 
 
 def _results(name: str, run_dir: Path, database: str | None) -> tuple[Any, Any, Any]:
-    results = need_extra("slrprop.paper.results", "paper")
-    experiment = importlib.import_module("slrprop.paper.experiments").find_experiment(name)
-    return experiment, _store(run_dir, database).results(name), results
+    results = module("paper.results")
+    experiment = module("experiments").find_experiment(name)
+    return experiment, _store(name, run_dir, database).results(name), results
 
 
 @paper.command("table")
@@ -143,7 +146,7 @@ def paper_table(
     Example: slrprop paper table room-mlp --output docs/paper
     """
     if name in STUDIES:
-        show_study(name, output, run_dir, database, as_json)
+        _show_study(name, output, run_dir, database, as_json)
         return
     experiment, found, results = _results(name, run_dir, database)
     lines = results.table(experiment, found)
@@ -154,9 +157,9 @@ def paper_table(
         show_table(lines[0], lines[1:], title)
     if output is not None:
         with together():
-            results.write_csv(found, made_folder(output) / f"{name}.csv")
+            module("tables").write_csv(found, made_folder(output) / f"{name}.csv")
             with replacing(output / f"{name}.md", holding("| " + " | ".join(lines[0]))) as part:
-                part.write_text(results.markdown(lines))
+                part.write_text(module("tables").markdown(lines))
 
 
 @paper.command("figures")
@@ -170,7 +173,7 @@ def paper_figures(
 
     Example: slrprop paper figures --output docs/paper
     """
-    need_extra("matplotlib", "paper")
+    need_extra("matplotlib", "research")
     made_folder(output)
     written = []
     with together():
@@ -181,8 +184,27 @@ def paper_figures(
             drawn = results.figure(experiment, found, title)
             for kind in ("png", "svg"):
                 path = output / f"{file}.{kind}"
-                results.save_figure(drawn, path)
+                module("tables").save_figure(drawn, path)
                 written.append(str(path))
     if not written:
         raise SlrpropError(f"there are no results yet; compute them with: slrprop paper run {next(iter(FIGURES))}")
     show_json(written) if as_json else typer.echo(f"Written: {', '.join(written)}")
+
+
+def _show_study(name: str, output: Path | None, run_dir: Path, database: str | None, as_json: bool) -> None:
+    """Print a study's page; write its rows, page and figures."""
+    need_extra("matplotlib", "research")
+    study, found = module(STUDIES[name]), _store(name, run_dir, database).results(name)
+    if not found:
+        raise SlrpropError(f"there are no results of {name} yet; compute them with: slrprop paper run {name}")
+    page = study.page(found)
+    show_json([asdict(row) for row in found]) if as_json else typer.echo(page)
+    if output is not None:
+        tables = module("tables")
+        with together():
+            tables.write_csv(found, made_folder(output) / f"{name}.csv")
+            with replacing(output / f"{name}.md", holding(page.splitlines()[0])) as part:
+                part.write_text(page)
+            for file, drawn in study.figures(found, run_dir).items():
+                for kind in ("png", "svg"):
+                    tables.save_figure(drawn, output / f"{file}.{kind}")

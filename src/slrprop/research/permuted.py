@@ -1,4 +1,4 @@
-"""Dense layers whose columns are permutations of one trained sequence: put in the place of others, and trained."""
+"""Dense layers whose columns are permutations of one sequence, put in the place of others and trained from scratch."""
 
 import math
 from fnmatch import fnmatchcase

@@ -10,7 +10,8 @@ import typer
 from slrprop.checks import need_extra
 from slrprop.errors import SlrpropError
 from slrprop.files import made_folder, together
-from slrprop.paper.commands import Database, DataFolder, Rows, Seeds
+from slrprop.research import module
+from slrprop.research.paper.commands import Database, DataFolder, Rows, Seeds
 from slrprop.terminal import Cluster, Json, Workers, show_json, show_table
 
 GROUPS = ("fast", "slow", "all")
@@ -70,11 +71,11 @@ def compare(
 
     Example: slrprop compare lenet5-mnist --bytes 1%,4.4kB,8% --contenders fast --output docs/comparison
     """
-    store = need_extra("slrprop.paper.store", "paper").Store
-    need_extra("matplotlib", "paper")
-    experiments = importlib.import_module("slrprop.paper.experiments")
+    store = module("store").Store
+    need_extra("matplotlib", "research")
+    experiments = module("experiments")
     experiment = experiments.find_experiment(name, experiments.COMPARED)
-    run = importlib.import_module("slrprop.comparison.run")
+    run = module("comparison.run")
     limits = [size.strip() for size in sizes.split(",")]
     for size in limits:
         importlib.import_module("slrprop.search.result").parse_size(size, 1e9, "--bytes")
@@ -91,7 +92,7 @@ def compare(
             experiment, loaded, run_dir, limits, seeds, kept, lambda contender: contender.name in names,
             workers=workers, cluster=cluster,
         )  # fmt: skip
-    tables = importlib.import_module("slrprop.comparison.results")
+    tables = module("comparison.results")
     results = tables.Results(experiment, kept.results(name))
     if as_json:
         show_json([asdict(row) for row in results.rows])
@@ -108,12 +109,12 @@ def compare(
 
 def write(results: Any, folder: Path) -> list[Path]:
     """Write a network's rows, page and figures."""
-    tables = importlib.import_module("slrprop.comparison.results")
+    tables = module("comparison.results")
     name = results.experiment.name
     paths = [made_folder(folder) / f"{name}.{kind}" for kind in ("csv", "md", "png", "svg")]
-    files = importlib.import_module("slrprop.paper.results")
-    verdicts = importlib.import_module("slrprop.comparison.verdict").verdict(results)
-    drawn = importlib.import_module("slrprop.comparison.figure").figure(results)
+    files = module("tables")
+    verdicts = module("comparison.verdict").verdict(results)
+    drawn = module("comparison.figure").figure(results)
     with together():
         files.write_csv(results.rows, paths[0])
         tables.write(paths[1], tables.page(results, verdicts))

@@ -13,11 +13,11 @@ from slrprop.data import Data
 from slrprop.files import replacing
 from slrprop.methods import Problem
 from slrprop.network import TorchNetwork
-from slrprop.paper.datasets import Dataset
-from slrprop.paper.experiments import Experiment, trained, weights_of
-from slrprop.paper.networks import DenseHead, Headed
-from slrprop.paper.training import digest
 from slrprop.plan import Plan
+from slrprop.research.datasets import Dataset
+from slrprop.research.experiments import Experiment, trained, weights_of
+from slrprop.research.networks import DenseHead, Headed
+from slrprop.research.training import digest
 from slrprop.search.judge import Door, Judge, Log
 from slrprop.search.path import Choice
 from slrprop.search.shares import Shares

@@ -1,7 +1,7 @@
 """Who wins where and by how much, computed from the rows."""
 
-from slrprop.comparison.results import KNOWN, LEVELS, Lead, Results, amount
-from slrprop.paper.results import plus_minus
+from slrprop.research.comparison.results import KNOWN, LEVELS, Lead, Results, amount
+from slrprop.research.tables import plus_minus
 
 OURS = ("nested", "low rank, two-sided", "SLR cost, refitted", "auto")  # the beginnings of their names
 ARTICLES = ("SLR weight", "SLR activation", "SLR cost", "SLR cost+weight", "SLR cost+activation", "SLRProp")

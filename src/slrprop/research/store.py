@@ -5,7 +5,6 @@ import csv
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -17,33 +16,12 @@ from sqlalchemy.schema import CreateTable
 
 from slrprop.checks import need_extra
 from slrprop.errors import SlrpropError, first_line
-from slrprop.files import made_folder, require_seen
+from slrprop.files import made_folder
+from slrprop.research import require_seen
 
 _TYPES = {str: String, int: BigInteger, float: Float}
 TIMEOUT = 60  # seconds to wait for another writer of a file
 SAME = 1e-4  # relative, between two measurements of one network: one image in 10 000
-
-
-@dataclass(frozen=True)
-class Result:
-    """One measured network. ``method`` says the criterion too; metrics in percent on the test set.
-
-    ``compression_rate`` is of the layer before the FRL, ``numbers`` of the whole network, ``seconds`` to plan.
-    """
-
-    experiment: str
-    seed: int
-    method: str
-    rank: int
-    accuracy: float
-    auc: float
-    recall: float
-    precision: float
-    specificity: float
-    compression_rate: float
-    numbers: int
-    bytes: int
-    seconds: float
 
 
 Row = TypeVar("Row")
@@ -116,7 +94,7 @@ class Store(Generic[Row]):
             connection.execute(self._insert(self._table).on_conflict_do_nothing(), vars(row))
 
     def take_in(self, path: Path, experiment: str) -> None:
-        """Keep the experiment's rows of a CSV file that :func:`slrprop.paper.results.write_csv` wrote, unless they are there.
+        """Keep the experiment's rows of a CSV file that :func:`slrprop.research.tables.write_csv` wrote, unless they are there.
 
         Raises:
             SlrpropError: the file can't be read, or it is not such a file.
@@ -188,8 +166,3 @@ def _postgresql(text: str) -> Any:
 def _opened_again(place: Path | str, kind: type[Row], keys: tuple[str, ...]) -> Store[Row]:
     """In another process: a file is not begun anew there."""
     return Store(require_seen(place) if isinstance(place, Path) else place, kind, keys)
-
-
-def paper_store(place: Path | str) -> Store[Result]:
-    """The rows of the article's sweep."""
-    return Store(place, Result, ("experiment", "seed", "method", "rank"))
