@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from slrprop.checks import need_extra, require_choice
-from slrprop.errors import SlrpropError, printable
+from slrprop.errors import SlrpropError, finite, printable
 from slrprop.files import holding, made_folder, replacing, together
-from slrprop.terminal import Json, show_table
+from slrprop.terminal import BatchAxis, ClassAxis, IgnoreLabel, Json, axes_of, show_json, show_table
 
 STUDIES = {"spiking-mnist": "spiking_study", "interpret-room": "interpret_study"}  # what ``slrprop paper`` hands on to
 
@@ -27,6 +27,9 @@ def interpret(
     ] = "auto",
     top: Annotated[int, typer.Option(min=1, help="Inputs named for each output.")] = 5,
     output: Annotated[Path | None, typer.Option("--output", help="Also draw the matrices: a .png or .svg.")] = None,
+    class_axis: ClassAxis = None,
+    ignore_label: IgnoreLabel = None,
+    batch_axis: BatchAxis = None,
     as_json: Json = False,
 ) -> None:
     """Say which inputs drive which outputs, and whether a compressed file decides by the same ones.
@@ -44,7 +47,9 @@ def interpret(
             raise SlrpropError(f"--output must end in .png or .svg, got '{output}'")
         with together(*((f"'{path}', an input", path) for path in (model, data, against))) as outputs:
             outputs.place(output, holding("Matplotlib"))  # before the work
-    samples = importlib.import_module("slrprop.data").Data(data)
+    samples = importlib.import_module("slrprop.data").Data(
+        data, class_axis=class_axis, ignore_label=ignore_label, batch_axis=axes_of(batch_axis)
+    )
     files = [model] if against is None else [model, against]
     way, matrices = tools.collapse_alike(files, samples, by)
     if matrices[0].shape != matrices[-1].shape:
@@ -53,7 +58,7 @@ def interpret(
     entries = [tools.effects(matrix, samples) for matrix in matrices]
     drivers = [_drivers(matrix, top) for matrix in entries]
     targets = next(iter(samples)).targets
-    known = targets is not None and not targets.is_floating_point() and targets.ndim == 1
+    known = getattr(targets, "ndim", 0) == 1 and "float" not in str(targets.dtype)
     likeness = [tools.compare(matrix, samples, file) for file, matrix in zip(files, matrices, strict=True) if known]
     apart = [tools.correlation(*pair) for pair in zip(entries[0].T, entries[-1].T, strict=True)]
     told = {
@@ -64,7 +69,7 @@ def interpret(
         drawn = importlib.import_module("slrprop.research.figures").heatmaps([file.name for file in files], entries)
         results.save_figure(drawn, output)
     if as_json:
-        typer.echo(json.dumps(told).replace("NaN", "null"))
+        show_json(told)
         return
     rows = []
     for k, alike in enumerate(apart):
@@ -122,7 +127,7 @@ def show_study(name: str, output: Path | None, run_dir: Path, database: str | No
     if not found:
         raise SlrpropError(f"there are no results of {name} yet; compute them with: slrprop paper run {name}")
     page = study.page(found)
-    typer.echo(json.dumps([asdict(row) for row in found]).replace("NaN", "null") if as_json else page)
+    typer.echo(json.dumps(finite([asdict(row) for row in found])) if as_json else page)
     if output is not None:
         results = importlib.import_module("slrprop.paper.results")
         with together():
