@@ -17,6 +17,7 @@ from slrprop.data import Data
 from slrprop.paper.store import Store
 from slrprop.research import interpret
 from slrprop.research import interpret_study as study
+from slrprop.research.figures import heatmaps
 from slrprop.research.interpret import InformationControl, References, collapse, compare
 from tests.onnx_models import export
 
@@ -323,6 +324,16 @@ def test_interpret_command_before_and_after_compression(trained, digits, tmp_pat
     assert (tmp_path / "drawn.png").stat().st_size > 5000
     bad = runner.invoke(cli.app, [*command, "--output", str(tmp_path / "drawn.pdf")])
     assert isinstance(bad.exception, SlrpropError) and "must end in .png or .svg" in str(bad.exception)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 60), (784, 3)])
+def test_all_that_a_picture_says_is_in_it(shape):
+    canvas = heatmaps(["one.onnx", "other.onnx"], [torch.randn(shape)] * 2)
+    canvas.draw_without_rendering()
+    ticks = canvas.axes[1].get_yticks()  # both share the axis
+    assert all(tick == int(tick) for tick in ticks) and (shape[0] > 40 or ticks.tolist() == list(range(shape[0])))
+    label = canvas.axes[-1].yaxis.label.get_window_extent()
+    assert label.y0 >= 0 and label.y1 <= canvas.bbox.height and label.x1 <= canvas.bbox.width
 
 
 def test_the_study_goes_on_where_it_stopped_and_writes_its_page(tmp_path, monkeypatch):
