@@ -156,8 +156,8 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
         return weight.detach(), None if bias is None else bias.detach()  # type: ignore[operator]
 
 
-def give_weight(name: str, module: nn.Linear, weight: Tensor) -> None:
-    """Change in place what a dense layer's weight (n, m) is stored as, or computed from, so that it becomes this one.
+def give_weight(name: str, module: nn.Module, weight: Tensor) -> None:
+    """Change in place what a layer's weight, as torch stores it, is or is computed from, so that it becomes this one.
 
     Raises:
         SlrpropError: the layer computes another one, whatever it is given; it stays as it was.
