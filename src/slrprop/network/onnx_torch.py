@@ -252,11 +252,10 @@ def _expanded(x: Tensor, shape: Tensor) -> Tensor:
 
 PLAIN: dict[str, Callable[..., Tensor]] = {  # of the inputs alone
     "Abs": torch.abs, "Add": torch.add, "And": torch.logical_and, "Ceil": torch.ceil, "Cos": torch.cos, "Div": _divided,
-    "Equal": torch.eq, "Erf": torch.erf, "Exp": torch.exp, "Expand": _expanded,
+    "Equal": torch.eq, "Erf": torch.erf, "Exp": torch.exp, "Expand": _expanded, "Softsign": functional.softsign,
     "Floor": torch.floor, "Greater": torch.gt, "GreaterOrEqual": torch.ge, "Identity": lambda x: x, "Less": torch.lt,
     "LessOrEqual": torch.le, "Log": torch.log, "MatMul": torch.matmul, "Mul": torch.mul, "Neg": torch.neg,
-    "Not": torch.logical_not, "Or": torch.logical_or, "Pow": lambda x, y: x.pow(y.to(x)), "PRelu": lambda x, slope: torch.where(x < 0, slope * x, x),
-    "Reciprocal": torch.reciprocal, "Softsign": functional.softsign,
+    "Not": torch.logical_not, "Or": torch.logical_or, "Pow": lambda x, y: x.pow(y.to(x)), "Reciprocal": torch.reciprocal,
     "Relu": torch.relu, "Sigmoid": torch.sigmoid, "Sin": torch.sin, "Softplus": functional.softplus, "Sqrt": torch.sqrt,
     "Sub": torch.sub, "Tanh": torch.tanh, "Where": torch.where, "HardSwish": functional.hardswish, "Mish": functional.mish,
 }  # fmt: skip
