@@ -7,12 +7,17 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from typer.testing import CliRunner
 
 import slrprop
 from slrprop import SlrpropError, cli
+from slrprop import export as export_module
+from slrprop.data import Data
+from slrprop.network import OnnxNetwork
 from slrprop.research import interpret
 from slrprop.research import interpret_study as study
+from slrprop.research.figures import heatmaps
 from slrprop.research.interpret import InformationControl, References, collapse, compare
 from slrprop.research.store import Store
 from tests.onnx_models import export
@@ -47,6 +52,50 @@ def test_control_raises_lowers_alternates_and_forces_the_cost_down():
     assert weights(schedule=lambda turn: "none" if turn else "lower")[2] == ["lower", "none", "none", "none"]
     gentle, _, _ = weights(schedule="raise", every=4, strength=0.5)
     torch.testing.assert_close(gentle.detach(), torch.tensor([[0.5, -4.0], [0.5 * 0.125**0.5, 2 * 0.5**0.5]]))
+
+
+WRAPPED = {
+    "weight norm": parametrizations.weight_norm,
+    "weight norm by hooks": nn.utils.weight_norm,
+    "pruning mask": lambda layer: prune.l1_unstructured(layer, "weight", amount=0.3),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+@pytest.mark.parametrize("schedule", ["raise", "lower"])
+def test_control_changes_what_a_weight_is_computed_from(kind, schedule):
+    torch.manual_seed(0)
+    layer, x = WRAPPED[kind](nn.Linear(5, 4, bias=False)), torch.eye(5)
+    before, parameters = layer(x).T.detach(), list(layer.parameters())
+    g = before.abs() / before.abs().max()
+    want = before * (g if schedule == "raise" else (1 - g) * before.abs().sum() / (before * (1 - g)).abs().sum())
+    control = InformationControl(nn.Sequential(layer), schedule, theta=0.5)
+    control.step()
+    torch.testing.assert_close(layer(x).T.detach(), 0.5 * want)
+    assert control.cost() == pytest.approx(float(0.5 * want.abs().sum()), rel=1e-5)
+    assert all(one is other and one.requires_grad for one, other in zip(parameters, layer.parameters(), strict=True))
+
+
+def test_control_of_shared_equal_and_bound_weights():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    want = model[0].weight.detach() * interpret.potentiality(model[0].weight)
+    InformationControl(model, "raise").step()
+    torch.testing.assert_close(model[0].weight.detach(), want)  # once, though two layers share it
+    mixed = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
+    filters = mixed[0].weight.detach().clone()
+    InformationControl(mixed, "raise").step()
+    assert torch.equal(mixed[0].weight, filters)  # dense layers alone are changed
+    equal = nn.Sequential(nn.Linear(3, 2))
+    equal[0].weight.data.fill_(0.5)
+    InformationControl(equal, "lower", theta=0.5).step()
+    assert (equal[0].weight == 0.25).all()  # no connection can be lowered for another
+    for bound in (parametrizations.spectral_norm, nn.utils.spectral_norm, parametrizations.orthogonal):
+        layer = bound(nn.Linear(4, 6)).eval()
+        before = layer(torch.eye(4))
+        with pytest.raises(SlrpropError, match="layer '0' computes its weight, and can't be given another one"):
+            InformationControl(nn.Sequential(layer), "raise").step()
+        torch.testing.assert_close(layer(torch.eye(4)), before)
 
 
 def test_control_fits_into_a_training_loop(digits):
@@ -139,10 +188,65 @@ def test_no_chain_goes_by_gradients_and_says_so(door, tmp_path):
         collapse(model)
 
 
+@pytest.mark.parametrize("door", ["torch", "onnx"])
+def test_samples_on_another_axis(door, tmp_path, monkeypatch):
+    model = Net(lambda net, x: net.out(net.inner(8 * x.T).sigmoid()).T)
+    x = torch.randn(6, 20)
+    same = Net(lambda net, x: net.out(net.inner(8 * x).sigmoid()))
+    targets = same(x.T).argmax(-1)
+    if door == "onnx":
+        model = tmp_path / "model.onnx"
+        axes = {"x": {1: "n"}, "y": {1: "n"}}
+        net = Net(lambda net, x: net.out(net.inner(8 * x.T).sigmoid()).T)
+        with export_module._quiet():
+            torch.onnx.export(net, (x,), model, dynamo=False, input_names=["x"], output_names=["y"], dynamic_axes=axes)
+    data, runs, run = Data({"x": x, "targets": targets}, batch_axis={"x": 1}), [], OnnxNetwork.run
+    for way in ("product", "gradients"):
+        want = collapse(same, x.T, way)
+        monkeypatch.setattr(OnnxNetwork, "run", lambda *args: runs.append(1) or run(*args))
+        torch.testing.assert_close(collapse(model, data, way), want, rtol=1e-4, atol=1e-6)
+    assert len(runs) < 40  # looking for the axis went around in circles
+    torch.testing.assert_close(interpret.effects(want, data), interpret.effects(want, x.T))
+    one, other = compare(want, data, model), compare(want, (x.T, targets), same)
+    assert vars(one) == pytest.approx(vars(other), rel=1e-4)
+    if door == "onnx":
+        np.savez(tmp_path / "data.npz", x=x.numpy())
+        command = ["interpret", str(model), "--data", str(tmp_path / "data.npz"), "--batch-axis", "x=1", "--json"]
+        told = json.loads(runner.invoke(cli.app, command, catch_exceptions=False).stdout)
+        torch.testing.assert_close(
+            torch.tensor(told["effects"][0]), interpret.effects(collapse(same, x.T), x.T).float(), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_file_of_fixed_batch_size_is_collapsed_without_its_padding(tmp_path):
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(20, 6)
+    path = export(model, (torch.randn(16, 6),), tmp_path / "model.onnx", False, batch=16)
+    for way in ("product", "gradients"):
+        torch.testing.assert_close(collapse(path, x, way), collapse(model, x, way), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "act", [nn.SELU(), nn.CELU(2.0), nn.Hardsigmoid(), nn.PReLU()], ids=lambda act: type(act).__name__
+)
+def test_activations_are_known_through_both_doors(act, tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), act, nn.Linear(8, 3)).eval(), torch.randn(20, 6)
+    path = export(model, (x,), tmp_path / "model.onnx", False)
+    torch.testing.assert_close(collapse(model, by="product"), (model[2].weight @ model[0].weight).T.detach())
+    for way in ("product", "gradients"):
+        torch.testing.assert_close(collapse(path, x, way), collapse(model, x, way), rtol=1e-4, atol=1e-6)
+
+
+def test_a_network_that_is_nothing_without_its_activations_has_no_product(tmp_path):
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Tanhshrink(), nn.Linear(8, 3)), torch.randn(20, 6)
+    path = export(model, (x,), tmp_path / "model.onnx", False)  # as x - tanh(x)
+    torch.testing.assert_close(collapse(path, x), collapse(model, x, "gradients"), rtol=1e-4, atol=1e-6)
+
+
 def test_neither_is_one_sentence(tmp_path):
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
-    x = torch.randn(6, 1, 4, 4)
-    assert collapse(model, x).shape == (16, 3)
+    model = Net(lambda net, x: net.out(net.inner(x).relu().cumsum(1)))
+    x = torch.randn(6, 6)
+    assert collapse(model, x).shape == (6, 3)
     export(model, (x,), tmp_path / "model.onnx", False)
     with pytest.raises(SlrpropError, match="no gradient is known of here; interpret the torch module"):
         collapse(tmp_path / "model.onnx", x)
@@ -153,7 +257,9 @@ def test_neither_is_one_sentence(tmp_path):
 
     with pytest.raises(SlrpropError, match="no gradient tells which input drives it"):
         collapse(Choice(), torch.randn(6, 4))
-    with pytest.raises(SlrpropError, match=r"one input of real numbers, and the data has 1 \(torch.int64\)"):
+    with pytest.raises(SlrpropError, match="no input varies in the data"):
+        interpret.effects(torch.ones(4, 2), torch.ones(3, 4))
+    with pytest.raises(SlrpropError, match=r"one input of real numbers, and the data has 1 \(torch.int64\); store"):
         collapse(nn.Sequential(nn.Embedding(5, 4)), torch.ones(4, 3, dtype=torch.int64))
     with pytest.raises(SlrpropError, match="by must be one of auto, product, gradients"):
         collapse(model, x, by="jacobian")
@@ -176,7 +282,22 @@ def test_compare_knows_what_the_data_says():
     assert compare(collapse(model)[:, 1:] * 2, (x, y)) == compare(collapse(model), (x, y))  # one logit of class 1
     references = References.of((x, y))
     assert references.correlations.shape == references.logistic.shape == (4, 2) and references.permutation[0] > 0.2
-    for bad, text in (((x, None), "'targets'"), ((x, 0 * y), "two classes or more"), ((x[:, :3], y), r"is \(4, 2\)")):
+    some, ignored = (x[:40], y[:40]), (x[:60], torch.cat([y[:40], torch.full((20,), -100)]))
+    assert compare(collapse(model), some, model) == compare(collapse(model), ignored, model)
+    three = torch.cat([collapse(model), torch.zeros(4, 1)], 1)  # of a third class there is no sample
+    known = torch.cat([references.correlations, torch.zeros(4, 1)], 1)
+    assert compare(three, (x, y)).correlation == pytest.approx(
+        interpret.correlation(
+            *(m - m.mean(1, keepdim=True) for m in (three.double() * x.double().std(0)[:, None], known))
+        ),
+        abs=1e-6,
+    )
+    for bad, text in (
+        ((x, None), "'targets'"),
+        ((x, 0 * y), "two classes or more, numbered from 0, and the data has 0; give others, or leave"),
+        ((x[:, :3], y), r"is \(4, 2\)"),
+        ((x, y + 1), r"is \(4, 2\), and the data has 4 inputs and 3 classes"),
+    ):
         with pytest.raises(SlrpropError, match=text):
             compare(collapse(model), bad)
 
@@ -210,6 +331,16 @@ def test_interpret_command_before_and_after_compression(trained, digits, tmp_pat
     assert (tmp_path / "drawn.png").stat().st_size > 5000
     bad = runner.invoke(cli.app, [*command, "--output", str(tmp_path / "drawn.pdf")])
     assert isinstance(bad.exception, SlrpropError) and "must end in .png or .svg" in str(bad.exception)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 60), (784, 3)])
+def test_all_that_a_picture_says_is_in_it(shape):
+    canvas = heatmaps(["one.onnx", "other.onnx"], [torch.randn(shape)] * 2)
+    canvas.draw_without_rendering()
+    ticks = canvas.axes[1].get_yticks()  # both share the axis
+    assert all(tick == int(tick) for tick in ticks) and (shape[0] > 40 or ticks.tolist() == list(range(shape[0])))
+    label = canvas.axes[-1].yaxis.label.get_window_extent()
+    assert label.y0 >= 0 and label.y1 <= canvas.bbox.height and label.x1 <= canvas.bbox.width
 
 
 def test_the_study_goes_on_where_it_stopped_and_writes_its_page(tmp_path, monkeypatch):

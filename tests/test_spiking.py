@@ -145,6 +145,12 @@ def test_pruned_neurons_leave_the_matrix_and_thresholds_may_be_slowed():
     assert found.operations.images == 40
     with pytest.raises(SlrpropError, match="target must be at most the network's 12 neurons, got 13"):
         Training(network(), 40).run(IMAGES, Pruning("adaptive threshold", 13))
+    with pytest.raises(SlrpropError, match="interval must be"):
+        Pruning("adaptive threshold", 5, interval=0)
+    for bad in (IMAGES[0][:20], np.zeros(40, np.float32), IMAGES[0] * 255, IMAGES[0] * np.nan):
+        for compiled in (True, False):
+            with pytest.raises(SlrpropError, match=r"an image of this network has 30 values in \[0, 1\], got shape"):
+                network().respond(bad[None], compiled=compiled)
     with pytest.raises(
         SlrpropError, match="strategy must be one of constant number, constant threshold, adaptive threshold"
     ):

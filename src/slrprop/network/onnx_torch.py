@@ -252,7 +252,7 @@ def _expanded(x: Tensor, shape: Tensor) -> Tensor:
 
 PLAIN: dict[str, Callable[..., Tensor]] = {  # of the inputs alone
     "Abs": torch.abs, "Add": torch.add, "And": torch.logical_and, "Ceil": torch.ceil, "Cos": torch.cos, "Div": _divided,
-    "Equal": torch.eq, "Erf": torch.erf, "Exp": torch.exp, "Expand": _expanded,
+    "Equal": torch.eq, "Erf": torch.erf, "Exp": torch.exp, "Expand": _expanded, "Softsign": functional.softsign,
     "Floor": torch.floor, "Greater": torch.gt, "GreaterOrEqual": torch.ge, "Identity": lambda x: x, "Less": torch.lt,
     "LessOrEqual": torch.le, "Log": torch.log, "MatMul": torch.matmul, "Mul": torch.mul, "Neg": torch.neg,
     "Not": torch.logical_not, "Or": torch.logical_or, "Pow": lambda x, y: x.pow(y.to(x)), "Reciprocal": torch.reciprocal,
@@ -264,6 +264,7 @@ OPS: dict[str, Op] = {
     "AveragePool": _pool,
     "BatchNormalization": _batch_norm,
     "Cast": lambda node, x: x[0].to(KINDS[attribute(node, "to")]),
+    "Celu": lambda node, x: functional.celu(x[0], attribute(node, "alpha", 1.0)),
     "Clip": _clip,
     "Concat": lambda node, x: torch.cat(x, attribute(node, "axis")),
     "Conv": _conv,
@@ -294,6 +295,7 @@ OPS: dict[str, Op] = {
     "ReduceSum": _reduced(torch.sum),
     "Reshape": _reshape,
     "Resize": _resize,
+    "Selu": lambda node, x: attribute(node, "gamma", 1.050701) * functional.elu(x[0], attribute(node, "alpha", 1.673263)),
     "Shape": _shape,
     "Slice": _slice,
     "Softmax": _softmax(torch.softmax),

@@ -63,6 +63,7 @@ class Sampled(ABC):
         if self._place is None:
             self._place = self._samples_axis(batch)
         if self._place is None:  # they see each other
+            self.at_once = self.at_once or sys.maxsize  # what is cut into parts has its place already
             shape = tuple(self.outputs_of([batch])[0].shape)
             if batch.samples not in shape:
                 raise SlrpropError(f"the data has {batch.samples} samples along batch_axis, and the output has shape {shape}; give the axes on which samples stand (--batch-axis)")  # fmt: skip

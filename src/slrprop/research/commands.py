@@ -12,7 +12,7 @@ from slrprop.errors import SlrpropError, printable
 from slrprop.files import holding, together
 from slrprop.research import module
 from slrprop.research.paper.commands import Output
-from slrprop.terminal import Json, show_json, show_table
+from slrprop.terminal import BatchAxis, ClassAxis, IgnoreLabel, Json, axes_of, show_json, show_table
 
 
 def interpret(
@@ -26,6 +26,9 @@ def interpret(
     ] = "auto",
     top: Annotated[int, typer.Option(min=1, help="Inputs named for each output.")] = 5,
     output: Annotated[Path | None, typer.Option("--output", help="Also draw the matrices: a .png or .svg.")] = None,
+    class_axis: ClassAxis = None,
+    ignore_label: IgnoreLabel = None,
+    batch_axis: BatchAxis = None,
     as_json: Json = False,
 ) -> None:
     """Say which inputs drive which outputs, and whether a compressed file decides by the same ones.
@@ -43,7 +46,9 @@ def interpret(
             raise SlrpropError(f"--output must end in .png or .svg, got '{output}'")
         with together(*((f"'{path}', an input", path) for path in (model, data, against))) as outputs:
             outputs.place(output, holding("Matplotlib"))  # before the work
-    samples = importlib.import_module("slrprop.data").Data(data)
+    samples = importlib.import_module("slrprop.data").Data(
+        data, class_axis=class_axis, ignore_label=ignore_label, batch_axis=axes_of(batch_axis)
+    )
     files = [model] if against is None else [model, against]
     way, matrices = tools.collapse_alike(files, samples, by)
     if matrices[0].shape != matrices[-1].shape:
@@ -52,7 +57,7 @@ def interpret(
     entries = [tools.effects(matrix, samples) for matrix in matrices]
     drivers = [_drivers(matrix, top) for matrix in entries]
     targets = next(iter(samples)).targets
-    known = targets is not None and not targets.is_floating_point() and targets.ndim == 1
+    known = getattr(targets, "ndim", 0) == 1 and "float" not in str(targets.dtype)
     likeness = [tools.compare(matrix, samples, file) for file, matrix in zip(files, matrices, strict=True) if known]
     apart = [tools.correlation(*pair) for pair in zip(entries[0].T, entries[-1].T, strict=True)]
     told = {

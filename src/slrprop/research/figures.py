@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 
 def heatmaps(titles: Sequence[str], matrices: Sequence[Any]) -> Figure:
@@ -22,11 +23,9 @@ def heatmaps(titles: Sequence[str], matrices: Sequence[Any]) -> Figure:
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("output")
         for axis, size in ((axes.xaxis, outputs), (axes.yaxis, inputs)):
-            axis.get_major_locator().set_params(integer=True)
-            if size <= 40:
-                axis.set_ticks(range(size))
+            axis.set_major_locator(MaxNLocator("auto", integer=True) if size > 40 else FixedLocator(range(size)))
     places[0].set_ylabel("input")
-    canvas.colorbar(image, ax=places, shrink=0.8, label="effect of one standard deviation, of the largest")
+    canvas.colorbar(image, ax=places, shrink=0.8, label="effect of one standard\ndeviation, of the largest")
     return canvas
 
 

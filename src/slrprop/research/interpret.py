@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slrprop.checks import require_choice, require_count, require_density
 from slrprop.errors import SlrpropError
-from slrprop.network.torch_modules import layer_modules
+from slrprop.network.torch_modules import give_weight, layer_modules, weight_and_bias
 from slrprop.research.likeness import Likeness, References, compare, correlation, effects
 from slrprop.research.matrix import collapse, collapse_alike
 
@@ -40,12 +40,12 @@ def selective_information(weight: Tensor, complement: bool = False) -> float:
         complement: the sum of ``1 - potentiality`` instead, the other reading, which rises.
     """
     g = potentiality(weight)
-    return float((1 - g if complement else g).sum())
+    return float((1 - g if complement else g).double().sum())
 
 
 def cost(weight: Tensor) -> float:
     """The sum of ``|w|``."""
-    return float(weight.detach().abs().sum())
+    return float(weight.detach().abs().double().sum())
 
 
 class InformationControl:
@@ -61,24 +61,21 @@ class InformationControl:
     ('raise', 'lower')
 
     Args:
-        model: its ``nn.Linear`` layers are changed in place.
+        model: its ``nn.Linear`` layers are changed in place, those behind a weight norm or a pruning mask too.
         schedule: one of these, or a function from the number of the control step (0, 1, ...) to ``raise``, ``lower`` or ``none``.
         every: ordinary steps for one of control.
         theta: below 1 it forces the cost down.
         strength: the power of g (or 1 - g), in (0, 1]: 1 as in the article, less changes less.
 
     Raises:
-        SlrpropError: another schedule, or a network without dense layers.
+        SlrpropError: another schedule, or a network without dense layers; at a step, a layer whose weight is computed so that it can't
+            become a given one, like spectral norm's.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        schedule: str | Callable[[int], str] = "alternate",
-        every: int = 1,
-        theta: float = 1.0,
+        self, model: nn.Module, schedule: str | Callable[[int], str] = "alternate", every: int = 1, theta: float = 1.0,
         strength: float = 1.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if not callable(schedule):
             require_choice("schedule", schedule, SCHEDULES)
         require_count("every", every, 1)
@@ -99,19 +96,24 @@ class InformationControl:
         asked = self._schedule(turn - 1) if callable(self._schedule) else self._schedule
         what = ("raise", "lower")[(turn - 1) % 2] if asked == "alternate" else asked
         require_choice("what the schedule asks for", what, ("raise", "lower", "none"))
-        for layer in self.layers.values() if what != "none" else ():
-            with torch.no_grad():
-                before, g = cost(layer.weight), potentiality(layer.weight)
-                layer.weight *= self.theta * (g if what == "raise" else 1 - g) ** self.strength
-                after = cost(layer.weight)
-                if what == "lower" and after:
-                    layer.weight *= self.theta * before / after
+        if what != "none":  # all before any: a tied weight is changed once
+            changed = {name: self._changed(weight_and_bias(layer)[0], what) for name, layer in self.layers.items()}
+            for name, weight in changed.items():
+                give_weight(name, self.layers[name], weight)
         return what
+
+    def _changed(self, weight: Tensor, what: str) -> Tensor:
+        g = potentiality(weight)
+        changed = weight * (g if what == "raise" else 1 - g) ** self.strength
+        if what == "lower":  # where all connections are equal, none of them can be lowered
+            after = cost(changed)
+            changed = changed * (cost(weight) / after) if after else weight
+        return self.theta * changed
 
     def selective_information(self, complement: bool = False) -> float:
         """The sum over the layers."""
-        return sum(selective_information(layer.weight, complement) for layer in self.layers.values())
+        return sum(selective_information(weight_and_bias(layer)[0], complement) for layer in self.layers.values())
 
     def cost(self) -> float:
         """The sum over the layers."""
-        return sum(cost(layer.weight) for layer in self.layers.values())
+        return sum(cost(weight_and_bias(layer)[0]) for layer in self.layers.values())

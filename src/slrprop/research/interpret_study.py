@@ -3,7 +3,7 @@
 import copy
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -156,19 +156,10 @@ def page(rows: list[Interpretation]) -> str:
         "# Information control and collapse\n",
         "Made by `slrprop paper run interpret-room` and `slrprop paper table interpret-room`.\n",
     ]
-    shown = (
-        "accuracy",
-        "fitted",
-        "information",
-        "selectivity",
-        "cost",
-        *(f"{way}_{what}" for way in WAYS for what in ("correlation", "logistic", "permutation")),
-    )
+    shown = [field.name for field in fields(Interpretation)][len(KEYS) :]
     for table in BATCH:
-        last = {
-            name: [row for row in rows if (row.table, row.control, row.epoch) == (table, name, EPOCHS)]
-            for name in CONTROLS
-        }
+        places = {name: (table, name, EPOCHS) for name in CONTROLS}
+        last = {name: [row for row in rows if (row.table, row.control, row.epoch) == at] for name, at in places.items()}
         last = {name: found for name, found in last.items() if found}
         if not last:
             continue
@@ -179,11 +170,10 @@ def page(rows: list[Interpretation]) -> str:
         ]
         base = {key: {row.seed: getattr(row, key) for row in last.get("none", [])} for key in shown}
         differences = [["less no control", *lines[0][2:]]]
-        for name, found in last.items():
-            if name != "none":
-                differences.append(
-                    [name, *(paired({row.seed: getattr(row, key) for row in found}, base[key]) for key in shown)]
-                )
+        differences += [
+            [name, *(paired({row.seed: getattr(row, key) for row in found}, base[key]) for key in shown)]
+            for name, found in last.items() if name != "none"
+        ]  # fmt: skip
         text += [f"## {table.capitalize()}, epoch {EPOCHS}\n", markdown(lines), markdown(differences)]
     return "\n".join(text)
 

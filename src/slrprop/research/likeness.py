@@ -9,14 +9,13 @@ import torch
 from sklearn.inspection import permutation_importance
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
+from torch.nn.functional import pad
 
 from slrprop.data import Data, open_data
 from slrprop.errors import SlrpropError
-from slrprop.losses import rows_of
-from slrprop.network import OnnxNetwork, open_network
-from slrprop.network.onnx_constants import tensor_of
-from slrprop.network.onnx_feed import unpadded
-from slrprop.research.matrix import Model, input_of
+from slrprop.losses import IGNORED, check_labels, rows_of
+from slrprop.network import Network, open_network
+from slrprop.research.matrix import Model, input_of, samples_of
 
 
 @dataclass(frozen=True)
@@ -51,20 +50,26 @@ class References:
         Raises:
             SlrpropError: the data has no class numbers as targets, or fewer than two classes.
         """
-        batches = list(open_data(data))
-        targets = [part for part in (batch.targets for batch in batches) if part is not None]
-        if len(targets) < len(batches) or any(part.is_floating_point() or part.ndim != 1 for part in targets):
+        opened = open_data(data)
+        network = None if model is None else open_network(model, opened)
+        batches = list(opened)
+        targets = [network.numbered(batch.targets) if network else batch.targets for batch in batches]
+        if not all(isinstance(y, Tensor) and y.ndim == 1 and not y.is_floating_point() for y in targets):
             raise SlrpropError("comparing needs the class number of each sample as 'targets', and the data has none")
-        given = torch.cat([input_of(batch) for batch in batches])
-        x, y = given.flatten(1).double().numpy(), torch.cat(targets).long().numpy()
-        if len(set(y)) < 2:
-            raise SlrpropError("comparing needs samples of two classes or more, and all targets are the same")
+        counted = torch.cat(targets).long() != IGNORED
+        given, labels = samples_of(batches)[counted], torch.cat(targets).long()[counted]
+        x, y = given.flatten(1).double().numpy(), labels.numpy()
+        if len(set(y)) < 2 or y.min() < 0:
+            seen = ", ".join(map(str, sorted(set(y))[:5])) or "none"
+            raise SlrpropError(f"comparing needs samples of two classes or more, numbered from 0, and the data has {seen}; give others, or leave the targets out")  # fmt: skip
         deviation, hot = x.std(0), np.eye(int(y.max()) + 1)[y]
         scaled, hot = ((a - a.mean(0)) / np.where(a.std(0) > 0, a.std(0), 1) for a in (x, hot))
         fitted = LogisticRegression(max_iter=1000).fit(scaled, y)
         logistic = np.zeros((x.shape[1], hot.shape[1]))
         logistic[:, fitted.classes_] = fitted.coef_.T if len(fitted.classes_) > 2 else fitted.coef_.T * [-0.5, 0.5]
-        answer = fitted.predict if model is None else _answers(model, given)
+        answer = fitted.predict
+        if network is not None:
+            answer = _answers(network, given, input_of(batches[0])[1], labels)
         shuffled = permutation_importance(
             fitted, scaled if model is None else x, y, n_repeats=repeats, random_state=0,
             scoring=lambda _, values, truth: float((answer(values) == truth).mean()),
@@ -77,14 +82,15 @@ class References:
         m, classes = self.correlations.shape
         if collapsed.shape == (m, 1) and classes == 2:
             collapsed = torch.cat([-collapsed, collapsed], 1)
-        if collapsed.shape != (m, classes):
+        unseen = collapsed.shape[1] - classes  # classes of which the data has no sample
+        if len(collapsed) != m or unseen < 0:
             raise SlrpropError(
                 f"the collapsed network is {tuple(collapsed.shape)}, and the data has {m} inputs and {classes} classes"
             )
         entries = _centred(collapsed.double().cpu() * self.deviation[:, None])
         return Likeness(
-            correlation(entries, _centred(self.correlations)),
-            correlation(entries, _centred(self.logistic)),
+            correlation(entries, _centred(pad(self.correlations, (0, unseen)))),
+            correlation(entries, _centred(pad(self.logistic, (0, unseen)))),
             correlation(entries.abs().mean(1), self.permutation),
         )
 
@@ -105,9 +111,11 @@ def compare(collapsed: Tensor, data: Any, model: Model | None = None) -> Likenes
 
 
 def effects(collapsed: Tensor, data: Any) -> Tensor:
-    """A collapsed network (m x c) for inputs in units of their standard deviation on the data."""
-    x = torch.cat([input_of(batch).flatten(1) for batch in open_data(data)]).double()
-    return collapsed.double().cpu() * x.std(0, correction=0)[:, None]
+    """A collapsed network (m x c) for inputs in units of their standard deviation on the data; refused where no input varies."""
+    deviation = samples_of(open_data(data)).flatten(1).double().std(0, correction=0)
+    if not deviation.any():
+        raise SlrpropError("effects are those of one standard deviation, and no input varies in the data; give samples that differ")  # fmt: skip
+    return collapsed.double().cpu() * deviation[:, None]
 
 
 def correlation(one: Tensor, other: Tensor) -> float:
@@ -121,20 +129,14 @@ def _centred(matrix: Tensor) -> Tensor:
     return matrix - matrix.mean(1, keepdim=True)
 
 
-def _answers(model: Model, like: Tensor) -> Callable[[Any], Any]:
-    """The network's classes (p,) for rows (p, m) of what its inputs ``like`` are when flattened."""
-    network = open_network(model, None)
-    session = network.file.session([network.graph.main]) if isinstance(network, OnnxNetwork) else None
-
-    def outputs(data: Data) -> list[Tensor]:
-        if session is None or not isinstance(network, OnnxNetwork):
-            return [flow.output for flow in network.stream((), data)]
-        parts = [part for batch in data for part in network.parts(batch)]
-        return [unpadded(tensor_of(network.run(session, part.feed)[network.graph.main]), part) for part in parts]
+def _answers(network: Network, like: Tensor, axis: int, labels: Tensor) -> Callable[[Any], Any]:
+    """The network's classes (p,) for rows (p, m) of what its inputs ``like`` (p, ...) are when flattened; it takes samples on ``axis``."""
 
     def answers(x: Any) -> Any:
-        scores = torch.cat([rows_of(part) for part in outputs(Data(torch.from_numpy(x).to(like).reshape(like.shape)))])
+        rows = torch.from_numpy(x).to(like).reshape(like.shape).movedim(0, axis)
+        scores = rows_of(torch.cat([flow.output for flow in network.stream((), Data(rows, batch_axis=axis))]).cpu())
         if scores.shape[1] > 1:
+            check_labels(labels, scores)
             return scores.argmax(-1).numpy()
         middle = 0.5 if scores.min() >= 0 and scores.max() <= 1 else 0  # a probability of class 1, or its logit
         return (scores[:, 0] > middle).long().numpy()

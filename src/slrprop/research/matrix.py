@@ -1,6 +1,6 @@
 """A network as one matrix: the product of its layers, or its mean gradient."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from slrprop.losses import rows_of
 from slrprop.network import OnnxNetwork, TorchNetwork, open_network
 from slrprop.network.base import Network
 from slrprop.network.onnx_constants import tensor_of
-from slrprop.network.onnx_feed import unpadded
+from slrprop.network.onnx_feed import Part
 from slrprop.network.onnx_torch import OPS, Behind, Op
 from slrprop.network.samples import alike
 from slrprop.network.torch import evaluating, frozen, main_output
@@ -25,11 +25,12 @@ Model = nn.Module | str | Path
 WAYS = ("auto", "product", "gradients")
 SAME = 1e-4  # of the largest entry: between gradients at samples of a linear map
 ACTIVATIONS = {  # torch's functions, which the product leaves out
-    "celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_softmax", "logsigmoid", "mish", "relu", "relu6", "selu",
-    "sigmoid", "silu", "softmax", "softplus", "softsign", "tanh",
+    "celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid", "log_softmax", "logsigmoid", "mish", "prelu", "relu",
+    "relu6", "rrelu", "selu", "sigmoid", "silu", "softmax", "softplus", "softsign", "tanh", "threshold",
 }  # fmt: skip
 ACTIVATION_OPS = (
-    "Clip", "Elu", "Gelu", "HardSwish", "LeakyRelu", "LogSoftmax", "Mish", "Relu", "Sigmoid", "Softmax", "Softplus", "Tanh",
+    "Celu", "Clip", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "LogSoftmax", "Mish", "PRelu", "Relu", "Selu", "Sigmoid", "Softmax",
+    "Softplus", "Softsign", "Tanh",
 )  # fmt: skip
 STRAIGHT: dict[str, Op] = (
     OPS
@@ -77,54 +78,66 @@ def collapse_alike(models: Sequence[Model], data: Any = None, by: str = "auto") 
     return "gradients", [_mean_gradients(network, given) for network in networks]
 
 
-def input_of(batch: Batch) -> Tensor:
-    """The only input of a batch, of real numbers."""
-    values = [*batch.inputs, *batch.named.values()]
-    if len(values) == 1 and isinstance(values[0], Tensor) and values[0].is_floating_point():
-        return values[0]
-    kinds = ", ".join(str(getattr(value, "dtype", type(value).__name__)) for value in values)
+def input_of(batch: Batch) -> tuple[Tensor, int]:
+    """The only input of a batch, of real numbers, and the axis of its samples."""
+    values = batch.values()
+    for key, value in values.items() if len(values) == 1 else ():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value, batch.axes.get(key, 0)
+    kinds = ", ".join(str(getattr(value, "dtype", type(value).__name__)) for value in values.values())
     raise SlrpropError(
-        f"a network is interpreted by one input of real numbers, and the data has {len(values)} ({kinds})"
+        f"a network is interpreted by one input of real numbers, and the data has {len(values)} ({kinds}); "
+        "store measures as float32; what is looked up, like tokens, has no gradient"
     )
+
+
+def samples_of(batches: Iterable[Batch]) -> Tensor:
+    """The only input of all batches, samples on the first axis."""
+    return torch.cat([value.movedim(axis, 0) for value, axis in map(input_of, batches)])
 
 
 def _product(network: Network, data: Data | None) -> Tensor | None:
     """The product of the layers' matrices; None where the network without its activations is no linear map and a constant."""
-    if data is not None:
-        batch = next(iter(data))
-        few = Data({name: value[:8] for name, value in batch.named.items()} if batch.named else input_of(batch)[:8])
-    elif network.names:  # some network whose input is what its first dense layer takes
-        first, random = network.names[0], torch.Generator().manual_seed(0)
-        few = Data(torch.randn(8, network.shape(first)[0], generator=random).to(network.weight(first)))
-    else:
+    if data is None and not network.names:
         return None
+    if data is None:  # some network whose input is what its first dense layer takes
+        first, random = network.names[0], torch.Generator().manual_seed(0)
+        data = Data(torch.randn(8, network.shape(first)[0], generator=random).to(network.weight(first)))
     try:
-        found = [torch.stack(_gradients(x, output), 2) for x, output in _straight(network, few)]
+        few = next(iter(data)).take(slice(8))
+        found = [torch.stack(list(columns), 2) for columns in _gradients(network, [few], True)]
     except SlrpropError:
         return None
     each = torch.cat(found)
-    return each[0] if (each - each[0]).abs().max() <= SAME * each[0].abs().max() else None
+    return each[0] if each.any() and (each - each[0]).abs().max() <= SAME * each[0].abs().max() else None
 
 
 def _mean_gradients(network: Network, data: Data) -> Tensor:
-    total, count = torch.zeros(()), 0
-    for x, output in _whole(network, data):
-        total = total + torch.stack([part.sum(0) for part in _gradients(x, output)], 1).double()
-        count += len(x)
+    total, count = torch.zeros(()), sum(batch.samples for batch in data)
+    for columns in _gradients(network, data, False):
+        total = total + torch.stack([column.sum(0) for column in columns], 1).double().cpu()
     return (total / count).float()
 
 
-def _gradients(x: Tensor, output: Tensor) -> list[Tensor]:
-    """Of each of c outputs (p, c), at each sample by itself: (p, m)."""
-    if not output.requires_grad:
-        raise SlrpropError(
-            "the network's output does not change smoothly with its input, so no gradient tells which input drives it"
-        )
-    columns = [output[:, k].sum() for k in range(output.shape[-1])]
-    return [
-        torch.autograd.grad(column, x, retain_graph=True, allow_unused=True, materialize_grads=True)[0].flatten(1)
-        for column in columns
-    ]
+def _gradients(network: Network, data: Iterable[Batch], straight: bool) -> Iterator[Iterator[Tensor]]:
+    """Part by part of the data: of each output the gradient at each sample by itself (p, m).
+
+    Args:
+        straight: activations and a final softmax are left out; else a final softmax counts as its logarithm.
+    """
+    for whole in data:
+        axis = input_of(whole)[1]
+        for batch, x, output in _computed(network, whole, straight):
+            with torch.enable_grad():
+                scores = output if straight else network.scores(output)
+                rows = rows_of(network.classes_last(scores.movedim(network.place(batch), 0)))
+                columns = [rows[:, k].sum() for k in range(rows.shape[-1])]
+            if not rows.requires_grad:
+                raise SlrpropError(
+                    "the network's output does not change smoothly with its input, so no gradient tells which input drives it"
+                )
+            found = (torch.autograd.grad(column, x, retain_graph=True, materialize_grads=True)[0] for column in columns)
+            yield (one.movedim(axis, 0).flatten(1)[: batch.samples] for one in found)  # without padding
 
 
 class _NoActivations(TorchFunctionMode):
@@ -134,46 +147,34 @@ class _NoActivations(TorchFunctionMode):
         return args[0] if getattr(func, "__name__", "").strip("_") in ACTIVATIONS else func(*args, **(kwargs or {}))
 
 
-def _straight(network: Network, data: Data) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batch by batch: the input, and the outputs (p, c) as a function of it, activations and a final softmax left out."""
-    return ((x, rows_of(output)) for x, output in _computed(network, data, True))
+def _computed(network: Network, batch: Batch, straight: bool) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """A batch in parts: each, its input, and the output as a function of it."""
+    if isinstance(network, OnnxNetwork):
+        yield from ((part.batch, *_computed_nodes(network, part, straight)) for part in network.parts(batch))
+    elif isinstance(network, TorchNetwork):
+        for part in network.parts_of(batch):
+            x = input_of(part)[0].detach().to(network.device).clone().requires_grad_()
+            fed = part._replace(inputs=(x,) * len(part.inputs), named=dict.fromkeys(part.named, x))
+            left_out = _NoActivations() if straight else nullcontext()
+            with evaluating(network.model), frozen(network.model), torch.enable_grad(), left_out:
+                output = main_output(network.call(fed))
+            yield part, x, output
 
 
-def _whole(network: Network, data: Data) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batch by batch: the input, and the outputs (p, c) as a function of it; of a final softmax the logarithm."""
-    return ((x, rows_of(network.scores(output))) for x, output in _computed(network, data, False))
-
-
-def _computed(network: Network, data: Data, straight: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    with torch.enable_grad():
-        for batch in data:
-            x = input_of(batch)
-            if isinstance(network, TorchNetwork):
-                x = x.detach().to(network.device).clone().requires_grad_()
-                fed = Batch((x,), {}, None) if batch.inputs else Batch((), dict.fromkeys(batch.named, x), None)
-                left_out = _NoActivations() if straight else nullcontext()
-                with evaluating(network.model), frozen(network.model), torch.enable_grad(), left_out:
-                    output = main_output(network.call(fed))
-                yield x, output
-            elif isinstance(network, OnnxNetwork):
-                yield from _computed_nodes(network, batch, straight)
-
-
-def _computed_nodes(network: OnnxNetwork, batch: Batch, straight: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """By torch operations for the nodes, if they give what ONNX Runtime gives."""
+def _computed_nodes(network: OnnxNetwork, part: Part, straight: bool) -> tuple[Tensor, Tensor]:
+    """By torch operations for the nodes, if they give what ONNX Runtime gives; with padding."""
     graph, name = network.graph, network.graph.inputs[0].name
     behind = Behind(graph, {name: name})
     session = network.file.session(sorted((behind.reads | {graph.main}) - {name}))
-    for part in network.parts(batch):
-        found = {**part.feed, **network.run(session, part.feed)}
-        made = behind.run(found) if behind.watched else None
-        if made is not None and not alike(made[0].detach(), tensor_of(found[graph.main])):
-            made = None
-        if made is not None and straight:
-            made = Behind(graph, {name: name}, STRAIGHT).run(found)
-        if made is None or name not in made[1]:
-            raise SlrpropError(
-                f"'{network.file.path}' is no chain of dense layers, and has an operation between its input and its output "
-                "that no gradient is known of here; interpret the torch module that it was exported from"
-            )
-        yield unpadded(made[1][name], part), unpadded(made[0], part)
+    found = {**part.feed, **network.run(session, part.feed)}
+    made = behind.run(found) if behind.watched else None
+    if made is not None and not alike(made[0].detach(), tensor_of(found[graph.main])):
+        made = None
+    if made is not None and straight:
+        made = Behind(graph, {name: name}, STRAIGHT).run(found)
+    if made is None or name not in made[1]:
+        raise SlrpropError(
+            f"'{network.file.path}' is no chain of dense layers, and has an operation between its input and its output "
+            "that no gradient is known of here; interpret the torch module that it was exported from"
+        )
+    return made[1][name], made[0]

@@ -123,6 +123,8 @@ class SpikingNetwork:
 
     def _input_spikes(self, image: Array, random: np.random.Generator) -> tuple[Array, Array, Array]:
         """Where each step's spikes begin, the inputs they are of, and a number in [0, 1) a step that decides among equals."""
+        if np.shape(image) != self.weight.shape[:1] or not (0 <= np.min(image) <= np.max(image) <= 1):
+            raise SlrpropError(f"an image of this network has {len(self.weight)} values in [0, 1], got shape {np.shape(image)}, {np.min(image):g} to {np.max(image):g}")  # fmt: skip
         active = np.flatnonzero(image)
         chance = (image[active] * self.settings.rate / 1000).astype(np.float32)
         drawn = random.random((self.settings.steps, len(active)), np.float32) < chance
@@ -246,6 +248,7 @@ class Pruning:
     def __post_init__(self) -> None:
         require_choice("strategy", self.strategy, STRATEGIES)
         require_count("target", self.target, 1)
+        require_count("interval", self.interval, 1)
 
 
 def fewest(counts: Array, many: int) -> Array:
@@ -308,8 +311,6 @@ class Training:
             stay = fewest(counts, many)
             before, self.network, self.recent = self.network, self.network.kept(stay), counts[stay]
             step = before.settings.theta_step * (len(stay) / before.neurons) ** pruning.slow
-            self.network.settings, self.network.operations = (
-                before.settings._replace(theta_step=step),
-                before.operations,
-            )
+            self.network.settings = before.settings._replace(theta_step=step)
+            self.network.operations = before.operations
             self.pruned[self.shown] = many

@@ -285,21 +285,11 @@ def figures(rows: list[Spiking], folder: Path) -> dict[str, Any]:
     curve(starts, {at: _accuracies(rows, STOPPED, 0, at) for at in (start, *STARTS)}, color="black", label=STOPPED)
     for index, (method, colour) in enumerate(zip(METHODS, COLOURS[1:], strict=False)):
         aside = 0.25 * (index - 3)
-        curve(
-            shares,
-            {share: _accuracies(rows, method, share, start) for share in SHARES},
-            aside,
-            color=colour,
-            label=method,
-        )
+        by_share = {share: _accuracies(rows, method, share, start) for share in SHARES}
+        curve(shares, by_share, aside, color=colour, label=method)
         if method in LEARNING:
-            curve(
-                starts,
-                {at: _accuracies(rows, method, percent, at) for at in (start, *STARTS)},
-                aside,
-                color=colour,
-                label=method,
-            )
+            by_start = {at: _accuracies(rows, method, percent, at) for at in (start, *STARTS)}
+            curve(starts, by_start, aside, color=colour, label=method)
     for axes in (shares, starts):
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[0]:
