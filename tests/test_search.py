@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,9 @@ import slrprop
 from slrprop import BudgetError, SlrpropError, cli, compress
 from slrprop.data import Data
 from slrprop.metrics import interval_of
+from slrprop.network import base as network_base
+from slrprop.network.onnx_file import OnnxFile
+from slrprop.network.onnx_graph import Graph
 from slrprop.plan import Plan
 from slrprop.search import Candidate, hull, search, shares
 from slrprop.search.compress import parse_size
@@ -502,3 +506,31 @@ def test_squared_error_of_probabilities_is_of_probabilities(trained, fresh):
     with torch.no_grad():
         want = float((model(x) - y).square().sum(1).mean())
     assert found.metric == "squared_error" and found.quality[0] == pytest.approx(want, rel=1e-4)
+
+
+def test_a_file_is_opened_once_and_nothing_is_written(tmp_path, monkeypatch):
+    """One file, one graph, one digest of each weight; sizes are those that the written file has."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)).eval()
+    path, x = tmp_path / "m.onnx", torch.randn(120, 20)
+    slrprop.export_onnx(model, path, x[:3])
+    counts = Counter()
+
+    def counted(owner, name, what):
+        plain = getattr(owner, name)
+
+        def call(*args, **given):
+            counts[what] += 1
+            return plain(*args, **given)
+
+        monkeypatch.setattr(owner, name, classmethod(lambda cls, path: call(path)) if name == "open" else call)
+
+    counted(OnnxFile, "open", "opened")
+    counted(Graph, "__init__", "graphs")
+    counted(OnnxFile, "write", "written")
+    counted(network_base, "fingerprint", "digests")
+    found = slrprop.compress(path, x, max_bytes="40%", methods={"low_rank": {"bits": 8}})
+    assert found.evaluations > 3 and counts == {"opened": 1, "graphs": 1, "digests": 3}
+    monkeypatch.undo()
+    slrprop.apply(path, found.plan, tmp_path / "s.onnx", data=x)
+    assert (tmp_path / "s.onnx").stat().st_size == found.bytes[1]

@@ -79,7 +79,7 @@ def other_numbers(model: Model) -> str:
     return inspect(model).other
 
 
-def warn_if_compressed(model: Model) -> None:
+def warn_if_compressed(model: Model | OnnxFile) -> None:
     """Say it where a model's layers are compressed already."""
     if isinstance(model, nn.Module):
         found = {name: part.factors().kind for name, part in model.named_modules() if isinstance(part, FactoredLayer)}
@@ -87,7 +87,7 @@ def warn_if_compressed(model: Model) -> None:
     elif not isinstance(model, (str, Path, OnnxFile)):
         return  # what it is will be told where it is opened
     else:
-        proto = OnnxFile.open(model).proto
+        proto = (model if isinstance(model, OnnxFile) else OnnxFile.open(model)).proto
         found, own = forms_of(proto.graph), is_own(proto.graph)
     if own or any("bits" in form for form in found.values()):
         by = "by slrprop: give the original" if own else "by another tool: give the model of before"
@@ -288,7 +288,7 @@ def no_integers(asked: bool) -> None:
         raise SlrpropError("integer products are ONNX Runtime's; give the path of an ONNX file, or leave them out")
 
 
-def realised(model: Model, plan: Plan, integer_products: bool = False) -> nn.Module | OnnxFile:
+def realised(model: Model | OnnxFile, plan: Plan, integer_products: bool = False) -> nn.Module | OnnxFile:
     """The plan's network in memory: a module, or for an ONNX file the new file's content, not compared or written."""
     if isinstance(model, nn.Module):
         return _apply_module(model, plan)
@@ -317,7 +317,7 @@ def _file_forms(network: OnnxNetwork, plan: Plan) -> _Done:
             raise _foreign(name, network.names)
         return Dense(network.weight(name))
 
-    done = _carried_out(plan, dense, network.bias)
+    done = _carried_out(plan, dense, network.bias, network.fingerprint)
     for first, second in plan.feeds.items():
         if first not in network.names or network.feeds_directly(first) != second:
             raise SlrpropError(
@@ -344,7 +344,7 @@ def _apply_module(model: nn.Module, plan: Plan) -> nn.Module:
     def bias(name: str) -> Tensor | None:
         return weight_and_bias(modules[name])[1]
 
-    done = _carried_out(plan, dense, bias)
+    done = _carried_out(plan, dense, bias, lambda name: fingerprint(dense(name).weight.T))
     swaps = {}
     for name, form in done.moved.items():
         old, weight = modules[name], dense(name).weight
@@ -354,11 +354,13 @@ def _apply_module(model: nn.Module, plan: Plan) -> nn.Module:
     return swapped(model, swaps)
 
 
-def _carried_out(plan: Plan, dense: Callable[[str], Dense], bias: Callable[[str], Tensor | None]) -> _Done:
+def _carried_out(
+    plan: Plan, dense: Callable[[str], Dense], bias: Callable[[str], Tensor | None], digest: Callable[[str], str]
+) -> _Done:
     for name, times in Counter(layer.name for layer in plan.layers).items():
         if times > 1:
             raise SlrpropError(f"the plan treats layer '{name}' twice; the file is damaged")
-    forms = {layer.name: build(layer, dense(layer.name).weight) for layer in plan.layers}
+    forms = {layer.name: build(layer, dense(layer.name).weight, digest(layer.name)) for layer in plan.layers}
     biases = {layer.name: layer.bias for layer in plan.layers if layer.bias is not None}
     biases |= {name: form.bias for name, form in forms.items() if isinstance(form, Quantized) and form.bias is not None}
     moved, orders = arranged(forms, plan.feeds, dense)
@@ -374,8 +376,8 @@ def _carried_out(plan: Plan, dense: Callable[[str], Dense], bias: Callable[[str]
     return _Done(forms, biases, moved, moved_biases)
 
 
-def build(layer: LayerPlan, weight: Tensor) -> Factors:
-    """The factors of a planned layer, from the model's weight (m x n) where the plan came from a file.
+def build(layer: LayerPlan, weight: Tensor, digest: str) -> Factors:
+    """The factors of a planned layer, from the model's weight (m x n), of this SHA-256, where the plan came from a file.
 
     Raises:
         SlrpropError: the plan was made for another weight, or is damaged.
@@ -384,7 +386,7 @@ def build(layer: LayerPlan, weight: Tensor) -> Factors:
         raise SlrpropError(
             f"the plan's layer '{layer.name}' is {layer.shape[0]} x {layer.shape[1]}, this model's is {weight.shape[0]} x {weight.shape[1]}; it was made for another model"
         )
-    if layer.fingerprint != fingerprint(weight.T):
+    if layer.fingerprint != digest:
         raise SlrpropError(
             f"the weights of layer '{layer.name}' differ from those the plan was made for; plan again for this model"
         )

@@ -63,7 +63,8 @@ class OnnxNetwork(Network):
     def __init__(self, model: str | Path | OnnxFile, data: Data | None, reading_of: Reading | None = None) -> None:
         self.file = model if isinstance(model, OnnxFile) else OnnxFile.open(model)
         with reading(self.file.path):
-            self.graph = Graph(self.file)
+            self.graph: Graph = self.file.known.setdefault("graph", None) or Graph(self.file)
+            self.file.known["graph"] = self.graph
             tied = self.graph.tied()
             super().__init__(
                 {
@@ -125,6 +126,19 @@ class OnnxNetwork(Network):
                 dense = whole and isinstance(self.operator(name), MatMul)
                 self._chains = {name: fold(real, like) if dense else None}
         return super().chain(name)
+
+    def fingerprint(self, name: str) -> str:
+        key = f"fingerprint of {name}"
+        if key not in self.file.known:
+            self.file.known[key] = super().fingerprint(name)
+        found: str = self.file.known[key]
+        return found
+
+    def with_file(self, file: OnnxFile) -> "OnnxNetwork":
+        """The same for a file of other layers with the same inputs and outputs, which is only to be run whole."""
+        found = OnnxNetwork.__new__(OnnxNetwork)  # a copy would open the original again
+        vars(found).update(vars(self) | {"file": file})
+        return found
 
     def layer(self, name: str) -> Place:
         """Where a layer is in the graph."""

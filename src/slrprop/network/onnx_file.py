@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from weakref import WeakValueDictionary
 
 import ml_dtypes
@@ -58,6 +58,7 @@ ELEMENT_TYPES = {
     "tensor(uint8)": TensorProto.UINT8,
     "tensor(bool)": TensorProto.BOOL,
 }
+Chunk = bytes | Stored  # of a file
 FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.DOUBLE: np.float64}
 
 
@@ -72,6 +73,9 @@ class OnnxFile:
     proto: ModelProto
     stored: dict[str, Stored]
     _read: "WeakValueDictionary[Stored, np.ndarray]" = field(default_factory=WeakValueDictionary)
+    known: dict[str, Any] = field(
+        default_factory=dict
+    )  # what was found out of it once: its graph, digests of its weights
 
     @classmethod
     def open(cls, path: str | Path) -> "OnnxFile":
@@ -235,53 +239,51 @@ class OnnxFile:
             return first_line(error)
         return ""
 
-    def write(self, path: Path) -> int:
-        """Write the model, and what is external beside it as ``NAME.data``; the bytes of both. Only large tensors are external."""
-        data = path.with_name(path.name + ".data")
+    def _chunks(self, beside_name: str) -> tuple[list[Chunk], list[Chunk]]:
+        """What the model's file is made of, and the one beside it (nothing where no tensor is external), one piece after the other."""
+        main, beside, at = list[Chunk](), list[Chunk](), 0
         graph = GraphProto()
         graph.CopyFrom(self.proto.graph)
-        pieces: list[tuple[bytes, Stored | None]] = []  # a head, and the numbers that follow it
-        with contextlib.ExitStack() as stack:
-            beside: BinaryIO | None = None
-            for tensor in graph.initializer:
-                item = self.stored.get(tensor.name)
-                if item is not None and item.external and item.length >= LARGE:
-                    beside = beside or stack.enter_context(open(data, "wb"))
-                    beside.write(bytes(-beside.tell() % (PAGE if item.length >= MANY else LINE)))
-                    mark(tensor, item, data.name, beside.tell())
-                    copy(item, beside)
-                    item = None
-                if item is None:
-                    content = tensor.SerializeToString()
-                    pieces.append((head(INITIALIZER, len(content)) + content, None))
-                elif item.message is not None:
-                    start, end = item.message
-                    pieces.append((head(INITIALIZER, end - start), item))
-                else:
-                    bare = TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
-                    content = bare.SerializeToString() + head(RAW_DATA, item.length)
-                    pieces.append((head(INITIALIZER, len(content) + item.length) + content, item))
-            if beside is not None:
-                beside.write(OURS)
+        for tensor in graph.initializer:
+            item = self.stored.get(tensor.name)
+            if item is not None and item.external and item.length >= LARGE:
+                gap = bytes(-at % (PAGE if item.length >= MANY else LINE))
+                mark(tensor, item, beside_name, at + len(gap))
+                beside += [gap, item]
+                at += len(gap) + item.length
+                item = None
+            if item is None:
+                content = tensor.SerializeToString()
+                main.append(head(INITIALIZER, len(content)) + content)
+            elif item.message is not None:
+                main += [head(INITIALIZER, item.stored_length), item]
+            else:
+                bare = TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
+                content = bare.SerializeToString() + head(RAW_DATA, item.length)
+                main += [head(INITIALIZER, len(content) + item.length) + content, item]
         del graph.initializer[:]
         before, after = around(graph.SerializeToString(), INITIALIZER)
-        total = len(before) + len(after)
-        for start_of, item in pieces:
-            total += len(start_of)
-            if item is not None:
-                total += item.length if item.message is None else item.message[1] - item.message[0]
         proto = ModelProto()
         proto.CopyFrom(self.proto)
         proto.ClearField("graph")
         first, last = around(proto.SerializeToString(), GRAPH)
-        with open(path, "wb") as out:
-            out.write(first + head(GRAPH, total) + before)
-            for start_of, item in pieces:
-                out.write(start_of)
-                if item is not None:
-                    copy(item, out)
-            out.write(after + last)
-        return path.stat().st_size + (data.stat().st_size if beside is not None else 0)
+        total = len(before) + _length(main) + len(after)
+        return [first + head(GRAPH, total) + before, *main, after + last], [*beside, OURS] if beside else []
+
+    def size(self, name: str) -> int:
+        """Bytes of the model's file of that name, and of the one beside it; nothing is written."""
+        return sum(map(_length, self._chunks(f"{name}.data")))
+
+    def write(self, path: Path) -> int:
+        """Write the model, and what is external beside it as ``NAME.data``; the bytes of both. Only large tensors are external."""
+        data = path.with_name(path.name + ".data")
+        parts = self._chunks(data.name)
+        for target, chunks in zip((path, data), parts, strict=True):
+            if chunks:
+                with open(target, "wb") as out:
+                    for chunk in chunks:
+                        copy(chunk, out) if isinstance(chunk, Stored) else out.write(chunk)
+        return sum(map(_length, parts))
 
     @property
     def external(self) -> bool:
@@ -356,6 +358,10 @@ class Session:
     def run(self, feed: dict[str, np.ndarray]) -> dict[str, Any]:
         """The outputs by name."""
         return dict(zip(self.outputs, self._session.run(self.outputs, feed), strict=True))
+
+
+def _length(chunks: Iterable[Chunk]) -> int:
+    return sum(chunk.stored_length if isinstance(chunk, Stored) else len(chunk) for chunk in chunks)
 
 
 def node_reads(node: onnx.NodeProto) -> list[str]:

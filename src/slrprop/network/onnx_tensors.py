@@ -48,6 +48,11 @@ class Stored:
     external: bool = False
     array: np.ndarray | None = None
 
+    @property
+    def stored_length(self) -> int:
+        """Bytes that :func:`copy` writes."""
+        return self.length if self.message is None or self.array is not None else self.message[1] - self.message[0]
+
 
 def mark(tensor: TensorProto, stored: Stored, location: str = "*", offset: int = 0) -> None:
     """Make the tensor refer to data elsewhere."""

@@ -124,17 +124,17 @@ def compress(
         raise SlrpropError(f"max_drop must be a finite number of points from 0, got {max_drop!r}")
     require_choice("level", level, LEVELS)
     choices, narrow = choices_of(methods, level), size_only_of(methods, level, size_only)
+    source = OnnxFile.open(model) if isinstance(model, (str, Path)) else model
     if output is not None:
-        if isinstance(model, nn.Module):
+        if not isinstance(source, OnnxFile):
             raise SlrpropError("output is where an ONNX file is written; a module's compression has no file")
-        file = OnnxFile.open(model)
-        with together(*file.files, ("the data", data), ("the checking samples", check)) as places:
-            name = file.places(output, places)[0].name
-    warn_if_compressed(model)
+        with together(*source.files, ("the data", data), ("the checking samples", check)) as places:
+            name = source.places(output, places)[0].name
+    warn_if_compressed(source)
     opened = open_data(data, class_axis, ignore_label, batch_axis)
-    network = open_network(model, opened)  # where its samples stand shows before it is cut
+    network = open_network(source, opened)  # where its samples stand shows before it is cut
     norms = {} if keep_batch_norm or not isinstance(network, TorchNetwork) else network.norms
-    original, model = model, folded(model, norms) if norms else model
+    source = folded(model, norms) if norms else source
     search_part, check_part = parts_of(opened, data, check, seed, class_axis, ignore_label, batch_axis)
     fitting_part, choosing_part = search_part, search_part
     tuned = (tuning or TuneSettings()) if level == "tuned" else None
@@ -143,10 +143,10 @@ def compress(
         fitting_part, choosing_part = search_part.split(seed, CHOOSING)
     if isinstance(model, nn.Module):
         no_integers(integer_products)
-    door = Door(model, fitting_part, integer_products, LONGEST if output is None else name)
-    problem = Problem(open_network(model, fitting_part), fitting_part)
+    door = Door(source, fitting_part, integer_products, LONGEST if output is None else name)
+    problem = Problem(open_network(source, fitting_part), fitting_part)
     names, _ = treated(problem.network, "dense", find_method("dense").settings(bits=8), layers)
-    original_bytes = file_bytes(problem.network) if not norms else size_of(original)
+    original_bytes = file_bytes(problem.network) if not norms else size_of(model)
     most_bytes = None if max_bytes is None else parse_size(max_bytes, original_bytes, "max_bytes")
     written = min(original_bytes, door.size(door.realise(Plan(()))))  # what no graph reads is not copied
     reach = reach_of(problem.network, names, choices + narrow, written)
@@ -154,9 +154,9 @@ def compress(
         raise BudgetError(f"no plan can be within at most {most_bytes:,} bytes: {reach}; allow more, or give more methods or layers")  # fmt: skip
     if tuned:
         require_tunable(problem.network, fitting_part, names)
-    judge = Judge(model, choosing_part, metric, evaluate, lower_is_better)
+    judge = Judge(source, choosing_part, metric, evaluate, lower_is_better)
     problem.network.reading = judge.network.reading  # forms are fitted to what is judged
-    check_judge = Judge(model, check_part, judge.metric, evaluate, lower_is_better)
+    check_judge = Judge(source, check_part, judge.metric, evaluate, lower_is_better)
     trials = Trials(door, judge, Log(None if run_dir is None else Path(run_dir)), check_judge.samples)
     if confident and trials.original.influence is None:
         raise SlrpropError(

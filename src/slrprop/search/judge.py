@@ -25,7 +25,7 @@ from slrprop.files import made_folder, require_regular, scratch
 from slrprop.latency import latencies
 from slrprop.losses import IGNORED, check_labels, goal_of, loss_point, require_labels, rows_of
 from slrprop.metrics import LABELLED, LOWER, METRICS, NUMBERS, SOME, Score, interval_between, score
-from slrprop.network import OnnxNetwork, open_network
+from slrprop.network import Network, OnnxNetwork, open_network
 from slrprop.network.onnx_file import OnnxFile
 from slrprop.plan import Plan
 from slrprop.storage import size_of
@@ -221,8 +221,13 @@ class Judge:
 
     def outputs(self, model: Any) -> Tensor:
         """The outputs (p x c) of another network on this part, of the rows that count."""
-        network = open_network(model, None, self.network.reading)  # it is only run: what follows what is not looked at
-        network.at_once = self.network.at_once
+        if isinstance(self.network, OnnxNetwork):
+            network: Network = self.network.with_file(model)
+        else:
+            network = open_network(
+                model, None, self.network.reading
+            )  # it is only run: what follows what is not looked at
+            network.at_once = self.network.at_once
         return torch.cat([rows_of(flow.output) for flow in network.stream((), self.part)])[self.counted]
 
 
@@ -291,7 +296,7 @@ class Door:
 
     def __init__(self, model: Any, data: Data, integer_products: bool = False, name: str = LONGEST) -> None:
         self.model, self.first, self.integer_products = model, next(iter(data)), integer_products
-        external = isinstance(model, (str, Path)) and OnnxFile.open(model).external
+        external = isinstance(model, OnnxFile) and model.external
         self.name = name if external else "model.onnx"  # which a file tells its size by only where data lie beside it
 
     def realise(self, plan: Plan) -> Any:
@@ -302,8 +307,8 @@ class Door:
         """Bytes of the file of a network that :meth:`realise` gave."""
         if isinstance(made, nn.Module):
             return size_of(made)
-        with scratch() as folder:
-            return made.write(folder / self.name)
+        size: int = made.size(self.name)
+        return size
 
     def latencies(self, plans: Mapping[str, Plan], repetitions: int = 50) -> dict[str, float]:
         """Seconds for one sample (one batch, where the file fixes its size) in ONNX Runtime on one thread, interleaved."""
