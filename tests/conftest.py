@@ -1,3 +1,5 @@
+from collections import OrderedDict
+
 import numpy as np
 import pytest
 import torch
@@ -15,20 +17,41 @@ def digits():
     return torch.from_numpy(x[order] / 16).float(), torch.from_numpy(y[order])
 
 
-@pytest.fixture(scope="session")
-def trained(digits):
-    """A 64-96-80-10 network trained on 1200 digits; never changed by a test."""
+def fitted(model, digits, epochs):
+    """The network, trained on 1200 digits."""
     x, y = digits
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 80), nn.ReLU(), nn.Linear(80, 10))
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(15):
+    for _ in range(epochs):
         for chosen in torch.randperm(1200).split(64):
             loss = nn.functional.cross_entropy(model(x[chosen]), y[chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def trained(digits):
+    """A 64-96-80-10 network trained on 1200 digits; never changed by a test."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 80), nn.ReLU(), nn.Linear(80, 10))
+    return fitted(model, digits, 15)
+
+
+@pytest.fixture(scope="session")
+def trained_dense(trained):
+    return trained
+
+
+@pytest.fixture(scope="session")
+def trained_convolutions(digits):
+    """Convolutions called 0 and 2, of as many numbers as the dense layers of ``trained``, and a dense head; trained on 1200 digits."""
+    torch.manual_seed(0)
+    parts = {
+        "map": nn.Unflatten(1, (1, 8, 8)), "channels": nn.PixelUnshuffle(4), "0": nn.Conv2d(16, 32, (4, 3), padding=(2, 1)), "1": nn.ReLU(),
+        "2": nn.Conv2d(32, 40, (3, 2), (2, 1), (1, 0)), "3": nn.ReLU(), "flat": nn.Flatten(), "4": nn.Linear(80, 10),
+    }  # fmt: skip
+    return fitted(nn.Sequential(OrderedDict(parts)), digits, 5)
 
 
 @pytest.fixture(scope="session")

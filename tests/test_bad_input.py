@@ -184,13 +184,13 @@ WRONG_WORDS = {
     "propagate": ({"method": "slrprop", "propagate": "no"}, "propagate must be one of original, truncated"),
     "setting": ({"criterium": "cost"}, "method 'slr' has no setting 'criterium'; did you mean criterion"),
     "other's setting": ({"method": "svd", "criterion": "cost"}, "method 'svd' has no setting 'criterion'"),
-    "frl": ({"method": "slrprop", "frl": "nope"}, "no dense layer is called 'nope'.*the model has 0, 2, 4"),
-    "frl no name": ({"method": "slrprop", "frl": 2}, "no dense layer is called|frl must be"),
-    "layer": ({"layers": "6"}, "no dense layer is called '6'.*the model has 0, 2, 4"),
-    "pattern": ({"layers": ["0", "head.*"]}, r"no dense layer is called 'head\.\*'"),
+    "frl": ({"method": "slrprop", "frl": "nope"}, "no layer is called 'nope'.*the model has 0, 2, 4"),
+    "frl no name": ({"method": "slrprop", "frl": 2}, "no layer is called|frl must be"),
+    "layer": ({"layers": "6"}, "no layer is called '6'.*the model has 0, 2, 4"),
+    "pattern": ({"layers": ["0", "head.*"]}, r"no layer is called 'head\.\*'"),
     "no layers": ({"layers": []}, "none of the layers asked for"),
-    "layers a number": ({"layers": 2}, "layers must be|no dense layer is called"),
-    "layers of numbers": ({"layers": [0, 2]}, "layers must be|no dense layer is called"),
+    "layers a number": ({"layers": 2}, "layers must be|no layer is called"),
+    "layers of numbers": ({"layers": [0, 2]}, "layers must be|no layer is called"),
     "not for the method": ({"method": "slrprop", "layers": "4"}, "'slrprop' can't treat layer '4'; .* it treats 0, 2"),
     "no data": ({"data": None}, "needs? calibration data.* none was given"),
     "a state dict": ({"model": network().state_dict()}, "model must be a torch.nn.Module or the path of an .onnx file, got OrderedDict"),
@@ -352,7 +352,7 @@ def test_a_plan_whose_feeds_are_another_models() -> None:
 def test_files_of_another_model(tmp_path: Path) -> None:
     path = tmp_path / "small.safetensors"
     slrprop.save(slrprop.apply(network(), plan()), path)
-    refused("no dense layer of that name", slrprop.load, renamed(network()), path)
+    refused("no layer of that name", slrprop.load, renamed(network()), path)
     refused("10 x 17 in this model, but 10 x 16 in the file", slrprop.load, network(0, (IN, 17, WIDE, OUT)), path)
     slrprop.save(network(), path)
     refused("does not fit this model: .*17", slrprop.load, network(0, (IN, 17, WIDE, OUT)), path)

@@ -533,7 +533,7 @@ def test_a_layer_that_nobody_calls_is_refused(layers: Any) -> None:
 
 def test_the_projection_inside_attention_is_not_touched() -> None:
     case = build(attention)
-    with pytest.raises(slrprop.SlrpropError, match=r"no dense layer is called 'attention\.out_proj'"):
+    with pytest.raises(slrprop.SlrpropError, match=r"no layer is called 'attention\.out_proj'"):
         case.plan(method="svd", layers="attention.out_proj")
     small = slrprop.apply(case.model, case.plan(method="svd", layers="*"))
     assert type(small.attention.out_proj) is type(case.model.attention.out_proj)

@@ -287,5 +287,5 @@ class TestMoments:
             for field in ("mean", "covariance", "target_mean", "weight"):
                 want, got = getattr(one, field), getattr(other, field)
                 assert (got - want).norm() <= 1e-6 * want.norm()
-        with pytest.raises(SlrpropError, match="no dense layer is called 'first'"):
+        with pytest.raises(SlrpropError, match="no layer is called 'first'"):
             moments(trained, ("first",), parts[:1])
