@@ -141,6 +141,23 @@ class SVDBasedSettings(RankSettings):
     checks: ClassVar[dict[str, Check]] = {"solver": _solver}
 
 
+@dataclass(frozen=True, kw_only=True)
+class WholeSettings(Settings):
+    """Settings of methods that keep every number, in few bits."""
+
+    bits: int = 8
+
+    def stored_numbers(self, m: int, n: int) -> int:
+        return m * n
+
+    def treats(self, operator: Operator) -> bool:
+        return True
+
+    @classmethod
+    def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
+        return [{}]
+
+
 COARSE_ABOVE = 1024  # neurons on a side: half as many ranks from 16 on are tried
 WIDE_RANKS = 256  # highest rank tried on layers with more than 2048 neurons on both sides
 
