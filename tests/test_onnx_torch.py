@@ -39,6 +39,7 @@ UNARY = [
     "Sigmoid",
     "Sin",
     "Softplus",
+    "Softsign",
     "Tanh",
     "Abs",
 ]
@@ -117,6 +118,9 @@ CASES = [
     ("Concat", {"axis": 1}, [X, Y]),
     ("Dropout", {}, [X]),
     ("Elu", {"alpha": 0.7}, [X]),
+    ("Celu", {"alpha": 0.7}, [X]),
+    ("Selu", {}, [X]),
+    ("Selu", {"alpha": 1.5, "gamma": 1.2}, [X]),
     ("LeakyRelu", {"alpha": 0.2}, [X]),
     ("LeakyRelu", {}, [X]),
     *(("Flatten", {"axis": axis}, [X]) for axis in (0, 1, 2, -1)),
