@@ -341,9 +341,7 @@ def test_bad_input_ends_in_one_sentence(small_file, tmp_path):
     refused("'tmp'|no file with|can't be read", slrprop.inspect, tmp_path)
     refused("data of shape x \\(4, 21\\)", slrprop.plan, small_file, numbers(4, 21), method="slr", rank=2)
     refused("the model's inputs are x, and the data holds a, b", slrprop.plan, small_file, {"a": numbers(4, 20), "b": numbers(4, 20)}, rank=2)  # fmt: skip
-    refused(
-        "no layer is called 'on'; did you mean one", slrprop.plan, small_file, None, method="svd", layers="on"
-    )
+    refused("no layer is called 'on'; did you mean one", slrprop.plan, small_file, None, method="svd", layers="on")
     plan = slrprop.plan(small_file, None, method="svd", rank=2)
     refused("needs the path of the file to write", slrprop.apply, small_file, plan)
     refused("could not be written", slrprop.apply, small_file, plan, tmp_path / "no" / "s.onnx")

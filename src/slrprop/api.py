@@ -3,7 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -184,7 +184,7 @@ def planned_layer(problem: Problem, decision: Decision, method: Method, settings
         shape=factors.shape,
         fingerprint=network.fingerprint(decision.name),
         method=decision.method or method.name,
-        settings={field.name: getattr(settings, field.name) for field in fields(settings)},
+        settings={name: getattr(settings, name) for name in settings.names()},
         numbers=factors.numbers,
         bytes=stored_bytes(factors, None, network.itemsize(decision.name)),
         kept_rows="" if decision.kept_rows is None else pack(decision.kept_rows),
@@ -202,7 +202,7 @@ def settings_of(method: Method, /, **given: Any) -> Settings:
     Raises:
         SlrpropError: an unknown name, or a bad value.
     """
-    known = {field.name for field in fields(method.settings)}
+    known = set(method.settings.names())
     shared = {"rank", "sparsity_rate", "reduction_rate"}
     for name in given:
         if name not in known and name not in shared:
@@ -398,7 +398,7 @@ def build(layer: LayerPlan, weight: Tensor, digest: str) -> Factors:
         raise SlrpropError(
             f"the plan lacks the fitted factors of layer '{layer.name}'; the file is damaged, or its 'fitted' was taken out"
         )
-    known = {field.name for field in fields(method.settings)}
+    known = set(method.settings.names())
     if set(layer.settings) != known:
         raise SlrpropError(
             f"the plan's settings of layer '{layer.name}' are not those of method '{layer.method}'; the file is damaged"

@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -66,8 +66,7 @@ def methods(
 
     chosen = list(METHODS.values()) if name is None else [find_method(name)]
     settings = {
-        method.name: {field.name: getattr(method.settings(), field.name) for field in fields(method.settings)}
-        for method in chosen
+        method.name: {key: getattr(method.settings(), key) for key in method.settings.names()} for method in chosen
     }
     needs = {method.name: ", ".join(method.needs) or "weights only" for method in chosen}
     if as_json:
