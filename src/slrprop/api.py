@@ -37,7 +37,7 @@ Model = nn.Module | str | Path
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """A dense layer: ``shape`` (m, n) inputs x outputs, its weight's ``numbers``, their ``share`` of the bytes of all.
+    """A layer, its weight as a matrix: ``shape`` (m, n) inputs x outputs, its weight's ``numbers``, their ``share`` of the bytes of all.
 
     ``break_even_rank`` is the highest rank at which a low-rank form stores fewer numbers (0: none does).
     ``tied_to`` names parameters elsewhere that are the same tensor.
@@ -52,7 +52,7 @@ class LayerInfo:
 
 
 class Inspection(list[LayerInfo]):
-    """Dense layers; ``other`` says in words which kinds of module or node use the other numbers, those of 1 % of all and more."""
+    """Layers; ``other`` says in words which kinds of module or node use the other numbers, those of 1 % of all and more."""
 
     other: str
 
@@ -62,7 +62,7 @@ class Inspection(list[LayerInfo]):
 
 
 def inspect(model: Model) -> Inspection:
-    """The dense layers of a torch module or an ONNX file, in the order of its modules or nodes, and what else holds numbers."""
+    """The layers of a torch module or an ONNX file, in the order of its modules or nodes, and what else holds numbers."""
     network, found = open_network(model, None), Inspection()
     warn_if_compressed(model)
     total, found.other = max(1, network.number_bytes), network.other_numbers()
@@ -114,7 +114,7 @@ def plan(
         model: a torch module, evaluated as it is (neither its weights nor its mode change), or the path of an ONNX file.
         data: calibration samples, anything :class:`slrprop.data.Data` takes; None for methods that need none.
         method: see ``slrprop methods``.
-        layers: names or glob patterns; None for all dense layers that the method can treat.
+        layers: names or glob patterns; None for all layers that the method can treat.
         rank, sparsity_rate, reduction_rate: settings of the method, ignored by methods that keep no rank or shorten no
             neurons.
         class_axis: the axis of the network's outputs that holds the classes; found by default.
