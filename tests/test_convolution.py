@@ -357,6 +357,9 @@ def test_what_takes_fewer_bits_only_says_so(net, images):
     for layer, told in (("deep", "a convolution in 24 groups"), ("up", "a transposed convolution")):
         with pytest.raises(SlrpropError, match=f"method 'low_rank' can't treat layer '{layer}'.*{told}"):
             slrprop.plan(net, images, method="low_rank", layers=layer, rank=2)
+        for scores in (slrprop.relevance.cost, slrprop.relevance.activation):
+            with pytest.raises(SlrpropError, match=f"layer '{layer}' is {told}, .*ask for weight scores"):
+                scores(net, layer, images)
     volume = nn.Sequential(nn.Conv3d(2, 6, 3), nn.Flatten(), nn.Linear(6 * 8, 3)).eval()
     data = torch.randn(20, 2, 4, 4, 4)
     with pytest.raises(SlrpropError, match="a convolution of three axes"):

@@ -97,6 +97,13 @@ def test_counts_are_those_of_the_words(net, ids):
     assert isinstance(parts["words"], Counts) and torch.equal(parts["words"].rows, counted)
 
 
+def test_a_row_is_as_active_as_it_is_often_read(net, path, ids):
+    for door, name in ((net, "words"), (path, slrprop.inspect(path)[0].name)):
+        scores = slrprop.relevance.activation(door, name, ids)
+        assert torch.equal(scores.rows, ids.flatten().bincount(minlength=WORDS).double())
+        torch.testing.assert_close(scores.columns, net.words(ids).abs().flatten(0, 1).sum(0, dtype=torch.float64))
+
+
 def test_low_rank_is_the_best_for_the_words_that_are_read(net, ids):
     """As the same fit on rows with a single one; rows never read stay near to what their words were."""
     problem = Problem(open_network(net, data := Data(ids)), data)

@@ -22,6 +22,7 @@ from slrprop.layers import FactoredLayer, layer_from
 from slrprop.linalg import truncated_svd
 from slrprop.network import TorchNetwork
 from slrprop.network.torch import swapped
+from slrprop.network.torch_modules import operator_of
 from slrprop.quantize import quantised as in_bits
 
 torch.set_num_threads(1)
@@ -161,7 +162,13 @@ def test_what_is_not_replaced_keeps_its_computed_weight(norm: Callable[..., Any]
     assert set(small.state_dict()) >= set(model[0].state_dict(prefix="0."))
     if norm is nn.utils.weight_norm:
         assert slrprop.export_onnx(small, tmp_path / "small.onnx", x) < 1e-4
-    assert slrprop.inspect(model).other.startswith("Conv ")
+    assert [layer.shape for layer in slrprop.inspect(model)] == [(6, 4), (24, 24), (24, 4)]
+    assert slrprop.inspect(model).other == "Linear 4 %"
+    want = model.eval()[0](x)
+    whole = slrprop.apply(model, slrprop.plan(model, (x, Y[:8]), method="svd", rank=4, layers="0", bits=8))
+    torch.testing.assert_close(whole.eval()[0](x), want, rtol=0.05, atol=0.05)
+    slrprop.save(whole, tmp_path / "whole.safetensors")
+    assert torch.equal(slrprop.load(model, tmp_path / "whole.safetensors").eval()(x), whole(x))
 
 
 class Tagged(nn.Linear):
@@ -233,6 +240,39 @@ def test_what_hangs_on_a_plain_layer_goes_over() -> None:
     assert made.left_dense  # rank 16 would not be smaller
     small = slrprop.apply(model, slrprop.plan(model, (X, Y), method="svd", rank=2, layers="first"))
     assert isinstance(small.first, FactoredLayer) and small.first.scale == 2.0
+
+
+class Strided(nn.Module):
+    """Reads what its layers are made with, as Whisper's encoder does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.conv = nn.Embedding(40, 16, padding_idx=1), nn.Conv1d(16, 32, 3, stride=2, padding=1)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        ids = ids.clamp(0, self.words.num_embeddings - 1)
+        hidden = self.conv(self.words(ids).movedim(1, 2)).relu().sum(2) * self.conv.stride[0] / self.words.padding_idx
+        return self.head(hidden / (self.conv.in_channels + self.conv.kernel_size[0] + self.head.in_features))
+
+
+def test_what_a_layer_was_made_with_can_still_be_read(tmp_path: Path) -> None:
+    model, ids = Strided().eval(), torch.randint(0, 44, (24, 10), generator=torch.Generator().manual_seed(0))
+    for method, bits in (("low_rank", 32), ("svd", 8)):
+        plan = slrprop.plan(model, ids, method=method, rank=2, bits=bits, layers=["words", "conv", "head"])
+        assert [layer.name for layer in plan.layers] == ["words", "conv", "head"]
+        small, twin = slrprop.apply(model, plan), copy.deepcopy(model)
+        for layer in plan.layers:
+            part, weight = twin.get_submodule(layer.name), layer.factors.dense()
+            part.weight.data = operator_of(part).stored(weight).contiguous()
+            bias = getattr(layer.factors, "bias", layer.bias)
+            if bias is not None:
+                part.bias.data = bias
+        torch.testing.assert_close(small(ids), twin(ids), rtol=1e-4, atol=1e-5)
+        slrprop.save(small, tmp_path / "small.safetensors")
+        assert torch.equal(slrprop.load(Strided(), tmp_path / "small.safetensors").eval()(ids), small(ids))
+        assert slrprop.export_onnx(small, tmp_path / "small.onnx", ids[:3]) < 1e-4
 
 
 def compiled_whole(model: nn.Module) -> nn.Module:
@@ -395,7 +435,7 @@ def of_every_form() -> dict[str, Factors]:
         LowRankPlusSparse(low, Sparse.of(weight * (torch.rand(20, 20) < 0.1))),
         Shared(torch.randn(20), torch.randn(20), torch.randn(20), seed=3),
     )
-    assert {form.kind for form in made} == set(KINDS) - {"dense", "quantized", "spatial", "tucker"}
+    assert {form.kind for form in made} == set(KINDS) - {"dense", "quantized", "table", "spatial", "tucker"}
     return {form.kind: form for form in made}
 
 

@@ -125,7 +125,7 @@ def test_bodies_of_if_are_left_alone_and_their_reads_are_seen(tmp_path):
     ]
     path = graph_file(tmp_path / "m.onnx", nodes, {"a": numbers(18, 20), "b": numbers(20, 20)}, ["b", 18])
     network = OnnxNetwork(path, None)
-    assert network.names == ("one", "two") and network.tied["two"] == ["choice"]
+    assert network.names == ("one", "two") and network.layers["two"].tied == ("choice",)
     assert network.feeds_directly("one") is None
     data = numbers(6, 18)
     plan = slrprop.plan(path, data, method="slr", layers="one", rank=2, loss="squared")
@@ -242,12 +242,15 @@ def test_where_other_numbers_are_is_told(tmp_path):
     path = graph_file(tmp_path / "m.onnx", nodes, tensors, ["b", 20])
     told = "MatMul in If 67 %, MatMul behind DequantizeLinear 33 %"
     assert slrprop.inspect(path) == [] and slrprop.inspect(path).other == told
-    with pytest.raises(SlrpropError, match=f"no dense layer .* on this data; its numbers are elsewhere: {told}"):
+    with pytest.raises(SlrpropError, match=f"no layer .* on this data; its numbers are elsewhere: {told}"):
         slrprop.plan(path, None, method="svd")
     printed = CliRunner().invoke(cli.app, ["inspect", str(path)]).stdout
-    assert printed.startswith("no dense layer: ") and printed.endswith(f"by what uses them: {told}\n")
+    assert printed.startswith("no layer: no Gemm, MatMul, convolution or Gather ") and printed.endswith(
+        f"by what uses them: {told}\n"
+    )
     model = nn.Sequential(nn.Conv1d(4, 8, 3), nn.Flatten(), nn.Linear(24, 10))
-    assert slrprop.inspect(model).other == "Conv 29 %, Linear 3 %"
+    assert [info.shape for info in slrprop.inspect(model)] == [(12, 8), (24, 10)]
+    assert slrprop.inspect(model).other == "Linear 3 %, Conv 2 %"  # what is beside the weights
 
 
 def test_numbers_in_bodies_of_the_same_names_are_all_counted(tmp_path):
@@ -341,9 +344,7 @@ def test_bad_input_ends_in_one_sentence(small_file, tmp_path):
     refused("'tmp'|no file with|can't be read", slrprop.inspect, tmp_path)
     refused("data of shape x \\(4, 21\\)", slrprop.plan, small_file, numbers(4, 21), method="slr", rank=2)
     refused("the model's inputs are x, and the data holds a, b", slrprop.plan, small_file, {"a": numbers(4, 20), "b": numbers(4, 20)}, rank=2)  # fmt: skip
-    refused(
-        "no layer is called 'on'; did you mean one", slrprop.plan, small_file, None, method="svd", layers="on"
-    )
+    refused("no layer is called 'on'; did you mean one", slrprop.plan, small_file, None, method="svd", layers="on")
     plan = slrprop.plan(small_file, None, method="svd", rank=2)
     refused("needs the path of the file to write", slrprop.apply, small_file, plan)
     refused("could not be written", slrprop.apply, small_file, plan, tmp_path / "no" / "s.onnx")

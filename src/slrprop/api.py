@@ -3,7 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -37,7 +37,7 @@ Model = nn.Module | str | Path
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """A dense layer: ``shape`` (m, n) inputs x outputs, its weight's ``numbers``, their ``share`` of the bytes of all.
+    """A layer, its weight as a matrix: ``shape`` (m, n) inputs x outputs, its weight's ``numbers``, their ``share`` of the bytes of all.
 
     ``break_even_rank`` is the highest rank at which a low-rank form stores fewer numbers (0: none does).
     ``tied_to`` names parameters elsewhere that are the same tensor.
@@ -52,7 +52,7 @@ class LayerInfo:
 
 
 class Inspection(list[LayerInfo]):
-    """Dense layers; ``other`` says in words which kinds of module or node use the other numbers, those of 1 % of all and more."""
+    """Layers; ``other`` says in words which kinds of module or node use the other numbers, those of 1 % of all and more."""
 
     other: str
 
@@ -62,7 +62,7 @@ class Inspection(list[LayerInfo]):
 
 
 def inspect(model: Model) -> Inspection:
-    """The dense layers of a torch module or an ONNX file, in the order of its modules or nodes, and what else holds numbers."""
+    """The layers of a torch module or an ONNX file, in the order of its modules or nodes, and what else holds numbers."""
     network, found = open_network(model, None), Inspection()
     warn_if_compressed(model)
     total, found.other = max(1, network.number_bytes), network.other_numbers()
@@ -114,7 +114,7 @@ def plan(
         model: a torch module, evaluated as it is (neither its weights nor its mode change), or the path of an ONNX file.
         data: calibration samples, anything :class:`slrprop.data.Data` takes; None for methods that need none.
         method: see ``slrprop methods``.
-        layers: names or glob patterns; None for all dense layers that the method can treat.
+        layers: names or glob patterns; None for all layers that the method can treat.
         rank, sparsity_rate, reduction_rate: settings of the method, ignored by methods that keep no rank or shorten no
             neurons.
         class_axis: the axis of the network's outputs that holds the classes; found by default.
@@ -184,7 +184,7 @@ def planned_layer(problem: Problem, decision: Decision, method: Method, settings
         shape=factors.shape,
         fingerprint=network.fingerprint(decision.name),
         method=decision.method or method.name,
-        settings={field.name: getattr(settings, field.name) for field in fields(settings)},
+        settings={name: getattr(settings, name) for name in settings.names()},
         numbers=factors.numbers,
         bytes=stored_bytes(factors, None, network.itemsize(decision.name)),
         kept_rows="" if decision.kept_rows is None else pack(decision.kept_rows),
@@ -202,7 +202,7 @@ def settings_of(method: Method, /, **given: Any) -> Settings:
     Raises:
         SlrpropError: an unknown name, or a bad value.
     """
-    known = {field.name for field in fields(method.settings)}
+    known = set(method.settings.names())
     shared = {"rank", "sparsity_rate", "reduction_rate"}
     for name in given:
         if name not in known and name not in shared:
@@ -398,7 +398,7 @@ def build(layer: LayerPlan, weight: Tensor, digest: str) -> Factors:
         raise SlrpropError(
             f"the plan lacks the fitted factors of layer '{layer.name}'; the file is damaged, or its 'fitted' was taken out"
         )
-    known = {field.name for field in fields(method.settings)}
+    known = set(method.settings.names())
     if set(layer.settings) != known:
         raise SlrpropError(
             f"the plan's settings of layer '{layer.name}' are not those of method '{layer.method}'; the file is damaged"

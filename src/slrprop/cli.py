@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -66,8 +66,7 @@ def methods(
 
     chosen = list(METHODS.values()) if name is None else [find_method(name)]
     settings = {
-        method.name: {field.name: getattr(method.settings(), field.name) for field in fields(method.settings)}
-        for method in chosen
+        method.name: {key: getattr(method.settings(), key) for key in method.settings.names()} for method in chosen
     }
     needs = {method.name: ", ".join(method.needs) or "weights only" for method in chosen}
     if as_json:
@@ -89,7 +88,7 @@ def methods(
 
 @app.command()
 def inspect(model: OnnxFile, as_json: Json = False) -> None:
-    """List the dense layers of an ONNX file.
+    """List the layers of an ONNX file.
 
     Example: slrprop inspect model.onnx
     """
@@ -105,7 +104,7 @@ def inspect(model: OnnxFile, as_json: Json = False) -> None:
     if rows:
         show_table(["layer", "shape", "numbers", "share, %", "highest rank that pays", "weight also used by"], rows)
     else:
-        typer.echo("no dense layer: no Gemm or MatMul has a constant matrix of real numbers as its right factor")
+        typer.echo("no layer: no Gemm, MatMul, convolution or Gather has a constant weight of real numbers")
     if found.other:
         typer.echo(printable(f"other numbers, by what uses them: {found.other}"))
 
@@ -128,7 +127,7 @@ def plan(
     batch_axis: BatchAxis = None,
     as_json: Json = False,
 ) -> None:
-    """Decide for each dense layer of an ONNX file what to do with it.
+    """Decide for each layer of an ONNX file what to do with it.
 
     Factors that are fitted to the data are written beside the plan, as .safetensors.
 

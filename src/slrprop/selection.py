@@ -29,7 +29,7 @@ def _select(network: Network, layers: Any, settings: Settings, method: str) -> t
             raise SlrpropError(
                 f"method '{method}' treats none of the layers {', '.join(network.order)} of this model; choose another"
                 if network.order
-                else "the model has no layer (dense or convolution; in ONNX with a constant weight of real numbers) that is called "
+                else "the model has no layer (dense, convolution or embedding; in ONNX with a constant weight of real numbers) that is called "
                 f"on this data{f'; its numbers are elsewhere: {told}' if told else ''}"
             )
         return eligible, set()

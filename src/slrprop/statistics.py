@@ -43,10 +43,18 @@ def collect(network: Network, names: tuple[str, ...], data: Data, needs: Collect
             for x, y in calls:
                 samples[name] += len(x)
                 for need in needs:
-                    values = x if need == "input_abs" else network.activated(name, y)
-                    total = values.abs().sum(0, dtype=torch.float64)
+                    if need == "input_abs" and isinstance(network.operator(name), Lookup):
+                        total = reads(x, network.shape(name)[0])
+                    else:
+                        values = x if need == "input_abs" else network.activated(name, y)
+                        total = values.abs().sum(0, dtype=torch.float64)
                     sums[name][need] = sums[name][need] + total if need in sums[name] else total
     return {name: Statistics(samples[name], sums[name]) for name in names}
+
+
+def reads(x: Tensor, m: int) -> Tensor:
+    """How often each of m rows is read by numbers (p,): the sum of rows with a single one."""
+    return x.cpu().long().remainder(m).bincount(minlength=m).double()
 
 
 class Moments:
@@ -111,7 +119,7 @@ class Counts:
     def add(self, x: Tensor, z: Tensor) -> None:
         """Take in the numbers (p,) that rows were read by."""
         self.count += len(x)
-        self.rows += x.cpu().long().remainder(len(self.rows)).bincount(minlength=len(self.rows))
+        self.rows += reads(x, len(self.rows))
 
     def merge(self, other: Self) -> None:
         """Take in what another part of the data has counted."""
@@ -141,7 +149,7 @@ def moments(
         workers: processes, and ``cluster`` a Ray cluster, that share the parts (:func:`slrprop.parallel.each`).
 
     Raises:
-        SlrpropError: a name is no dense layer of the model.
+        SlrpropError: a name is no layer of the model.
     """
     found: dict[str, Moments | Counts] = {}
     for _, part in each(_moments, parts, (model, names), workers, cluster):

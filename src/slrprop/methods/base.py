@@ -64,6 +64,11 @@ class Settings(ABC):
             for name, check in checks.items():
                 object.__setattr__(self, name, check(name, getattr(self, name)))
 
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """What can be chosen; the ``kernel`` is the layer's own."""
+        return tuple(field.name for field in fields(cls) if field.name != "kernel")
+
     @abstractmethod
     def stored_numbers(self, m: int, n: int) -> int | None:
         """Numbers that an m x n weight takes under these settings; None where the data decide."""

@@ -28,10 +28,7 @@ class SpatialSettings(RankSettings, CalibratedSettings):
 
     source: ClassVar[str] = "Jaderberg, Vedaldi, Zisserman, BMVC 2014; the refit: slrprop, 2026"
 
-    checks: ClassVar[dict[str, Check]] = {
-        "sweeps": partial(require_count, least=0),
-        "kernel": lambda _, kernel: tuple(kernel),
-    }
+    checks: ClassVar[dict[str, Check]] = {"sweeps": partial(require_count, least=0)}
 
     @property
     def weighted(self) -> bool:

@@ -32,9 +32,7 @@ class TuckerSettings(CalibratedSettings, Settings):
 
     source: ClassVar[str] = "Kim et al., ICLR 2016 (Tucker-2); the refit: slrprop, 2026"
 
-    checks: ClassVar[dict[str, Check]] = {
-        "keep": require_density, "sweeps": partial(require_count, least=0), "kernel": lambda _, kernel: tuple(kernel),
-    }  # fmt: skip
+    checks: ClassVar[dict[str, Check]] = {"keep": require_density, "sweeps": partial(require_count, least=0)}
 
     @property
     def weighted(self) -> bool:

@@ -1,4 +1,4 @@
-"""Networks: find dense layers, stream their inputs, run what follows a layer, swap weights."""
+"""Networks: find layers, stream their inputs, run what follows a layer, swap weights."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Where an ONNX model's numbers are that are no dense layer's weight."""
+"""Where an ONNX model's numbers are that are no layer's weight."""
 
 import math
 from collections import Counter
@@ -28,7 +28,7 @@ class Kept(NamedTuple):
 
 
 def elsewhere(graph: GraphProto, dense: set[str]) -> Counter[str]:
-    """Bytes of stored numbers by the operator that uses them first, dense layers' weights (``dense``: their initializers) left out."""
+    """Bytes of stored numbers by the operator that uses them first, layers' weights (``dense``: their initializers) left out."""
     found: Counter[str] = Counter()
     seen: set[object] = set(dense)
 

@@ -34,7 +34,6 @@ from slrprop.network.torch_modules import (
     named_modules,
     operator_of,
     tied_names,
-    traits,
     weight_and_bias,
 )
 from slrprop.network.trace import Held, Trace
@@ -98,7 +97,7 @@ _HOOKS = (
 
 
 def swapped(model: nn.Module, modules: Mapping[str, nn.Module], sharing: bool = False) -> nn.Module:
-    """A deep copy of the model with the named modules, with the old ones' hooks and traits, in the place of the old ones.
+    """A deep copy of the model with the named modules, with the old ones' hooks and what hangs on them, in the place of the old ones.
 
     Hooks that compute the old ones' weights are left out: the new ones have their own.
 
@@ -122,7 +121,8 @@ def swapped(model: nn.Module, modules: Mapping[str, nn.Module], sharing: bool = 
         for hooks in _HOOKS:
             kept = {key: hook for key, hook in getattr(old, hooks).items() if not isinstance(hook, COMPUTING)}
             getattr(new, hooks).update(kept)
-        vars(new).update({key: vars(old)[key] for key in traits(old)})
+        own = {"weight", "bias", "original_shape", *vars(new)}
+        vars(new).update({key: value for key, value in vars(old).items() if key not in own})  # code may read its stride
         memo[id(old)] = new.to(device_of(old))
     try:
         copied = copy.deepcopy(model, memo)

@@ -186,11 +186,6 @@ def _sources(module: nn.Module) -> list[Tensor]:
     return [tensor for name, tensor in _tensors(module).items() if pattern.match(name)]
 
 
-def traits(module: nn.Module) -> set[str]:
-    """What hangs on a layer beside what every one of its class has."""
-    return set(vars(module)) - _USUAL
-
-
 def binding(module: nn.Module) -> str:
     """Why nothing may take a layer's place; empty where something may."""
     kind, computed, base = type_before_parametrizations(module), computed_arrays(module), layer_class(module)
@@ -207,7 +202,7 @@ def binding(module: nn.Module) -> str:
     own -= {f"{side}_{part}" for side in computed for part in ("orig", "mask", "g", "v", "u")}
     if kind is not base:
         above = kind.__mro__[: kind.__mro__.index(base)]
-        own |= traits(module) | {key for cls in above for key in vars(cls) if not hasattr(base, key)}
+        own |= (set(vars(module)) - _USUAL) | {key for cls in above for key in vars(cls) if not hasattr(base, key)}
     own = {key for key in own if not key.startswith("_")}
     return f"it is a {kind.__name__} with its own '{min(own)}', which a replacement would lack" if own else ""
 

@@ -1,4 +1,4 @@
-"""Relevance: a score for every neuron of a dense layer. These functions take a module or an ONNX file; larger is more relevant."""
+"""Relevance: a score for every neuron of a layer; of a convolution, costs are those of whole input channels. These functions take a module or an ONNX file; larger is more relevant."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,11 @@ from torch import nn
 
 from slrprop.checks import require_choice, require_count, require_rate, share
 from slrprop.data import open_data
+from slrprop.errors import SlrpropError
 from slrprop.linalg import Solver, truncated_svd
 from slrprop.losses import LossName
 from slrprop.network import open_network
+from slrprop.operators import Lookup
 from slrprop.relevance.cost import Baseline, CostScores, cost_scores
 from slrprop.relevance.simple import Scores, combined, propagated, weight_scores
 from slrprop.statistics import QUANTITIES, collect
@@ -29,6 +31,8 @@ def activation(model: nn.Module | str | Path, layer: str, data: Any) -> Scores:
     opened = open_data(data)
     network = open_network(model, opened)
     network.require(layer)
+    if told := network.operator(layer).bits_only:
+        raise SlrpropError(f"layer '{layer}' is {told}, of which no activations are taken; ask for weight scores")
     statistics = collect(network, (layer,), opened, QUANTITIES)[layer]
     return Scores(statistics["input_abs"], statistics["output_abs"])
 
@@ -53,10 +57,10 @@ def cost(
         loss: ``cross_entropy`` (labels), ``kl`` or ``squared`` (to the original's outputs); found by default.
 
     Returns:
-        ``rows`` (m,), ``columns`` (n,) in float64, and ``baseline``, the mean loss they are measured from.
+        ``rows`` (m,), of a convolution one for each channel, ``columns`` (n,) in float64, and ``baseline``, the mean loss they are measured from.
 
     Raises:
-        SlrpropError: unknown layer, rank or rate out of range, unusable data.
+        SlrpropError: unknown layer, one without costs, rank or rate out of range, unusable data.
     """
     require_count("rank", rank, 1)
     require_rate("reduction_rate", reduction_rate)
@@ -64,5 +68,8 @@ def cost(
     opened = open_data(data)
     network = open_network(model, opened)
     network.require(layer)
+    operator = network.operator(layer)
+    if told := operator.bits_only or ("an embedding" if isinstance(operator, Lookup) else ""):
+        raise SlrpropError(f"layer '{layer}' is {told}, whose neurons have no cost; ask for weight scores")
     svd = truncated_svd(network.weight(layer), rank, solver)
     return cost_scores(network, opened, layer, svd, share(rank, reduction_rate), baseline, loss)
