@@ -42,22 +42,29 @@ class Calibration:
         self.network, self.data, self._known = network, data, known or {}
         self.pairs = Pairs(network, data)
         self._metrics: dict[str, np.ndarray | None] = {}  # packed triangles
-        self._first: dict[
-            tuple[str, bool], Regression
-        ] = {}  # of layers whose inputs are the original ones, the last ones that fit
+        # of layers whose inputs are the original ones, the last ones that fit
+        self._first: dict[tuple[str, bool], Regression] = {}
         self._coming: tuple[str, ...] = ()  # layers whose moments are summed together, as many as fit
 
-    def prepare(self, names: tuple[str, ...], weighted: bool = True) -> None:
-        """Measure all that the named layers of the original network need at once, where each would take a run of its own."""
+    def prepare(self, names: tuple[str, ...], weighted: bool = True, alone: bool = True) -> None:
+        """Measure all that the named layers of the original network need at once, where each would take a run of its own.
+
+        Args:
+            alone: each is asked for with nothing compressed before it; else its sums are of use to none but the first, and made only where
+                they take little room.
+        """
         many = tuple(name for name in names if self.network.chain(name) is None and (name, weighted) not in self._first)
         if len(many) < 2:
             return
         if weighted:
             self._measure_metrics(tuple(name for name in many if name not in self._metrics))
         outputs: dict[str, list[Tensor]] | None = {} if self.pairs.prepare(many) else None
-        self._coming = many
-        self._measure_next(many[0], weighted, outputs)
-        self.pairs.outputs |= outputs or {}
+        if alone or sum(map(self._size, many)) <= bound() // 2:
+            self._coming = many
+            self._measure_next(many[0], weighted, outputs)
+            self.pairs.outputs |= outputs or {}
+        else:
+            self._coming, self._first = (), {}
 
     def _measure_next(self, name: str, weighted: bool, outputs: dict[str, list[Tensor]] | None = None) -> None:
         """The regressions of a layer and of those to come that fit into memory beside it, in one run."""
@@ -75,6 +82,11 @@ class Calibration:
         """Let go of the oldest regressions until there is room for such a size."""
         while self._first and size + sum(self._size(name) for name, _ in self._first) > bound() // 2:
             del self._first[next(iter(self._first))]
+
+    def _size(self, name: str) -> int:
+        """Bytes of a layer's regression with what it computes once."""
+        m, n = self.network.shape(name)
+        return 8 * (3 * m * m + 2 * m * n + 2 * n * n)
 
     def regression(self, name: str, compressed: Mapping[str, Compressed], weighted: bool = True) -> Regression:
         """The regression of a layer, given what the layers before it compute by now.
