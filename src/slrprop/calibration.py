@@ -16,6 +16,7 @@ from torch import Tensor
 
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
+from slrprop.linalg import mirrored
 from slrprop.memory import bound, give_back
 from slrprop.network.base import Network
 from slrprop.operators import Lookup
@@ -99,7 +100,9 @@ class Calibration:
         """
         siblings = self.network.siblings(name)
         before = {key: value for key, value in compressed.items() if key not in siblings}
-        if (name, weighted) in self._first and not before:
+        if not before and (name, True) in self._first:
+            return self._first[name, True] if weighted else self._first[name, True].unweighted
+        if not before and (name, weighted) in self._first:
             return self._first[name, weighted]
         summed = self._known.get(name) if not before else None
         if summed is None and not before and name in self._coming:
@@ -133,7 +136,8 @@ class Calibration:
         target = weight
         if summed.cross is not None and before:
             pull = DAMPING * level(covariance)
-            left = covariance[varying][:, varying]  # removed neurons give nothing: their weights stay
+            at = varying.nonzero().flatten()
+            left = covariance[at[:, None], at]  # removed neurons give nothing: their weights stay
             left.diagonal().add_(pull)
             right = summed.cross[varying] / summed.count + pull * weight[varying]
             target = weight.clone()
@@ -189,8 +193,7 @@ class Calibration:
         packed = self._metrics[name]
         if packed is None:
             return None
-        upper = torch.from_numpy(dtpttr(self.network.shape(name)[1], packed)[0])
-        return upper.triu() + upper.triu(1).T
+        return mirrored(torch.from_numpy(dtpttr(self.network.shape(name)[1], packed)[0]))
 
     def _measure_metrics(self, names: tuple[str, ...]) -> None:
         self._metrics |= dict.fromkeys(names)
