@@ -84,11 +84,6 @@ class Calibration:
         while self._first and size + sum(self._size(name) for name, _ in self._first) > bound() // 2:
             del self._first[next(iter(self._first))]
 
-    def _size(self, name: str) -> int:
-        """Bytes of a layer's regression with what it computes once."""
-        m, n = self.network.shape(name)
-        return 8 * (3 * m * m + 2 * m * n + 2 * n * n)
-
     def regression(self, name: str, compressed: Mapping[str, Compressed], weighted: bool = True) -> Regression:
         """The regression of a layer, given what the layers before it compute by now.
 
@@ -110,6 +105,7 @@ class Calibration:
             if (name, weighted) in self._first:
                 return self._first[name, weighted]
         if summed is None:
+            self._forget(self._size(name))
             summed = summed_of(self.network, name, bool(before))
             for x, z in self.pairs.of(name, before):
                 summed.add(x, z)
@@ -168,16 +164,14 @@ class Calibration:
     def _kept(self, name: str, before: dict[str, Compressed], weighted: bool, found: Regression) -> Regression:
         """A regression, for later where nothing is compressed before it."""
         if not before:
-            self._forget(self._size(name))
             self._first[name, weighted] = found
         return found
 
     def _size(self, name: str) -> int:
         """Bytes of a layer's regression with what it computes once."""
         m, n = self.network.shape(name)
-        return 8 * (
-            m + 2 * m * n + n * n if isinstance(self.network.operator(name), Lookup) else 3 * m * m + 2 * m * n + n * n
-        )
+        inputs = m if isinstance(self.network.operator(name), Lookup) else 3 * m * m
+        return 8 * (inputs + 2 * m * n + 2 * n * n)
 
     def rest(self) -> None:
         """Let go of the batches that are on their way through the network."""
