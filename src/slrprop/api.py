@@ -288,10 +288,16 @@ def no_integers(asked: bool) -> None:
         raise SlrpropError("integer products are ONNX Runtime's; give the path of an ONNX file, or leave them out")
 
 
-def realised(model: Model | OnnxFile, plan: Plan, integer_products: bool = False) -> nn.Module | OnnxFile:
-    """The plan's network in memory: a module, or for an ONNX file the new file's content, not compared or written."""
+def realised(
+    model: Model | OnnxFile, plan: Plan, integer_products: bool = False, sharing: bool = False
+) -> nn.Module | OnnxFile:
+    """The plan's network in memory: a module, or for an ONNX file the new file's content, not compared or written.
+
+    Args:
+        sharing: a module's other tensors are the original's, and not copied: for what is only looked at.
+    """
     if isinstance(model, nn.Module):
-        return _apply_module(model, plan)
+        return _apply_module(model, plan, sharing)
     network = OnnxNetwork(model, None)
     done = _file_forms(network, plan)
     return rewritten(network.file, network.graph, done.moved, done.moved_biases, integer_products)
@@ -332,7 +338,7 @@ def _foreign(name: str, names: Collection[str]) -> SlrpropError:
     )
 
 
-def _apply_module(model: nn.Module, plan: Plan) -> nn.Module:
+def _apply_module(model: nn.Module, plan: Plan, sharing: bool = False) -> nn.Module:
     model = folded(model, plan.folded) if plan.folded else model
     modules = layer_modules(model)
 
@@ -351,7 +357,7 @@ def _apply_module(model: nn.Module, plan: Plan) -> nn.Module:
         swaps[name] = layer_from(form, done.moved_biases.get(name, bias(name)), operator_of(old)).to(weight.dtype)
         if form.shape != weight.shape or original_shape(old) or computed_arrays(old):
             note_shape(swaps[name], original_shape(old) or weight.shape)
-    return swapped(model, swaps)
+    return swapped(model, swaps, sharing)
 
 
 def _carried_out(

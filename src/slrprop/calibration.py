@@ -16,6 +16,7 @@ from torch import Tensor
 
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
+from slrprop.linalg import mirrored
 from slrprop.memory import bound, give_back
 from slrprop.network.base import Network
 from slrprop.operators import Lookup
@@ -42,22 +43,29 @@ class Calibration:
         self.network, self.data, self._known = network, data, known or {}
         self.pairs = Pairs(network, data)
         self._metrics: dict[str, np.ndarray | None] = {}  # packed triangles
-        self._first: dict[
-            tuple[str, bool], Regression
-        ] = {}  # of layers whose inputs are the original ones, the last ones that fit
+        # of layers whose inputs are the original ones, the last ones that fit
+        self._first: dict[tuple[str, bool], Regression] = {}
         self._coming: tuple[str, ...] = ()  # layers whose moments are summed together, as many as fit
 
-    def prepare(self, names: tuple[str, ...], weighted: bool = True) -> None:
-        """Measure all that the named layers of the original network need at once, where each would take a run of its own."""
+    def prepare(self, names: tuple[str, ...], weighted: bool = True, alone: bool = True) -> None:
+        """Measure all that the named layers of the original network need at once, where each would take a run of its own.
+
+        Args:
+            alone: each is asked for with nothing compressed before it; else its sums are of use to none but the first, and made only where
+                they take little room.
+        """
         many = tuple(name for name in names if self.network.chain(name) is None and (name, weighted) not in self._first)
         if len(many) < 2:
             return
         if weighted:
             self._measure_metrics(tuple(name for name in many if name not in self._metrics))
         outputs: dict[str, list[Tensor]] | None = {} if self.pairs.prepare(many) else None
-        self._coming = many
-        self._measure_next(many[0], weighted, outputs)
-        self.pairs.outputs |= outputs or {}
+        if alone or sum(map(self._size, many)) <= bound() // 2:
+            self._coming = many
+            self._measure_next(many[0], weighted, outputs)
+            self.pairs.outputs |= outputs or {}
+        else:
+            self._coming, self._first = (), {}
 
     def _measure_next(self, name: str, weighted: bool, outputs: dict[str, list[Tensor]] | None = None) -> None:
         """The regressions of a layer and of those to come that fit into memory beside it, in one run."""
@@ -87,7 +95,9 @@ class Calibration:
         """
         siblings = self.network.siblings(name)
         before = {key: value for key, value in compressed.items() if key not in siblings}
-        if (name, weighted) in self._first and not before:
+        if not before and (name, True) in self._first:
+            return self._first[name, True] if weighted else self._first[name, True].unweighted
+        if not before and (name, weighted) in self._first:
             return self._first[name, weighted]
         summed = self._known.get(name) if not before else None
         if summed is None and not before and name in self._coming:
@@ -95,6 +105,7 @@ class Calibration:
             if (name, weighted) in self._first:
                 return self._first[name, weighted]
         if summed is None:
+            self._forget(self._size(name))
             summed = summed_of(self.network, name, bool(before))
             for x, z in self.pairs.of(name, before):
                 summed.add(x, z)
@@ -121,7 +132,8 @@ class Calibration:
         target = weight
         if summed.cross is not None and before:
             pull = DAMPING * level(covariance)
-            left = covariance[varying][:, varying]  # removed neurons give nothing: their weights stay
+            at = varying.nonzero().flatten()
+            left = covariance[at[:, None], at]  # removed neurons give nothing: their weights stay
             left.diagonal().add_(pull)
             right = summed.cross[varying] / summed.count + pull * weight[varying]
             target = weight.clone()
@@ -152,16 +164,14 @@ class Calibration:
     def _kept(self, name: str, before: dict[str, Compressed], weighted: bool, found: Regression) -> Regression:
         """A regression, for later where nothing is compressed before it."""
         if not before:
-            self._forget(self._size(name))
             self._first[name, weighted] = found
         return found
 
     def _size(self, name: str) -> int:
         """Bytes of a layer's regression with what it computes once."""
         m, n = self.network.shape(name)
-        return 8 * (
-            m + 2 * m * n + n * n if isinstance(self.network.operator(name), Lookup) else 3 * m * m + 2 * m * n + n * n
-        )
+        inputs = m if isinstance(self.network.operator(name), Lookup) else 3 * m * m
+        return 8 * (inputs + 2 * m * n + 2 * n * n)
 
     def rest(self) -> None:
         """Let go of the batches that are on their way through the network."""
@@ -177,8 +187,7 @@ class Calibration:
         packed = self._metrics[name]
         if packed is None:
             return None
-        upper = torch.from_numpy(dtpttr(self.network.shape(name)[1], packed)[0])
-        return upper.triu() + upper.triu(1).T
+        return mirrored(torch.from_numpy(dtpttr(self.network.shape(name)[1], packed)[0]))
 
     def _measure_metrics(self, names: tuple[str, ...]) -> None:
         self._metrics |= dict.fromkeys(names)

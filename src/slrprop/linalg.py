@@ -191,6 +191,13 @@ def reduced_rank(target: Tensor, covariance: Tensor, root: Tensor | None, rank: 
     return projected(target, root, principal(target, covariance, root, rank))
 
 
+def mirrored(upper: Tensor) -> Tensor:
+    """The symmetric matrix with this upper triangle; what is below its diagonal means nothing."""
+    found = upper.triu()
+    found += found.triu(1).T  # in place: they can be wide
+    return found
+
+
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """The same product with orthogonal components whose two sides have the same length."""
     qa, ra = torch.linalg.qr(left)

@@ -28,13 +28,13 @@ class Pairs:
     """A layer's inputs behind compressed layers, and its original pre-activations, on one data set.
 
     ``outputs``: the original pre-activations that are kept, batch by batch. ``together``: whether all batches may go through the
-    network at once, one layer after the other.
+    network at once, one layer after the other. ``keeps``: whether the pre-activations of all layers fit.
     """
 
     def __init__(self, network: Network, data: Data) -> None:
         self.network, self.data = network, data
         self.outputs: dict[str, list[Tensor]] = {}
-        self.together = False
+        self.together = self.keeps = False
         self._inputs: dict[str, list[Tensor] | None] = {}
         self._locksteps: dict[bool, Lockstep] = {}  # through the original network, and behind compressed layers
 
@@ -47,8 +47,9 @@ class Pairs:
         shapes = [self.network.shape(name) for name in names]
         once = all(self.network.layers[name].calls == 1 for name in self.network.order)
         standing = max(4 * rows * max(map(max, shapes)), samples * self.network.standing)
-        self.together = once and standing <= bound()
-        return 4 * rows * sum(n for _, n in shapes) <= bound() // 2
+        self.together = once and 2 * standing <= bound()  # the original's batches, and those behind compressed layers
+        self.keeps = 4 * rows * sum(n for _, n in shapes) <= bound() // 2
+        return self.keeps
 
     def original(self, name: str) -> Compressed:
         """What the layer computes in the original network."""
@@ -105,7 +106,7 @@ class Pairs:
         if found is not None:
             weight, bias = self.network.weight(name), self.network.bias(name)
             made = (x.to(weight) @ weight if bias is None else x.to(weight) @ weight + bias for x in found)
-            yield from self._kept(name, made, sum(map(len, found)))
+            yield from self._kept(name, made, sum(map(len, found))) if self.keeps else made
             return
         for flow in self.network.stream((name,), self.data, whole=False):
             yield from (z for _, z in flow.calls[name])

@@ -1,7 +1,7 @@
 """The problem every data-aware method solves: a layer's inputs, what its outputs should be, and which outputs matter; in float64."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -44,11 +44,13 @@ class Spread(NamedTuple):
     def of(cls, covariance: Tensor) -> "Spread":
         """From the covariance (r x r) of what the rows are multiplied with."""
         order = covariance.diagonal().argsort(descending=True)
-        spread = covariance[order][:, order]
+        spread = covariance[order[:, None], order]
         spread.diagonal().add_(ROUNDING_DAMPING * level(spread))
         # from A = U U^T with U upper triangular: A^-1 = R^T R for R = U^-1
-        factor = torch.linalg.cholesky(spread.flip(0, 1)).flip(0, 1)
+        spread = spread.flip(0, 1)
+        factor = torch.linalg.cholesky(spread)
         del spread
+        factor = factor.flip(0, 1)
         return cls(order, torch.linalg.solve_triangular(factor, torch.eye(len(order), dtype=factor.dtype), upper=True))
 
 
@@ -88,6 +90,13 @@ class Regression:
     def corrected_bias(self, weight: Tensor) -> Tensor:
         """The bias (n,) that makes the mean output right for a dense weight (m x n)."""
         return self.target_mean - self.mean @ weight
+
+    @cached_property
+    def unweighted(self) -> "Regression":
+        """The same with all outputs weighing alike."""
+        found = replace(self, metric=None, root=None)
+        vars(found).update({key: vars(self)[key] for key in ("spread", "freedom") if key in vars(self)})
+        return found
 
     @cached_property
     def spread(self) -> Spread:

@@ -10,6 +10,7 @@ from scipy.linalg.blas import dsyrk
 from torch import Tensor, nn
 
 from slrprop.data import Data
+from slrprop.linalg import mirrored
 from slrprop.network import open_network
 from slrprop.network.base import Network
 from slrprop.operators import Lookup
@@ -73,7 +74,7 @@ class Moments:
     @property
     def square(self) -> Tensor:
         """The sum of ``(x - mean) (x - mean)^T`` (m x m)."""
-        return self._upper.triu() + self._upper.triu(1).T
+        return mirrored(self._upper)
 
     def add(self, x: Tensor, z: Tensor) -> None:
         """Take in a batch, (p x m) and (p x n)."""

@@ -96,7 +96,9 @@ def in_order(
         compressed[name] = computed_by(problem, layer)
     names = [name for name in problem.network.order if name in chosen]
     fitted = tuple(name for name in names if not problem.network.operator(name).bits_only)
-    problem.calibration.prepare(fitted, any(settings.weighted for _, settings in chosen.values()))
+    given = [settings for _, settings in chosen.values()]
+    alone = not any(settings.sequential for settings in given)
+    problem.calibration.prepare(fitted, any(settings.weighted for settings in given), alone)
     try:
         for name in names:
             method, settings = chosen[name]

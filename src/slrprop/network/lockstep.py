@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from slrprop.memory import give_back
 from slrprop.network.base import Network
 
 
@@ -51,6 +52,7 @@ class Lockstep(ABC):
         between = {layer: changed.get(layer) for layer in self._order[self._at : at]}
         self._passed |= between
         found = self._go(name, between)
+        give_back()
         self._at, self._inputs = at, found or []
         return found
 

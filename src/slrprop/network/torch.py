@@ -373,7 +373,7 @@ class TorchNetwork(Network):
             )
             for name, weight in weights.items()
         }
-        found = TorchNetwork(swapped(self.model, modules), data, self.reading)
+        found = TorchNetwork(swapped(self.model, modules, sharing=True), data, self.reading)
         found.layers |= {name: replace(layer, calls=self.layers[name].calls) for name, layer in found.layers.items()}
         found.at_once = self.at_once
         return found

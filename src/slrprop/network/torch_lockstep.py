@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from slrprop.data import Batch, Data
 from slrprop.factors import Dense
+from slrprop.memory import give_back_buffers
 from slrprop.network.lockstep import Changed, Lockstep
 from slrprop.network.torch import TorchNetwork, swapped
 from slrprop.network.torch_modules import undisturbed
@@ -70,6 +71,7 @@ class _Traveller(threading.Thread):
         """Called by every layer, in this thread."""
         if name == self.goal:
             self.x = x
+            give_back_buffers()
             self._stands.set()
             self._await()
 

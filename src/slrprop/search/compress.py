@@ -148,7 +148,7 @@ def compress(
     names, _ = treated(problem.network, "dense", find_method("dense").settings(bits=8), layers)
     original_bytes = file_bytes(problem.network) if not norms else size_of(model)
     most_bytes = None if max_bytes is None else parse_size(max_bytes, original_bytes, "max_bytes")
-    written = min(original_bytes, door.size(door.realise(Plan(()))))  # what no graph reads is not copied
+    written = min(original_bytes, door.size(door.realise(Plan(()), sharing=True)))  # what no graph reads is not copied
     reach = reach_of(problem.network, names, choices + narrow, written)
     if most_bytes is not None and most_bytes < reach.least < written:
         raise BudgetError(f"no plan can be within at most {most_bytes:,} bytes: {reach}; allow more, or give more methods or layers")  # fmt: skip

@@ -299,9 +299,9 @@ class Door:
         external = isinstance(model, OnnxFile) and model.external
         self.name = name if external else "model.onnx"  # which a file tells its size by only where data lie beside it
 
-    def realise(self, plan: Plan) -> Any:
-        """The network of a plan, for :func:`slrprop.network.open_network`."""
-        return realised(self.model, plan, self.integer_products)
+    def realise(self, plan: Plan, sharing: bool = False) -> Any:
+        """The network of a plan, for :func:`slrprop.network.open_network`; ``sharing`` as in :func:`slrprop.api.realised`."""
+        return realised(self.model, plan, self.integer_products, sharing)
 
     def size(self, made: Any) -> int:
         """Bytes of the file of a network that :meth:`realise` gave."""

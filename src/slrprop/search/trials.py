@@ -53,7 +53,7 @@ class Trials:
         self.evaluations += 1
 
         def measure() -> dict[str, float]:
-            made = self.door.realise(plan)
+            made = self.door.realise(plan, sharing=self.judge.own is None)  # who knows what the user's measure does to it
             outputs = self.judge.outputs(made)
             found = self.judge.judged(made, outputs)
             upper = self.judge.interval(self.original, found, errors(), self.checked)[1]
@@ -67,7 +67,7 @@ class Trials:
         """Bytes of a plan's network; it is not run for that."""
         key = plan.to_json()
         if key not in self._sizes:
-            self._sizes[key] = self.door.size(self.door.realise(plan))
+            self._sizes[key] = self.door.size(self.door.realise(plan, sharing=True))
         return self._sizes[key]
 
     def latency(self, plan: Plan) -> float:
