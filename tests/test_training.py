@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -19,9 +20,9 @@ from slrprop import SlrpropError, cli
 from slrprop.research import bench, datasets, training
 from slrprop.research.bench import Bench
 from slrprop.research.datasets import Dataset, cifar
-from slrprop.research.experiments import EXPERIMENTS, train_missing, trained, weights_of
+from slrprop.research.experiments import EXPERIMENTS, TRAINED, train_missing, trained, weights_of
 from slrprop.research.networks import VGG16, Convolution, Headed
-from slrprop.research.training import Recipe, Trainer, cropped, cut_out, device_of
+from slrprop.research.training import Recipe, Trainer, cropped, cut_out, device_of, digest
 
 needs_cifar = pytest.mark.skipif(
     not any((Path(os.environ.get("SLRPROP_DATA", "-")) / f"cifar10.npz{end}").exists() for end in ("", ".xz")),
@@ -299,3 +300,17 @@ def test_a_cut_out_square_is_zero_and_the_rest_is_the_crop():
     assert torch.equal(black.any(1), black.all(1))  # one place for all colours
     areas = {image.sum().item() for image in black.all(1)}
     assert max(areas) == 64 and len(areas) > 5
+
+
+def test_the_committed_network_is_the_experiment_s():
+    """Its log ends where the recipe does, and its numbers fit the network that the command trains."""
+    path = Path(__file__).parents[1] / "benchmarks" / "data" / "resnet20-cifar10.safetensors"
+    experiment = TRAINED["resnet20-cifar10"]
+    model = experiment.network()
+    model.load_state_dict(load_file(path))
+    assert digest(path) == "a9ccafeca8c4b41d9b9f8078be991e0a1aadac8467b8a38232f8031861e41753"
+    lines = path.with_suffix(".csv").read_text().splitlines()
+    assert len(lines) == 1 + experiment.recipe.epochs
+    assert sum(p.numel() for p in model.parameters()) == 272_474
+    x = torch.randn(4, 3, 32, 32)
+    assert model.eval()(x).shape == (4, 10)

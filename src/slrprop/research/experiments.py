@@ -90,6 +90,7 @@ RESNET20 = Experiment(
     "resnet20-cifar10", "cifar10", ResNet20, (), (), 512,
     Recipe(epochs=48, batch=128, learning_rate=0.2, weight_decay=5e-4, momentum=0.9, augment=cropped, convolutional=True), 1,
 )  # fmt: skip
+TRAINED = EXPERIMENTS | {RESNET20.name: RESNET20}
 COMPARED = EXPERIMENTS | {LENET300.name: LENET300}  # with what other articles than SLRProp's measure on
 
 

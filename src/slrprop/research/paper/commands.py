@@ -53,7 +53,9 @@ FIGURES = {
 
 @paper.command("train")
 def paper_train(
-    name: Name,
+    name: Annotated[
+        str, typer.Argument(help="lenet5-mnist, room-mlp, vgg16-cifar10, vgg16-cifar100 or resnet20-cifar10")
+    ],
     seeds: Seeds = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
     data: DataFolder = None,
@@ -67,7 +69,7 @@ def paper_train(
     require_choice("device", device, ("auto", "cpu", "cuda"))
     experiments = module("experiments")
     training = module("training")
-    experiment = experiments.find_experiment(name)
+    experiment = experiments.find_experiment(name, experiments.TRAINED)
     loaded = experiment.load_data(data)
     told = []
     for seed in dict.fromkeys(map(experiment.training, range(seeds))):
