@@ -80,8 +80,9 @@ def test_half_precision_numbers_of_a_file_are_counted_as_two_bytes(trained, digi
 
 def test_shares_are_of_the_bytes_where_numbers_are_of_several_kinds():
     model = nn.Sequential(nn.Conv1d(4, 8, 3, bias=False).double(), nn.Flatten(), nn.Linear(24, 8, bias=False))
-    (layer,) = slrprop.inspect(model)
-    assert layer.share == 4 * 192 / (4 * 192 + 8 * 96)
+    first, second = slrprop.inspect(model)
+    assert (first.shape, second.shape) == ((12, 8), (24, 8))
+    assert first.share == 8 * 96 / (4 * 192 + 8 * 96) and second.share == 4 * 192 / (4 * 192 + 8 * 96)
 
 
 def test_a_layer_whose_new_bias_makes_it_larger_stays_dense():

@@ -21,7 +21,6 @@ from slrprop.layers import layer_from
 from slrprop.linalg import truncated_svd
 from slrprop.methods import Decision, Problem, find_method
 from slrprop.network import TorchNetwork
-from slrprop.network.torch_modules import dense_modules
 from slrprop.operators import MatMul
 from slrprop.plan import Plan
 from slrprop.quantize import quantised
@@ -131,7 +130,7 @@ def planned(model, data, factors, biases=None):
 
 def reading_half(model, name):
     """A layer that reads every other input."""
-    weight = dense_modules(model)[name].weight.detach().T
+    weight = model.get_submodule(name).weight.detach().T
     return Narrowed.cut(weight, torch.arange(len(weight)) % 2 == 0)
 
 

@@ -156,7 +156,7 @@ def test_how_many_samples_it_would_take_is_said(trained, fresh):
 
 
 class Mixed(nn.Module):
-    """Most of its numbers are in an embedding, an LSTM and a convolution."""
+    """Most of its numbers are in an embedding, an LSTM and a convolution; an LSTM is no layer."""
 
     def __init__(self):
         super().__init__()
@@ -181,20 +181,22 @@ def mixed(tmp_path_factory):
 @pytest.mark.parametrize("level", ["weights", "calibrated", "tuned"])
 def test_bytes_out_of_reach_are_refused_at_once(door, level, idle, mixed):
     model, x = mixed[0][door], mixed[1]
-    kinds = ("Embedding", "LSTM", "Conv")  # the same words from both doors
-    with pytest.raises(BudgetError, match=r"no plan can be within at most 20,000 bytes") as error:
-        compress(model, x, max_bytes=20_000, level=level)
-    assert error.value.best is None and all(f"{kind} " in str(error.value) for kind in kinds)
+    with pytest.raises(BudgetError, match=r"no plan can be within at most 10,000 bytes.* LSTM [23]\d %") as error:
+        compress(model, x, max_bytes=10_000, level=level)
+    assert error.value.best is None
     network = open_network(model, Data(x))
     untouched = int(str(error.value).split(" bytes: of the original's ")[1].split(" bytes ")[1].split()[0].replace(",", ""))  # fmt: skip
-    assert untouched > 4 * (network.numbers - 1600 - 160 - 44) > 20_000
+    layers = (
+        1600 + 40 + 160 + 4 + 4800 + 2880 + 40
+    )  # with their biases: the head, the output, the embedding, the convolution
+    assert untouched > 4 * (network.numbers - layers) >= 4 * (4032 + 80) > 10_000  # the LSTM and the norm
     assert str(slrprop.inspect(model)).splitlines()[-1].startswith("other numbers, by what uses them: ")
 
 
 def test_a_level_that_can_not_run_is_refused_at_once(idle, mixed):
     files, x = mixed
     names = open_network(files["onnx"], Data(x)).order
-    told = f"tuning needs a chain of dense layers from '{names[0]}' .* name the layers that have one \\({names[1]}\\)"
+    told = rf"tuning needs the gradients of all nodes, .* some without \(LSTM\); name the layers that only dense ones follow \({names[-1]}\)"
     with pytest.raises(SlrpropError, match=told):
         compress(files["onnx"], x, max_drop=5, level="tuned")
     with pytest.raises(SlrpropError, match="tuning needs 10 samples or more"):

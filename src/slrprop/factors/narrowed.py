@@ -80,6 +80,7 @@ class Narrowed(Factors):
         return {"rows": _bits(self.rows), "columns": _bits(self.columns)}
 
     def with_matrices(self, matrices: Mapping[str, Tensor]) -> "Narrowed":
+        require_matrix("the block", matrices["block"], (self.block.shape[0], self.block.shape[1]))
         return Narrowed(matrices["block"], self.rows, self.columns, self.known)
 
     def description(self) -> dict[str, Any]:

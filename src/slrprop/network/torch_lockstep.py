@@ -29,6 +29,11 @@ class _Stop(nn.Module):
         self.weight, self.bias = weight, bias
         self.now: tuple[Tensor, Tensor | None] | None = None  # another matrix and bias
 
+    def laid(self, form: Changed) -> tuple[Tensor, Tensor]:
+        """Another matrix and bias, in memory as torch stores a weight: products round as those of its own layers."""
+        stored = self.operator.stored(form.weight.to(self.weight)).contiguous()
+        return self.operator.matrix(stored), form.bias.to(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         traveller = threading.current_thread()
         if isinstance(traveller, _Traveller):  # not in a thread of the model's own
@@ -98,8 +103,8 @@ class TorchLockstep(Lockstep):
 
     def _go(self, name: str, between: Mapping[str, Changed | None]) -> list[Tensor] | None:
         for layer, form in between.items():
-            like = self._stops[layer].weight
-            self._stops[layer].now = None if form is None else (form.weight.to(like), form.bias.to(like))
+            stop = self._stops[layer]
+            stop.now = None if form is None else stop.laid(form)
         found, operator, first = [], self.network.operator(name), 0
         for traveller in self._travellers:
             with undisturbed(traveller.network.device):

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+from torch.nn import functional
 
-from slrprop.factors import Factors, Quantized, express
+from slrprop.factors import Dense, Factors, Quantized, express
 from slrprop.factors.spatial import Sequence
 from slrprop.operators.base import Operator
 from slrprop.operators.lookup import Lookup
@@ -32,6 +33,11 @@ class MatMul(Operator):
 
     def outputs(self, y: Tensor, first: int | None = None) -> Tensor:
         return y.reshape(-1, y.shape[-1])
+
+    def compute(self, form: Factors, bias: Tensor | None, x: Tensor) -> Tensor:
+        if isinstance(form, Dense) and bias is not None:  # rounded as torch's own layer is
+            return functional.linear(x, form.weight.T, bias.to(x))
+        return super().compute(form, bias, x)
 
     def enter(self, x: Tensor, weight: Tensor) -> Tensor:
         return x @ weight
