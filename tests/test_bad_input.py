@@ -195,7 +195,7 @@ WRONG_WORDS = {
     "no data": ({"data": None}, "needs? calibration data.* none was given"),
     "a state dict": ({"model": network().state_dict()}, "model must be a torch.nn.Module or the path of an .onnx file, got OrderedDict"),
     "no model": ({"model": None}, "model must be a torch.nn.Module or the path of an .onnx file, got NoneType"),
-    "no dense layer": ({"model": nn.Sequential(nn.ReLU())}, "the model has no dense layer"),
+    "no dense layer": ({"model": nn.Sequential(nn.ReLU())}, "the model has no layer"),
 }  # fmt: skip
 
 

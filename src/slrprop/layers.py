@@ -148,7 +148,7 @@ def layer_from(form: Factors, bias: Tensor | None, operator: Operator = _MATMUL)
     (m, n), has_bias = form.shape, bias is not None
     made: nn.Module
     if isinstance(operator, Lookup):
-        made = nn.utils.skip_init(nn.Embedding, m, n)
+        return nn.Embedding.from_pretrained(form.weight.detach().clone(), freeze=False)
     elif isinstance(operator, MatMul):
         made = nn.utils.skip_init(nn.Linear, m, n, bias=has_bias)
     elif isinstance(operator, Convolution) and all(before == behind for before, behind in operator.padding) and not operator.transposed:  # fmt: skip
