@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slrprop.factors import Quantized, Spatial, Tucker
 from slrprop.linalg import reduced_rank
-from slrprop.quantize import form_of, rounded
+from slrprop.quantize import compensated, form_of, rounded
 from slrprop.regression import Regression, Spread, level
 
 RIDGE = 1e-6  # of what is solved, times its mean diagonal
@@ -100,7 +100,9 @@ class Sides:
         return found
 
 
-def rounded_sides(form: Spatial | Tucker, bits: int, task: Regression) -> Quantized:
+@compensated.register(Spatial)
+@compensated.register(Tucker)
+def _(form: Spatial | Tucker, bits: int, task: Regression) -> Quantized:
     """A form (float64) in few bits: what comes later is fitted to what is rounded already, errors compensated on the data."""
     high, wide = form.kernel if isinstance(form, Spatial) else (1, task.operator.unit)
     sides = Sides.of(task, high, wide)

@@ -6,7 +6,7 @@ All matrices are in the articles' orientation: a weight is ``m x n`` = inputs (r
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -32,22 +32,22 @@ class Factors(ABC):
     def shape(self) -> tuple[int, int]:
         """(m, n): inputs, outputs."""
 
-    @abstractmethod
     def matrices(self) -> dict[str, Tensor]:
-        """The stored number arrays, by name."""
+        """The stored number arrays, by name: all tensors of a form that has no indices."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
-    @abstractmethod
     def with_matrices(self, matrices: Mapping[str, Tensor]) -> Self:
         """The same form with other numbers of the same shapes."""
+        return replace(self, **{name: matrices[name] for name in self.matrices()})  # type: ignore[type-var]
 
     @classmethod
-    @abstractmethod
     def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Self:
         """The form that :meth:`description` and :meth:`arrays` tell of.
 
         Raises:
             KeyError, SlrpropError: they do not belong together.
         """
+        return cls(**{field.name: arrays[field.name] for field in fields(cls)})  # type: ignore[arg-type]
 
     def description(self) -> dict[str, Any]:
         """What :meth:`restored` needs besides the arrays, as JSON-like values."""
@@ -134,16 +134,6 @@ class Dense(Factors):
     def shape(self) -> tuple[int, int]:
         return self.weight.shape[0], self.weight.shape[1]
 
-    def matrices(self) -> dict[str, Tensor]:
-        return {"weight": self.weight}
-
-    def with_matrices(self, matrices: Mapping[str, Tensor]) -> "Dense":
-        return Dense(matrices["weight"])
-
-    @classmethod
-    def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> "Dense":
-        return cls(arrays["weight"])
-
     def dense(self) -> Tensor:
         return self.weight
 
@@ -157,9 +147,6 @@ class Table(Dense):
     """The weight of an embedding (m x n): numbers of a row share a scale when they are quantised."""
 
     kind: ClassVar[str] = "table"
-
-    def with_matrices(self, matrices: Mapping[str, Tensor]) -> "Table":
-        return Table(matrices["weight"])
 
     def scale_axes(self) -> dict[str, int]:
         return {"weight": 1}
@@ -189,16 +176,6 @@ class LowRank(Factors):
     @property
     def shape(self) -> tuple[int, int]:
         return self.left.shape[0], self.right.shape[1]
-
-    def matrices(self) -> dict[str, Tensor]:
-        return {"left": self.left, "right": self.right}
-
-    def with_matrices(self, matrices: Mapping[str, Tensor]) -> "LowRank":
-        return LowRank(matrices["left"], matrices["right"])
-
-    @classmethod
-    def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> "LowRank":
-        return cls(arrays["left"], arrays["right"])
 
     def dense(self) -> Tensor:
         return self.left @ self.right

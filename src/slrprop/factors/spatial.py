@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -17,12 +17,6 @@ class Sequence(Factors):
     """What sequences of convolutions share: ``kernel`` is the whole one's size; rows of the matrix go in whole channels."""
 
     kernel: tuple[int, ...]
-
-    def with_matrices(self, matrices: Mapping[str, Tensor]) -> "Sequence":
-        return replace(self, **matrices)  # type: ignore[arg-type]
-
-    def matrices(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def description(self) -> dict[str, Any]:
         return {"kind": self.kind, "kernel": list(self.kernel)}

@@ -5,13 +5,12 @@ from functools import partial
 from typing import Any, ClassVar
 
 from slrprop.checks import require_count
-from slrprop.factors import Quantized, Spatial
+from slrprop.factors import Spatial
 from slrprop.methods.base import Check, RankSettings, grid
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.operators import Convolution, Operator
-from slrprop.quantize import compensated
 from slrprop.regression import Regression
-from slrprop.sides import Sides, rounded_sides
+from slrprop.sides import Sides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +38,10 @@ class SpatialSettings(RankSettings, CalibratedSettings):
         return convolution and min(operator.kernel) > 1
 
     def stored_numbers(self, m: int, n: int) -> int:
-        wide = self.kernel[1]
-        return self.rank * (m // wide + wide * n)
+        return self.rank * (m // self.kernel[1] + self.kernel[1] * n)
 
     def refusal(self, m: int, n: int) -> str:
-        wide = self.kernel[1]
-        most = min(m // wide, wide * n)
+        most = min(m // self.kernel[1], self.kernel[1] * n)
         return f"rank {self.rank} is above its smaller side {most}" if self.rank > most else ""
 
     @classmethod
@@ -63,11 +60,6 @@ def fit(task: Regression, settings: SpatialSettings) -> Spatial:
         second = sides.second(first)
     size = (first.norm(dim=0) / second.unflatten(0, (-1, wide)).flatten(1).norm(dim=1)).clamp(1e-8, 1e8).sqrt()
     return Spatial((high, wide), first / size, second * size.repeat_interleave(wide)[:, None])
-
-
-@compensated.register
-def _(form: Spatial, bits: int, task: Regression) -> Quantized:
-    return rounded_sides(form, bits, task)
 
 
 METHOD = calibrated("spatial", SpatialSettings, fit)

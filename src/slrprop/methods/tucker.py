@@ -1,24 +1,24 @@
 """Convolutions between fewer channels, fitted to calibration data."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 from slrprop.checks import require_count, require_density
-from slrprop.factors import Quantized, Tucker
+from slrprop.factors import Tucker
 from slrprop.linalg import reduced_rank
-from slrprop.methods.base import Check, Settings
+from slrprop.methods.base import Check
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.operators import Convolution, Operator
-from slrprop.quantize import compensated
 from slrprop.regression import Regression
-from slrprop.sides import Sides, rounded_sides
+from slrprop.sides import Sides
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuckerSettings(CalibratedSettings, Settings):
+class TuckerSettings(CalibratedSettings):
     """A convolution between fewer channels: 1 x 1 in front, the kernel, 1 x 1 behind, each fitted to what comes before it.
 
     Args:
@@ -43,9 +43,7 @@ class TuckerSettings(CalibratedSettings, Settings):
 
     def channels(self, m: int, n: int) -> tuple[int, int, int]:
         """Places of the kernel, and the channels that it goes between."""
-        unit = 1
-        for side in self.kernel:
-            unit *= side
+        unit = math.prod(self.kernel)
         return unit, max(1, round(self.keep * m / unit)), max(1, round(self.keep * n))
 
     def stored_numbers(self, m: int, n: int) -> int:
@@ -70,11 +68,6 @@ def fit(task: Regression, settings: TuckerSettings) -> Tucker:
             first = sides.orthogonal(sides.first(first, core @ last))
     size = (core.norm(dim=0) / last.norm(dim=1)).clamp(1e-8, 1e8).sqrt()
     return Tucker(task.operator.kernel, first, core / size, size[:, None] * last)
-
-
-@compensated.register
-def _(form: Tucker, bits: int, task: Regression) -> Quantized:
-    return rounded_sides(form, bits, task)
 
 
 METHOD = calibrated("tucker", TuckerSettings, fit)

@@ -10,7 +10,7 @@ from torch import Tensor
 from slrprop.network.onnx_constants import Constant, attribute, standard, tensor_of
 from slrprop.network.onnx_file import FLOATS
 from slrprop.operators import Convolution, Lookup, MatMul, Operator
-from slrprop.operators.convolution import Sides
+from slrprop.operators.convolution import Sides, same
 
 if TYPE_CHECKING:
     from slrprop.network.onnx_graph import Graph
@@ -175,13 +175,8 @@ class Finder:
             return ((0, 0),) * count, f"its auto_pad '{how}' is not known"
         if len(sides) != count or not all(side > 0 or step == 1 for side, step in zip(sides, stride, strict=True)):
             return ((0, 0),) * count, f"its auto_pad '{how}' depends on the map's sides, which are open"
-        found = []
-        for side, places, step, reach in zip(sides, kernel, stride, dilation, strict=True):
-            more = max(
-                0, (-(-side // step) - 1) * step + reach * (places - 1) + 1 - side if step > 1 else reach * (places - 1)
-            )
-            found.append((more // 2, more - more // 2) if how == "SAME_UPPER" else (more - more // 2, more // 2))
-        return tuple(found), ""
+        axes = zip(sides, kernel, stride, dilation, strict=True)
+        return tuple(same(*axis, how == "SAME_UPPER") for axis in axes), ""
 
     def _is_row(self, name: str, n: int) -> bool:
         """Whether a tensor is a constant (n,) or (1, n), or one number for all."""

@@ -17,9 +17,8 @@ from torch.nn import functional
 from slrprop.network.onnx_constants import attribute, standard, tensor_of
 from slrprop.network.onnx_graph import Graph
 from slrprop.network.onnx_places import Place
+from slrprop.operators.convolution import CONVOLVED, TRANSPOSED, same
 
-CONVOLVED = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
-TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
 MAX_POOLS = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
 AVERAGE_POOLS = {1: functional.avg_pool1d, 2: functional.avg_pool2d, 3: functional.avg_pool3d}
 Values = list[Tensor | None]
@@ -126,10 +125,8 @@ def _pads(node: NodeProto, x: Tensor, kernel: list[int], stride: list[int], dila
         pads = _sides(node, "pads", 2 * count, 0) if how == "NOTSET" else [0] * 2 * count
         pairs = list(zip(pads[:count], pads[count:], strict=True))
     else:
-        pairs = []
-        for side, places, step, reach in zip(x.shape[2:], kernel, stride, dilation, strict=True):
-            more = max(0, (-(-side // step) - 1) * step + reach * (places - 1) + 1 - side)
-            pairs.append((more // 2, more - more // 2) if how == "SAME_UPPER" else (more - more // 2, more // 2))
+        axes = zip(x.shape[2:], kernel, stride, dilation, strict=True)
+        pairs = [same(*axis, how == "SAME_UPPER") for axis in axes]
     return [side for pair in reversed(pairs) for side in pair]
 
 
