@@ -74,11 +74,6 @@ def inspect(model: Model) -> Inspection:
     return found
 
 
-def other_numbers(model: Model) -> str:
-    """:attr:`Inspection.other` of a model."""
-    return inspect(model).other
-
-
 def warn_if_compressed(model: Model | OnnxFile) -> None:
     """Say it where a model's layers are compressed already."""
     if isinstance(model, nn.Module):

@@ -1,7 +1,7 @@
 """What a dense weight can become."""
 
 from slrprop.factors.base import Dense, Factors, LowRank, Table, restored
-from slrprop.factors.blocks import Index, Segment, SparseLowRank, members, span
+from slrprop.factors.blocks import Index, SparseLowRank
 from slrprop.factors.expression import express
 from slrprop.factors.narrowed import Narrowed
 from slrprop.factors.quantized import Quantized, stored_bytes
@@ -17,7 +17,6 @@ __all__ = [
     "LowRankPlusSparse",
     "Narrowed",
     "Quantized",
-    "Segment",
     "Shared",
     "Sparse",
     "SparseLowRank",
@@ -25,8 +24,6 @@ __all__ = [
     "Table",
     "Tucker",
     "express",
-    "members",
     "restored",
-    "span",
     "stored_bytes",
 ]

@@ -66,7 +66,8 @@ class Index(NamedTuple):
 
     @classmethod
     def of(cls, places: Tensor) -> "Index":
-        return cls(places, span(places))
+        first, last = (int(places[0]), int(places[-1])) if len(places) else (0, -2)
+        return cls(places, slice(first, last + 1) if last - first == len(places) - 1 else None)
 
     @classmethod
     def where(cls, mask: Tensor) -> "Index":
@@ -75,24 +76,14 @@ class Index(NamedTuple):
 
     def every(self, unit: int) -> "Index":
         """The channels that places in whole channels of so many rows belong to."""
-        part = self.part
-        return (
-            Index(self.places[::unit] // unit, None if part is None else slice(part.start // unit, part.stop // unit))
-            if unit > 1
-            else self
-        )
+        part = None if self.part is None else slice(self.part.start // unit, self.part.stop // unit)
+        return Index(self.places[::unit] // unit, part) if unit > 1 else self
 
     def taken(self, x: Tensor, axis: int) -> Tensor:
         """What stands at these places, without a copy where they are neighbours."""
         if self.part is None:
             return x.index_select(axis, self.places.to(x.device))
         return x.narrow(axis, self.part.start, self.part.stop - self.part.start)
-
-
-def span(index: Tensor) -> slice | None:
-    """Ascending neurons as a slice, where they are neighbours."""
-    first, last = (int(index[0]), int(index[-1])) if len(index) else (0, -2)
-    return slice(first, last + 1) if last - first == len(index) - 1 else None
 
 
 class Segment(NamedTuple):
