@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slrprop.linalg import SVD
+from slrprop.network.torch_modules import operator_of
 
 
 def mean_loss(model: nn.Module, x: Tensor, y: Tensor | None, original: Tensor, loss: str) -> float:
@@ -26,7 +27,7 @@ def mean_loss(model: nn.Module, x: Tensor, y: Tensor | None, original: Tensor, l
 @torch.no_grad()
 def naive_cost(
     model: nn.Module,
-    linear: nn.Linear,
+    layer: nn.Module,
     svd: SVD,
     reduced_rank: int,
     x: Tensor,
@@ -37,26 +38,27 @@ def naive_cost(
     baseline: str = "truncated",
     tick: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
-    """``|c - c_i|`` for the named rows and columns (all by default); the weight is put back afterwards."""
-    before = linear.weight.detach().clone()
+    """``|c - c_i|`` for the named rows (of a convolution input channels) and columns (all by default); the weight is put back afterwards."""
+    before, operator = layer.weight.detach().clone(), operator_of(layer)
+    unit = operator.unit
     original = model(x)
 
     def measured(left: Tensor, right: Tensor) -> float:
-        linear.weight.copy_((left @ right).T)
+        layer.weight.copy_(operator.stored(left @ right))
         tick()
         return mean_loss(model, x, y, original, loss)
 
     try:
         c = mean_loss(model, x, y, original, loss) if baseline == "original" else measured(svd.left, svd.vt)
         row_scores, column_scores = [], []
-        for i in range(len(svd.u)) if rows is None else rows:
+        for i in range(len(svd.u) // unit) if rows is None else rows:
             left = svd.left.clone()
-            left[i, reduced_rank:] = 0
+            left[i * unit : (i + 1) * unit, reduced_rank:] = 0
             row_scores.append(abs(c - measured(left, svd.vt)))
         for j in range(svd.vt.shape[1]) if columns is None else columns:
             right = svd.vt.clone()
             right[reduced_rank:, j] = 0
             column_scores.append(abs(c - measured(svd.left, right)))
     finally:
-        linear.weight.copy_(before)
+        layer.weight.copy_(before)
     return torch.tensor(row_scores, dtype=torch.float64), torch.tensor(column_scores, dtype=torch.float64)

@@ -16,6 +16,8 @@ from torch.nn.utils import parametrizations
 import slrprop
 from slrprop.layers import FactoredLayer
 from slrprop.linalg import truncated_svd
+from slrprop.network.torch_modules import operator_of
+from slrprop.operators import Convolution, MatMul, Operator
 from tests.oracle import mean_loss, naive_cost
 
 torch.set_num_threads(1)
@@ -33,7 +35,7 @@ def itself(result: Tensor) -> Tensor:
 
 
 class Case(NamedTuple):
-    """A model with samples; ``dense`` names its dense layers, ``chain`` those that slrprop treats (none: it refuses)."""
+    """A model with samples; ``dense`` names its dense layers and convolutions, ``chain`` those that slrprop treats (none: it refuses)."""
 
     model: nn.Module
     inputs: tuple[Tensor, ...]
@@ -42,6 +44,7 @@ class Case(NamedTuple):
     chain: tuple[str, ...] = ()
     left_dense: tuple[str, ...] = ()
     bypassed: tuple[str, ...] = ()  # dense layers that nobody calls as modules
+    looked_up: tuple[str, ...] = ()  # embeddings
     read: Callable[[Any], Tensor] = itself  # the class scores in the model's result
 
     @property
@@ -143,7 +146,14 @@ def tied_embedding() -> Case:
     net.first = nn.Linear(WIDE, WIDE)
     net.last.weight = net.embedding.weight
     tokens = torch.randint(14, (8, 3))
-    return Case(net, (tokens,), tokens.roll(1, 1), chain=FRL, left_dense=("last",))
+    return Case(
+        net, (tokens,), tokens.roll(1, 1), chain=FRL, left_dense=("last", "embedding"), looked_up=("embedding",)
+    )
+
+
+def embedding() -> Case:
+    net = mlp(lambda net, x: plain(net, net.embedding(x)), embedding=nn.Embedding(30, IN))
+    return Case(net, (torch.randint(30, (8, 3)),), labels(3), chain=FRL, looked_up=("embedding",))
 
 
 def non_contiguous() -> Case:
@@ -313,9 +323,20 @@ def weight_norm() -> Case:
 
 
 def convolution() -> Case:
-    net = mlp(lambda net, x: plain(net, net.conv(x).relu().flatten(1)), conv=nn.Conv2d(1, 2, 3))
-    net.first = nn.Linear(2 * 2 * 3, WIDE)
-    return Case(net, (features(1, 4, 5),), labels(), chain=FRL)
+    net = mlp(lambda net, x: plain(net, net.conv(x).relu().flatten(1)), conv=nn.Conv2d(2, 6, 3, 2, 1))
+    net.first = nn.Linear(6 * 2 * 3, WIDE)
+    return Case(net, (features(2, 4, 5),), labels(), ("conv", *MLP), FRL)
+
+
+def convolution_of_steps() -> Case:
+    """Dilated, without a bias, its output added to its input."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        steps = net.first(x).relu().transpose(1, 2)
+        return net.last(net.middle((steps + net.conv(steps)).relu().mean(2)).relu())
+
+    conv = nn.Conv1d(WIDE, WIDE, 3, padding=2, dilation=2, bias=False)
+    return Case(mlp(run, conv=conv), (features(5, IN),), labels(), (*MLP, "conv"), ("middle",))
 
 
 def one_output() -> Case:
@@ -340,7 +361,7 @@ CASES = [
     nested, used_twice, two_names, tied_linears, tied_embedding, non_contiguous, no_bias, tokens, batch_norm,
     inplace_relu, residual, encoder_layer, attention, lstm, returns_tuple, returns_dict, returns_object, two_inputs,
     softmax, log_softmax, no_targets, real_targets, custom_autograd, branch_by_value, branch_by_batch, numpy_inside,
-    by_weight, weight_norm, convolution, one_output, encoder_stack, alone,
+    by_weight, weight_norm, convolution, convolution_of_steps, embedding, one_output, encoder_stack, alone,
 ]  # fmt: skip
 
 
@@ -385,13 +406,33 @@ def state(model: nn.Module) -> tuple[str, list[bool], list[int]]:
     return digest.hexdigest(), [module.training for module in modules], [len(m._forward_hooks) for m in modules]
 
 
+def operator_in(module: nn.Module) -> Operator:
+    return module.operator if isinstance(module, FactoredLayer) else operator_of(module)
+
+
+def planned(case: Case, plan: slrprop.Plan) -> nn.Module:
+    """The model with what the plan's factors multiply out to."""
+    weights = {
+        layer.name: operator_of(case.model.get_submodule(layer.name)).stored(layer.factors.dense())
+        for layer in plan.layers
+    }
+    return with_weights(case.model, weights)
+
+
 def with_weights(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-    """A copy of the model whose named layers are dense with these weights (n x m)."""
+    """A copy of the model whose named layers are torch's own with these weights, as torch stores them."""
     twin = copy.deepcopy(model)
     for name, weight in weights.items():
         old = twin.get_submodule(name)
-        layer = nn.Linear(*weight.T.shape)
-        layer.weight, layer.bias = nn.Parameter(weight.detach().clone()), old.bias
+        operator = operator_in(old)
+        if isinstance(operator, Convolution):
+            sides = [before for before, _ in operator.padding]
+            kind = nn.Conv1d if len(operator.kernel) == 1 else nn.Conv2d
+            layer = kind(weight.shape[1], len(weight), operator.kernel, operator.stride, sides, operator.dilation)
+        else:
+            layer = nn.Linear(*weight.T.shape) if isinstance(operator, MatMul) else nn.Embedding(*weight.shape)
+        layer.weight = nn.Parameter(weight.detach().clone())
+        layer.bias = getattr(old, "bias", None)
         for path, module in list(twin.named_modules(remove_duplicate=False)):
             if module is old and path:
                 parent, _, key = path.rpartition(".")
@@ -401,11 +442,14 @@ def with_weights(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     return twin
 
 
-def test_inspect_finds_the_dense_layers(case: Case) -> None:
+def test_inspect_finds_the_layers(case: Case) -> None:
     before = state(case.model)
     found = {info.name: info for info in slrprop.inspect(case.model)}
-    assert set(found) == set(case.dense)
-    assert all(info.shape == case.model.get_submodule(name).weight.T.shape for name, info in found.items())
+    assert set(found) == {*case.dense, *case.looked_up}
+    modules = {name: case.model.get_submodule(name) for name in found}
+    assert all(
+        info.shape == operator_of(modules[name]).matrix(modules[name].weight).shape for name, info in found.items()
+    )
     assert state(case.model) == before
 
 
@@ -421,6 +465,7 @@ def test_plan_and_apply(case: Case, settings: dict[str, Any]) -> None:
     random = torch.get_rng_state()
     made = case.plan(**settings)
     asked = set(case.chain) if propagating else set(case.dense) - set(case.bypassed)
+    asked |= set(case.looked_up if settings["method"] == "svd" else ())
     assert {layer.name for layer in made.layers} == asked - set(case.left_dense)
     assert set(made.left_dense) == asked & set(case.left_dense)
     small = slrprop.apply(case.model, made)
@@ -429,19 +474,17 @@ def test_plan_and_apply(case: Case, settings: dict[str, Any]) -> None:
     assert [module.training for module in small.modules() if isinstance(module, FactoredLayer)] == [True] * len(
         made.layers
     )
-    dense = with_weights(case.model, {layer.name: layer.factors.dense().T for layer in made.layers})
-    assert_same(case, small, dense)
+    assert_same(case, small, planned(case, made))
     factored = {name: module for name, module in small.named_modules() if isinstance(module, FactoredLayer)}
     for module in factored.values():
-        torch.testing.assert_close(module.weight, module.factors().dense().T, rtol=0, atol=0)
+        torch.testing.assert_close(module.weight, module.operator.stored(module.factors().dense()), rtol=0, atol=0)
     assert_same(case, small, with_weights(small, {name: module.weight for name, module in factored.items()}))
 
 
 def test_plan_without_data(case: Case) -> None:
     made = slrprop.plan(case.model, None, method="svd", rank=RANK)
-    assert {layer.name for layer in made.layers} == set(case.dense) - set(case.left_dense)
-    dense = with_weights(case.model, {layer.name: layer.factors.dense().T for layer in made.layers})
-    assert_same(case, slrprop.apply(case.model, made), dense)
+    assert {layer.name for layer in made.layers} == {*case.dense, *case.looked_up} - set(case.left_dense)
+    assert_same(case, slrprop.apply(case.model, made), planned(case, made))
 
 
 @pytest.mark.parametrize("method", ["svd", "slr", "slrprop"])
@@ -474,13 +517,14 @@ def test_costs_equal_the_naive_definition(case: Case) -> None:
         goals = [case.targets.reshape(output.shape) if loss == "squared" else output]  # what the oracle asks for first
         goal = goals[0]
         weight = case.model.get_submodule(name).weight.detach()
-        twin, svd = with_weights(case.model, {name: weight}), truncated_svd(weight.T, RANK)
+        twin, operator = with_weights(case.model, {name: weight}), operator_of(case.model.get_submodule(name))
+        svd = truncated_svd(operator.matrix(weight), RANK)
 
         def scores(_: Tensor, goals: list[Any] = goals, twin: nn.Module = twin) -> Tensor:
             return goals.pop() if goals else case.scores(twin)
 
         rows, columns = naive_cost(scores, twin.get_submodule(name), svd, REDUCED, case.inputs[0], case.targets, loss)
-        truncated = with_weights(case.model, {name: (svd.left @ svd.vt).T})
+        truncated = with_weights(case.model, {name: operator.stored(svd.left @ svd.vt)})
         base = mean_loss(case.scores, truncated, case.targets, goal, loss)
         assert got.baseline == pytest.approx(base, rel=1e-12)
         for mine, naive in ((got.rows, rows), (got.columns, columns)):

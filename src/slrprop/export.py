@@ -61,12 +61,12 @@ def _tensors(result: Any) -> list[Tensor]:
     return [tensor for value in values if value is not None for tensor in _tensors(value)]
 
 
-def _place(layer: FactoredLayer, x: Tensor, index: int) -> Tensor:
+def _place(layer: FactoredLayer, x: Tensor) -> Tensor:
     """A node that stands for a factored layer until its own are written, as they are stored."""
     kind = x.dtype if x.is_floating_point() else layer.like.dtype
     like = layer.operator.compute(Dense(x.new_empty(layer.shape, dtype=kind)), None, x)
     made: Tensor = torch.onnx.ops.symbolic(
-        f"{OWN}::Layer", (x,), {"index": index}, dtype=kind, shape=like.shape, version=1
+        f"{OWN}::Layer", (x,), {"index": layer.exported_as}, dtype=kind, shape=like.shape, version=1
     )
     return made
 
@@ -136,7 +136,8 @@ def export_onnx(
             shapes = ", ".join(str(tuple(item.shape)) for item in tensors)
             raise SlrpropError(f"the model can't take data of shape {shapes}: {first_line(error)}") from error
         layers = [module for module in model.modules() if isinstance(module, FactoredLayer)]
-        numbers = {id(layer): index for index, layer in enumerate(layers)}
+        for index, layer in enumerate(layers):
+            layer.exported_as = index  # the exporter may run a copy
         with replacing(path, no_model) as part:
             dynamic = torch.export.ShapesCollection()
             for tensor, axis in zip(
@@ -144,7 +145,7 @@ def export_onnx(
             ):
                 dynamic[tensor] = {axis: torch.export.Dim("batch")}
             try:
-                with _quiet(), in_place_of_layers(lambda layer, x: _place(layer, x, numbers[id(layer)])):
+                with _quiet(), in_place_of_layers(lambda layer, x: _place(layer, x)):
                     torch.onnx.export(
                         model, inputs, str(part), kwargs=named, dynamo=True,
                         dynamic_shapes=dynamic.dynamic_shapes(model, inputs, named) if dynamic_batch else None,

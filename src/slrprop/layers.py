@@ -44,6 +44,7 @@ class FactoredLayer(nn.Module):
     """
 
     like: Tensor
+    exported_as: int = 0
 
     def __init__(self, form: Factors, bias: Tensor | None, operator: Operator = _MATMUL) -> None:
         super().__init__()
@@ -144,17 +145,15 @@ def layer_from(form: Factors, bias: Tensor | None, operator: Operator = _MATMUL)
     """The module that computes with a form; ``bias`` is (n,) or None. A dense weight becomes torch's own module."""
     if not isinstance(form, Dense):
         return FactoredLayer(form, bias, operator)
-    bias = None if isinstance(operator, Lookup) else bias
     (m, n), has_bias = form.shape, bias is not None
     made: nn.Module
     if isinstance(operator, Lookup):
         return nn.Embedding.from_pretrained(form.weight.detach().clone(), freeze=False)
-    elif isinstance(operator, MatMul):
+    if isinstance(operator, MatMul):
         made = nn.utils.skip_init(nn.Linear, m, n, bias=has_bias)
     elif isinstance(operator, Convolution) and all(before == behind for before, behind in operator.padding) and not operator.transposed:  # fmt: skip
         sides = {"stride": operator.stride, "padding": tuple(before for before, _ in operator.padding), "dilation": operator.dilation}  # fmt: skip
-        channels = m // operator.unit * operator.groups
-        kind = CONVOLUTIONS[len(operator.kernel)]
+        kind, channels = CONVOLUTIONS[len(operator.kernel)], m // operator.unit * operator.groups
         made = nn.utils.skip_init(kind, channels, n, operator.kernel, groups=operator.groups, bias=has_bias, **sides)
     else:
         return FactoredLayer(form, bias, operator)

@@ -13,6 +13,7 @@ from slrprop.factors import Factors
 from slrprop.methods.base import Check, Decision, Method, Problem
 from slrprop.methods.slr import ShortenSettings, build, cost_of, shortened
 from slrprop.network.base import Network
+from slrprop.operators import MatMul
 from slrprop.relevance.simple import Scores, propagated
 
 
@@ -44,7 +45,8 @@ def response_layers(network: Network, frl: str | None) -> tuple[str, ...]:
     Raises:
         SlrpropError: the FRL is not named and can't be found.
     """
-    before = {network.next_layer(name): name for name in network.order if network.next_layer(name)}
+    dense = (name for name in network.order if isinstance(network.operator(name), MatMul) and network.next_layer(name))
+    before = {network.next_layer(name): name for name in dense}
     if frl is None:
         last = next((name for name in network.order if network.is_last(name)), None)
         frl = before.get(last) if last else None
