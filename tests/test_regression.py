@@ -16,7 +16,7 @@ import slrprop
 from slrprop import SlrpropError
 from slrprop.calibration import METRIC_DAMPING, Calibration
 from slrprop.data import Data
-from slrprop.factors import members
+from slrprop.factors.blocks import members
 from slrprop.linalg import truncated_svd
 from slrprop.methods import base as methods_base
 from slrprop.methods import refit as refit_module
