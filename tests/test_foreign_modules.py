@@ -628,7 +628,20 @@ def deep(net: Any, x: Tensor) -> Tensor:
     return net.last(net.twin(hidden(net, x)).relu())
 
 
-EXPORTED = [two_names, tokens, batch_norm, residual, encoder_layer, attention, returns_tuple, returns_dict, two_inputs]
+EXPORTED = [
+    two_names,
+    convolution,
+    convolution_of_steps,
+    embedding,
+    tokens,
+    batch_norm,
+    residual,
+    encoder_layer,
+    attention,
+    returns_tuple,
+    returns_dict,
+    two_inputs,
+]
 
 
 @pytest.mark.parametrize("make", EXPORTED, ids=lambda make: make.__name__)

@@ -36,7 +36,7 @@ class SLRPropSettings(ShortenSettings):
     checks: ClassVar[dict[str, Check]] = {"propagate": partial(require_choice, choices=("original", "truncated"))}
 
     def eligible(self, network: Network) -> tuple[str, ...]:
-        return response_layers(network, self.frl)
+        return tuple(name for name in response_layers(network, self.frl) if self.treats(network.operator(name)))
 
 
 def response_layers(network: Network, frl: str | None) -> tuple[str, ...]:
