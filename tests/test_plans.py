@@ -1,5 +1,6 @@
 """Plans whose factors were fitted to data: two files that belong together, or one sentence."""
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -172,3 +173,19 @@ def test_names_that_begin_with_others(trained, calibration, tmp_path):
     made.save(tmp_path / "plan.json")
     loaded = Plan.load(tmp_path / "plan.json")
     assert loaded == made and [layer.factors.shape for layer in loaded.layers] == [layer.shape for layer in named]
+
+
+def test_a_plan_from_before_a_setting_was_there_still_loads(trained, calibration, tmp_path):
+    """Its checksum is of what it says; the setting takes its default."""
+    made = slrprop.plan(trained, calibration, method="svd", layers=["0"], rank=4)
+    (layer,) = made.layers
+    old = dataclasses.replace(
+        made,
+        layers=(
+            dataclasses.replace(layer, settings={k: v for k, v in layer.settings.items() if k != "compression_rate"}),
+        ),
+    )
+    old.save(tmp_path / "old.json")
+    assert "compression_rate" not in (tmp_path / "old.json").read_text()
+    again = slrprop.apply(trained, slrprop.Plan.load(tmp_path / "old.json"))
+    assert torch.equal(again(calibration[0]), slrprop.apply(trained, made)(calibration[0]))

@@ -400,7 +400,7 @@ def build(layer: LayerPlan, weight: Tensor, digest: str) -> Factors:
             f"the plan lacks the fitted factors of layer '{layer.name}'; the file is damaged, or its 'fitted' was taken out"
         )
     known = set(method.settings.names())
-    if set(layer.settings) != known:
+    if not known.issuperset(layer.settings):  # those that came later have their defaults
         raise SlrpropError(
             f"the plan's settings of layer '{layer.name}' are not those of method '{layer.method}'; the file is damaged"
         )
