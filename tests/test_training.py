@@ -255,7 +255,7 @@ def test_devices():
 
 def test_the_command_trains_and_tells_the_digest(images, tmp_path, monkeypatch):
     experiment = tiny()
-    monkeypatch.setitem(EXPERIMENTS, "tiny", experiment)
+    monkeypatch.setitem(TRAINED, "tiny", experiment)
     monkeypatch.setattr(type(experiment), "load_data", lambda self, folder: images)
     called = ["paper", "train", "tiny", "--run-dir", str(tmp_path), "--device", "cpu", "--json"]
     first, second = (json.loads(CliRunner().invoke(cli.app, called).stdout) for _ in range(2))
