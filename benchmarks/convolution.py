@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks.quantisation import header
 from slrprop.export import export_onnx
-from slrprop.factors import Factors, LowRank, Spatial, Tucker
+from slrprop.factors import Factors, Fit, LowRank, Spatial, Tucker
 from slrprop.latency import latencies
 from slrprop.layers import layer_from
 from slrprop.network.torch_modules import operator_of
@@ -67,7 +67,7 @@ def files(channels: int, x: torch.Tensor, folder: Path) -> dict[str, Path]:
     dense = nn.Conv2d(channels, channels, 3, padding=1).eval()
     operator, bias = operator_of(dense), dense.bias.detach()
     modules: dict[str, nn.Module] = {"dense": dense}
-    modules |= {name: layer_from(form, bias, operator).eval() for name, form in forms(channels).items()}
+    modules |= {name: layer_from(Fit(form).over(bias), operator).eval() for name, form in forms(channels).items()}
     modules["half the channels"] = nn.Conv2d(channels // 2, channels // 2, 3, padding=1).eval()
     found = {}
     for name, module in modules.items():

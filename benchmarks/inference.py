@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from slrprop.export import export_onnx
-from slrprop.factors import Dense, Factors, LowRank, SparseLowRank
+from slrprop.factors import Dense, Factors, Fit, LowRank, SparseLowRank
 from slrprop.latency import latencies
 from slrprop.layers import layer_from
 from slrprop.linalg import SVD
@@ -69,7 +69,7 @@ def main() -> None:
     print("|" + "---|" * (5 + len(names)))
     for m, n in SHAPES:
         for k in args.ranks:
-            layers = {name: layer_from(form, torch.randn(n)).eval() for name, form in forms(m, n, k).items()}
+            layers = {name: layer_from(Fit(form).over(torch.randn(n))).eval() for name, form in forms(m, n, k).items()}
             with tempfile.TemporaryDirectory() as folder:
                 files = {name: Path(folder) / f"{index}.onnx" for index, name in enumerate(layers)}
                 for name, path in files.items():

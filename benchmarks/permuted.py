@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 
 import slrprop
+from slrprop.factors import Fit
 from slrprop.layers import layer_from
 from slrprop.network.torch import stored_numbers, swapped
 from slrprop.permutations import packed_bytes
-from slrprop.quantize import quantised, with_bias
+from slrprop.quantize import bias_in_few_bits, quantised
 from slrprop.research.experiments import EXPERIMENTS, trained
 from slrprop.research.networks import LeNet5, RoomMLP
 from slrprop.research.permuted import PermutedLinear, permute, train
@@ -119,7 +120,7 @@ def in_bits(model: nn.Module, bits: int) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, PermutedLinear):
             form = quantised(module.factors().with_matrices({key: value.detach() for key, value in module.factors().matrices().items()}), bits)  # fmt: skip
-            packed[name] = layer_from(with_bias(form, module.bias.detach()), None)
+            packed[name] = layer_from(Fit(form, bias_in_few_bits(module.bias.detach())))
     return swapped(model, packed)
 
 
@@ -260,7 +261,7 @@ def files_part(args: argparse.Namespace) -> None:
     seeded = PermutedLinear(4000, 4000, seed=0)
     for part in (seeded.scale, seeded.bias):
         nn.init.normal_(part)  # a trained layer's are no constants
-    packed = layer_from(seeded.factors().permuted(torch.arange(4000)), seeded.bias)
+    packed = layer_from(Fit(seeded.factors().permuted(torch.arange(4000))).over(seeded.bias))
     for name, layer in (("dense", nn.Linear(4000, 4000)), ("packed", packed), ("seed", seeded)):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "layer.onnx"

@@ -34,6 +34,7 @@ from onnx import TensorProto, helper, numpy_helper
 from slrprop.factors import (
     Dense,
     Factors,
+    Fit,
     LowRank,
     LowRankPlusSparse,
     Narrowed,
@@ -46,7 +47,7 @@ from slrprop.linalg import SVD
 from slrprop.methods.nested import NestedSettings
 from slrprop.network import onnx_rewrite
 from slrprop.network.onnx import OnnxNetwork
-from slrprop.quantize import quantised, with_bias
+from slrprop.quantize import bias_in_few_bits, quantised
 
 LAYERS = ["400x120x12", "120x84x8", "784x300x24", "512x4096x64", "4096x4096x64", "4096x4096x256"]
 SPARSE = [
@@ -118,7 +119,7 @@ def written(path: Path, form: Factors, opset: int = 21, integers: bool = False) 
     weight = numpy_helper.from_array(np.zeros((m, n), np.float32), "weight")
     model(dense, m, n, opset, [helper.make_node("MatMul", ["x", "weight"], ["y"], "dense")], [weight])
     network = OnnxNetwork(dense, None)
-    onnx_rewrite.rewritten(network.file, network.graph, {"dense": form}, {}, integers).save(path, lambda _: None)
+    onnx_rewrite.rewritten(network.file, network.graph, {"dense": Fit(form)}, integers).save(path, lambda _: None)
     dense.unlink()
 
 
@@ -310,16 +311,10 @@ def around(layers: list[Factors], bits: int, opset: int, folder: Path) -> int:
     ]
     model(folder / "dense.onnx", m, m, opset, made, tensors)
     network = OnnxNetwork(folder / "dense.onnx", None)
-    stored = dict(
-        zip(
-            names,
-            layers if bits == 32 else [with_bias(quantised(form, bits), torch.randn(m)) for form in layers],
-            strict=True,
-        )
-    )
-    biases = {name: form.bias for name, form in stored.items() if isinstance(form, Quantized) and form.bias is not None}
-    onnx_rewrite.rewritten(network.file, network.graph, stored, biases).save(folder / "few.onnx", lambda _: None)
-    return (folder / "few.onnx").stat().st_size - sum(network.stored(name, form) for name, form in stored.items())
+    few = (Fit(quantised(form, bits), bias_in_few_bits(torch.randn(m))) for form in layers)
+    stored = dict(zip(names, map(Fit, layers) if bits == 32 else few, strict=True))
+    onnx_rewrite.rewritten(network.file, network.graph, stored).save(folder / "few.onnx", lambda _: None)
+    return (folder / "few.onnx").stat().st_size - sum(network.stored(name, fit) for name, fit in stored.items())
 
 
 def bytes_around(m: int, k: int) -> list[str]:

@@ -18,7 +18,7 @@ from torch import nn
 
 import slrprop
 from benchmarks.quantisation import header
-from slrprop.factors import LowRank, Spatial
+from slrprop.factors import Fit, LowRank, Spatial
 from slrprop.layers import layer_from
 from slrprop.linalg import truncated_svd
 from slrprop.measure import measure
@@ -63,7 +63,7 @@ def by_weights(model: nn.Module, share: float, spatial: bool) -> nn.Module:
             form: Any = Spatial((3, 3), svd.left, svd.vt.unflatten(1, (3, n)).flatten(0, 1))
         else:
             form = LowRank.from_svd(truncated_svd(matrix, max(1, int(share * matrix.numel() / sum(matrix.shape)))))
-        made[name] = layer_from(form, bias, operator)
+        made[name] = layer_from(Fit(form).over(bias), operator)
     return swapped(model, made).eval()
 
 

@@ -105,9 +105,7 @@ def test_few_bits_keep_the_programmes_bias(method, trained, calibration):
         for bits in (32, 8)
     )
     shift = calibration[0].mean(0) @ (whole.factors.dense() - packed.factors.dense())
-    torch.testing.assert_close(
-        packed.factors.bias, whole.bias + shift, rtol=0, atol=0.02 * float(whole.bias.abs().max())
-    )
+    torch.testing.assert_close(packed.bias, whole.bias + shift, rtol=0, atol=0.02 * float(whole.bias.abs().max()))
 
 
 @METHODS

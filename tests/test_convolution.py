@@ -179,9 +179,11 @@ def test_both_doors_carry_out_the_same_plan(name, net, path, images, tmp_path):
     for layer in plan.layers:
         old, operator = net.get_submodule(layer.name), operator_of(net.get_submodule(layer.name))
         twin = type(old)(old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, dilation=old.dilation, groups=old.groups, **({"output_padding": old.output_padding} if layer.name == "up" else {})) if layer.name != "fc" else nn.Linear(16, 6)  # fmt: skip
-        bias = layer.factors.bias if hasattr(layer.factors, "bias") and layer.factors.bias is not None else layer.bias
-        bias = (torch.zeros(layer.shape[1]) if old.bias is None else old.bias.detach()) if bias is None else bias
-        twin.weight.data, twin.bias.data = operator.stored(layer.factors.dense().detach()).contiguous(), bias.clone()
+        bias = layer.fit.over(torch.zeros(layer.shape[1]) if old.bias is None else old.bias.detach()).bias.value
+        twin.weight.data, twin.bias.data = (
+            operator.stored(layer.factors.dense().detach()).contiguous(),
+            bias.clone(),
+        )
         parent = dense.get_submodule(layer.name.rpartition(".")[0])
         setattr(parent, layer.name.rpartition(".")[2], twin)
     torch.testing.assert_close(want, dense(images), rtol=1e-3, atol=1e-4)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from slrprop import SlrpropError
 from slrprop.checks import share
-from slrprop.factors import Dense, LowRank, SparseLowRank, express, restored
+from slrprop.factors import Dense, Fit, LowRank, SparseLowRank, express, restored
 from slrprop.layers import layer_from
 from slrprop.linalg import SVD, truncated_svd
 from slrprop.methods.slr import SLRSettings
@@ -112,7 +112,7 @@ def test_layers_compute_with_the_factors(case, has_bias, batch, ordered):
     if ordered:
         factors = factors.permuted(factors.row_levels.argsort(), factors.column_levels.argsort(descending=True))
     bias = torch.arange(factors.shape[1], dtype=torch.float64) if has_bias else None
-    layer = layer_from(factors, bias)
+    layer = layer_from(Fit(factors).over(bias))
     x = torch.randn(*batch, factors.shape[0], dtype=torch.float64)
     want = x @ factors.dense() + (0 if bias is None else bias)
     torch.testing.assert_close(layer(x), want)

@@ -46,7 +46,7 @@ class TestEveryMethod:
         for layer in plan.layers:
             module = twin.get_submodule(layer.name)
             module.weight.data = operator_of(module).stored(layer.factors.dense()).contiguous()
-            bias = layer.factors.bias if isinstance(layer.factors, Quantized) else layer.bias
+            bias = layer.bias
             module.bias.data = module.bias.data if bias is None else bias
         x = digits[0]
         torch.testing.assert_close(small(x), twin(x), rtol=1e-4, atol=1e-4)

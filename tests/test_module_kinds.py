@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import slrprop
-from slrprop.factors import Dense, Factors, LowRank, LowRankPlusSparse, Narrowed, Shared, Sparse, SparseLowRank
+from slrprop.factors import Dense, Factors, Fit, LowRank, LowRankPlusSparse, Narrowed, Shared, Sparse, SparseLowRank
 from slrprop.factors.base import KINDS
 from slrprop.layers import FactoredLayer, layer_from
 from slrprop.linalg import truncated_svd
@@ -266,7 +266,7 @@ def test_what_a_layer_was_made_with_can_still_be_read(tmp_path: Path) -> None:
         for layer in plan.layers:
             part, weight = twin.get_submodule(layer.name), layer.factors.dense()
             part.weight.data = operator_of(part).stored(weight).contiguous()
-            bias = getattr(layer.factors, "bias", layer.bias)
+            bias = layer.bias
             if bias is not None:
                 part.bias.data = bias
         torch.testing.assert_close(small(ids), twin(ids), rtol=1e-4, atol=1e-5)
@@ -445,7 +445,7 @@ def test_torch_export_of_every_form(packed: bool, tmp_path: Path) -> None:
     names = [f"{kind}_layer" for kind in forms]
     original = nn.Sequential(OrderedDict((name, nn.Linear(20, 20)) for name in names)).eval()
     layers = {
-        name: layer_from(in_bits(form, 4 + 4 * (turn % 2)) if packed else form, torch.randn(20) / 9)
+        name: layer_from(Fit(in_bits(form, 4 + 4 * (turn % 2)) if packed else form).over(torch.randn(20) / 9))
         for turn, (name, form) in enumerate(zip(names, forms.values(), strict=True))
     }
     small = swapped(original, layers).eval()

@@ -15,7 +15,7 @@ from slrprop import SlrpropError
 from slrprop.api import planned_layer
 from slrprop.arrange import arranged
 from slrprop.data import Data
-from slrprop.factors import Dense, Factors, LowRank, Narrowed, Quantized, SparseLowRank, express, restored
+from slrprop.factors import Dense, Factors, Fit, LowRank, Narrowed, Quantized, SparseLowRank, express, restored
 from slrprop.factors.base import KINDS
 from slrprop.layers import layer_from
 from slrprop.linalg import truncated_svd
@@ -59,7 +59,7 @@ def test_neurons_can_be_left_out(name):
 def test_modules_of_every_form_with_neurons_left_out(name):
     form, x = forms()[name].permuted(torch.tensor([8, 0, 5, 4, 1]), torch.tensor([3, 6, 1, 0])), torch.randn(11, 5)
     bias = torch.randn(4)
-    torch.testing.assert_close(layer_from(form, bias)(x), x @ form.dense() + bias, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer_from(Fit(form).over(bias))(x), x @ form.dense() + bias, rtol=1e-4, atol=1e-4)
 
 
 def test_narrowed_is_its_block():
@@ -121,7 +121,7 @@ def planned(model, data, factors, biases=None):
     problem = Problem(TorchNetwork(model, opened), opened)
     method = find_method("taylor")
     layers = [
-        planned_layer(problem, Decision(name, form, bias=(biases or {}).get(name)), method, method.settings())
+        planned_layer(problem, Decision(name, Fit(form).over((biases or {}).get(name))), method, method.settings())
         for name, form in factors.items()
     ]
     feeds = {name: problem.network.feeds_directly(name) for name in problem.network.order}
@@ -227,9 +227,8 @@ def test_files_lose_neurons_and_what_they_said_of_them(gemm, bits, tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "small.onnx")
     (got,) = session.run(None, {"x": x.numpy()})
     one, two = made.layers
-    bias = one.factors.bias if isinstance(one.factors, Quantized) else one.bias
     assert isinstance(one.factors, Quantized) == (bits == 8) and isinstance(two.factors, Narrowed)
-    want = (x @ one.factors.dense() + bias).relu() @ two.factors.dense() + two.bias
+    want = (x @ one.factors.dense() + one.bias).relu() @ two.factors.dense() + two.bias
     torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-4, atol=1e-4)
     assert values["w1"].shape == one.factors.shape
 

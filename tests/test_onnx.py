@@ -87,7 +87,7 @@ def test_compressed_files_run_and_equal_the_factors(exported, method, tmp_path):
     assert parity.outputs.keys() == {value.name for value in onnx.load(path).graph.output}
     assert max(slrprop.apply(path, plan, small, named).outputs.values()) <= parity.tolerance == 1e-4
     onnx.checker.check_model(str(small), full_check=True)
-    dense = OnnxNetwork(path, None).with_weights({layer.name: layer.factors.dense() for layer in plan.layers}, None)
+    dense = OnnxNetwork(path, None).with_fits({layer.name: layer.fit.multiplied() for layer in plan.layers}, None)
     feed = {name: np.asarray(value) for name, value in named.items() if name != "targets"}
     want = dense.file.session([value.name for value in onnx.load(path).graph.output]).run(feed)
     for one, other in zip(run(small, named), want.values(), strict=True):

@@ -16,7 +16,7 @@ from torch import nn
 
 import slrprop
 from slrprop import SlrpropError
-from slrprop.factors import Shared
+from slrprop.factors import Fit, Shared
 from slrprop.layers import layer_from
 from slrprop.methods.permuted import PermutedSettings, fit, fitted, refined
 from slrprop.permutations import entry_bits, pack, packed_bytes, seeded, unpack, words
@@ -106,7 +106,7 @@ def test_round_trips_are_exact(form, random):
 @settings(deadline=None)
 def test_layers_compute_with_the_form(form, has_bias, batch):
     bias = torch.arange(form.shape[1], dtype=torch.float64) if has_bias else None
-    layer = layer_from(form, bias)
+    layer = layer_from(Fit(form).over(bias))
     x = torch.randn(*batch, form.shape[0], dtype=torch.float64)
     torch.testing.assert_close(layer(x), x @ form.dense() + (0 if bias is None else bias))
     assert torch.equal(layer.factors().dense(), form.dense()) and torch.equal(layer.weight.T, form.dense())
@@ -115,7 +115,7 @@ def test_layers_compute_with_the_form(form, has_bias, batch):
 def test_the_gradient_of_the_sequence_is_the_sum_over_the_weights_that_share_a_place():
     torch.manual_seed(0)
     start = torch.randn(7).double(), torch.randn(5).double(), torch.randn(5).double()
-    layer = layer_from(Shared(*start, seed=2), torch.zeros(5, dtype=torch.float64))
+    layer = layer_from(Fit(Shared(*start, seed=2)))
     x, form = torch.randn(9, 7, dtype=torch.float64), layer.factors()
     weight = form.dense().detach().requires_grad_()
     ((x @ weight + layer.bias) ** 3).sum().backward()
@@ -175,7 +175,7 @@ def test_exported_layers_equal_the_module_and_their_files_are_small(m, n, way, t
     torch.manual_seed(0)
     layer = PermutedLinear(m, n, seed=4)
     if way == "packed":
-        layer = layer_from(layer.factors().permuted(torch.randperm(m)), torch.randn(n))
+        layer = layer_from(Fit(layer.factors().permuted(torch.randperm(m))).over(torch.randn(n)))
     path = tmp_path / "layer.onnx"
     slrprop.export_onnx(layer, path, torch.randn(3, m))
     if m > 100:
@@ -291,7 +291,7 @@ def test_onnx_files_are_small_and_compute_the_same(opset, way, tmp_path):
     made = slrprop.plan(path, random.standard_normal((200, 90)).astype(np.float32), method="permuted")
     if way == "seed":
         form = Shared(torch.randn(90), torch.randn(70), None, seed=5)
-        made = replace(made, layers=(replace(made.layers[0], factors=form, numbers=form.numbers, bytes=form.bytes),))
+        made = replace(made, layers=(replace(made.layers[0], fit=Fit(form), numbers=form.numbers, bytes=form.bytes),))
     parity = slrprop.apply(path, made, tmp_path / "small.onnx")
     assert max(parity.outputs.values()) < 1e-4
     form = made.layers[0].factors

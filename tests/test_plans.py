@@ -31,8 +31,8 @@ def test_factors_come_back_to_the_bit(trained, calibration, tmp_path):
         plan = fitted(trained, calibration, method="nested", bits=bits)
         plan.save(tmp_path / "plan.json")
         for mine, theirs in zip(plan.layers, Plan.load(tmp_path / "plan.json").layers, strict=True):
-            assert mine == theirs and mine.arrays().keys() == theirs.arrays().keys()
-            assert all(torch.equal(value, theirs.arrays()[key]) for key, value in mine.arrays().items())
+            assert mine == theirs and mine.fit.arrays().keys() == theirs.fit.arrays().keys()
+            assert all(torch.equal(value, theirs.fit.arrays()[key]) for key, value in mine.fit.arrays().items())
 
 
 def test_the_same_plan_gives_the_same_files(trained, calibration, tmp_path):

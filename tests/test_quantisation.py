@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 import slrprop
 from benchmarks import quantisation
 from slrprop import SlrpropError, cli
-from slrprop.factors import Dense, LowRank, SparseLowRank
+from slrprop.factors import Dense, Fit, LowRank, SparseLowRank
 from slrprop.network import OnnxNetwork, onnx_rewrite
-from slrprop.quantize import quantised, with_bias
+from slrprop.quantize import bias_in_few_bits, quantised
 
 
 def outputs(path, x):
@@ -195,13 +195,11 @@ def test_four_bits_are_unpacked_in_every_operator_set(opset, kind, tmp_path):
     )
     network = OnnxNetwork(tmp_path / "m.onnx", None)
     low = LowRank(torch.randn(31, 5) / 6, torch.randn(5, 30))
-    few = {"one": with_bias(quantised(low, 4), torch.randn(30)), "two": quantised(anywhere(30, 29), 4)}
-    onnx_rewrite.rewritten(network.file, network.graph, few, {"one": few["one"].bias}).save(
-        tmp_path / "s.onnx", lambda _: None
-    )
+    few = {"one": Fit(quantised(low, 4), bias_in_few_bits(torch.randn(30))), "two": Fit(quantised(anywhere(30, 29), 4))}
+    onnx_rewrite.rewritten(network.file, network.graph, few).save(tmp_path / "s.onnx", lambda _: None)
     onnx.checker.check_model(str(tmp_path / "s.onnx"), full_check=True)
     x = torch.randn(6, 31)
-    want = (x @ few["one"].dense() + few["one"].bias) @ few["two"].dense()
+    want = (x @ few["one"].form.dense() + few["one"].bias.value) @ few["two"].form.dense()
     got = OnnxNetwork(tmp_path / "s.onnx", None).file.session(["y"]).run({"x": x.numpy().astype(kind)})["y"]
     assert (
         got.dtype == kind

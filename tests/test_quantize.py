@@ -1,5 +1,7 @@
 """Factors in few bits: packing, scales, rounding that compensates itself, and what is stored of it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,12 +13,12 @@ import slrprop
 from slrprop import SlrpropError
 from slrprop.calibration import Calibration
 from slrprop.data import Data
-from slrprop.factors import Dense, LowRank, Quantized, SparseLowRank, restored
+from slrprop.factors import Bias, Dense, Fit, LowRank, Quantized, SparseLowRank, restored
 from slrprop.factors.blocks import pack_levels, unpack_levels
 from slrprop.factors.quantized import CODES, packed, unpacked
 from slrprop.linalg import truncated_svd
 from slrprop.network import TorchNetwork
-from slrprop.quantize import compensating, quantised, rounded, scales_of, with_bias
+from slrprop.quantize import bias_in_few_bits, compensating, quantised, rounded, scales_of
 from slrprop.regression import ROUNDING_DAMPING, Spread
 
 BITS = [4, 8]
@@ -270,23 +272,22 @@ class TestQuantized:
     @pytest.mark.parametrize("bits", BITS)
     @pytest.mark.parametrize("name", forms())
     def test_what_is_stored_comes_back(self, name, bits):
-        found = with_bias(quantised(forms(15, 9)[name], bits), torch.linspace(-3, 1, 9))
+        found = quantised(forms(15, 9)[name], bits)
         again = restored(found.description(), found.arrays())
-        assert isinstance(again, Quantized)
-        assert torch.equal(again.dense(), found.dense()) and torch.equal(again.bias, found.bias)
+        assert isinstance(again, Quantized) and torch.equal(again.dense(), found.dense())
         assert (again.bytes, again.numbers, again.description()) == (found.bytes, found.numbers, found.description())
 
     @given(st.randoms(use_true_random=False), st.sampled_from(sorted(forms())), st.sampled_from(BITS))
     @hypothesis_settings(deadline=None, max_examples=30)
     def test_permuted_forms_are_permuted_weights(self, random, name, bits):
-        found = with_bias(quantised(forms()[name], bits), torch.linspace(-3, 1, 10))
+        found = quantised(forms()[name], bits)
         rows, columns = list(range(14)), list(range(10))
         random.shuffle(rows)
         random.shuffle(columns)
         rows, columns = torch.tensor(rows), torch.tensor(columns)
         moved = found.permuted(rows, columns)
         torch.testing.assert_close(moved.dense(), found.dense()[rows][:, columns], rtol=1e-5, atol=1e-6)
-        assert torch.equal(moved.bias, found.bias[columns]) and moved.bytes == found.bytes
+        assert moved.bytes == found.bytes
         back = moved.permuted(rows.argsort(), columns.argsort())
         assert all(torch.equal(back.arrays()[key], value) for key, value in found.arrays().items())
 
@@ -296,21 +297,26 @@ class TestQuantized:
         assert torch.equal(first.dense(), quantised(forms()["dense"], 4).permuted(rows, columns).dense())
 
     def test_biases_take_eight_bits(self):
-        bias = torch.linspace(-3, 1, 10)
-        plain = quantised(forms()["dense"], 4)
-        found = with_bias(plain, bias)
-        assert found.bytes == plain.bytes + 10 + 2 and plain.bias is None
-        assert found.bias.dtype == torch.float32 and (found.bias - bias).abs().max() <= 0.5 * 3 / 127 + 1e-3
+        bias, plain = torch.linspace(-3, 1, 10), Fit(quantised(forms()["dense"], 4))
+        found = replace(plain, bias=bias_in_few_bits(bias))
+        assert found.bytes(4) == plain.bytes(4) + 10 + 2 and plain.over(bias).bytes(4) == plain.bytes(4) + 40
+        value = found.bias.value
+        assert value.dtype == torch.float32 and (value - bias).abs().max() <= 0.5 * 3 / 127 + 1e-3
+        again, order = Bias.restored(found.arrays(), 10), torch.randperm(10)
+        assert torch.equal(again.value, value) and torch.equal(again.taken(order).value, value[order])
+        assert Bias.restored(plain.arrays(), 10) is None
+        assert torch.equal(Bias.restored(plain.over(bias).arrays(), 10).value, bias)
+        for arrays in (found.arrays(), plain.over(bias).arrays()):
+            with pytest.raises(SlrpropError, match="the bias takes a number for each of 9 outputs"):
+                Bias.restored(arrays, 9)
 
     @pytest.mark.parametrize("name", forms())
     def test_damaged_arrays_are_refused(self, name):
-        found = with_bias(quantised(forms()[name], 4), torch.ones(10))
+        found = quantised(forms()[name], 4)
         description, arrays = found.description(), found.arrays()
         for key, array in arrays.items():
             for other in (array[:-1], array.to(torch.float32), None, array.reshape(1, -1)):
                 changed = {k: v for k, v in arrays.items() if k != key} | ({} if other is None else {key: other})
-                if other is None and key == "bias_codes":
-                    continue  # a form without a bias
                 with pytest.raises(SlrpropError):
                     restored(description, changed)
 

@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 
 from slrprop import SlrpropError
 from slrprop.export import session
-from slrprop.factors import LowRank, LowRankPlusSparse, Sparse, restored
+from slrprop.factors import Fit, LowRank, LowRankPlusSparse, Sparse, restored
 from slrprop.layers import layer_from
 from slrprop.network import OnnxNetwork
 from slrprop.network.onnx_rewrite import rewritten
@@ -90,7 +90,7 @@ def test_permuted_forms_are_the_permuted_weight(case, random):
 def test_layers_compute_with_the_forms(case, has_bias, batch):
     form = case[2]
     bias = torch.arange(form.shape[1], dtype=torch.float64) if has_bias else None
-    layer = layer_from(form, bias)
+    layer = layer_from(Fit(form).over(bias))
     x = torch.randn(*batch, form.shape[0], dtype=torch.float64)
     want = x @ wanted(*case) + (0 if bias is None else bias)
     torch.testing.assert_close(layer(x), want)
@@ -149,7 +149,7 @@ def test_onnx_files_are_as_small_as_the_form_and_decoded_at_load(op, opset, bits
         form = LowRankPlusSparse(LowRank(torch.randn(400, rank), torch.randn(rank, 120)), form)
     form = form if bits == 32 else quantised(form, bits)
     small = tmp_path / "small.onnx"
-    rewritten(network.file, network.graph, {"fc": form}, {}).save(small, lambda _: None)
+    rewritten(network.file, network.graph, {"fc": Fit(form)}).save(small, lambda _: None)
     onnx.checker.check_model(str(small), full_check=True)
     x = random.standard_normal((7, 400), np.float32)
     want = x.astype(np.float64) @ form.dense().double().numpy() + bias
@@ -168,4 +168,4 @@ def test_old_onnx_files_are_refused(tmp_path):
     gemm(tmp_path / "model.onnx", weight, np.zeros(6, np.float32), 10)
     network = OnnxNetwork(tmp_path / "model.onnx", None)
     with pytest.raises(SlrpropError, match="layer 'fc': sparse weights need an ONNX file of opset 11 or later, and this one has 10"):  # fmt: skip
-        rewritten(network.file, network.graph, {"fc": Sparse.of(torch.from_numpy(weight))}, {})
+        rewritten(network.file, network.graph, {"fc": Fit(Sparse.of(torch.from_numpy(weight)))})

@@ -13,7 +13,6 @@ from slrprop import SlrpropError
 from slrprop.data import Data
 from slrprop.distil import TuneSettings, distance
 from slrprop.network import open_network
-from slrprop.quantize import with_bias
 from slrprop.tune import Tunable, distilled
 
 FAST = TuneSettings(epochs=3, learning_rate=2e-3, batch=128)
@@ -99,12 +98,12 @@ def test_same_seed_same_plan(plans, trained, calibration):
 def test_the_original_and_its_plan_stay(plans, trained, calibration):
     model = copy.deepcopy(trained)
     before, text = {key: value.clone() for key, value in model.state_dict().items()}, plans[8].to_json()
-    arrays = {key: value.clone() for key, value in plans[8].layers[0].arrays().items()}
+    arrays = {key: value.clone() for key, value in plans[8].layers[0].fit.arrays().items()}
     tuned(model, calibration, plans[8])
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert plans[8].to_json() == text
-    assert all(torch.equal(arrays[key], value) for key, value in plans[8].layers[0].arrays().items())
+    assert all(torch.equal(arrays[key], value) for key, value in plans[8].layers[0].fit.arrays().items())
 
 
 @pytest.mark.parametrize("bits", [32, 4])
@@ -307,8 +306,8 @@ def test_a_layer_that_learns_starts_as_it_was(bits, plans, trained):
         done = module.finished()
         assert done.fitted == layer.fitted or torch.equal(done.factors.dense(), layer.factors.dense())
         if bits < 32 and layer.method != "dense":
-            assert torch.equal(done.factors.bias, layer.factors.bias)
-            assert with_bias(layer.factors, done.factors.bias).bytes == layer.bytes
+            assert done.fit.bias.scale is not None and torch.equal(done.bias, layer.bias)
+            assert done.fit.bytes(4) == layer.fit.bytes(4)
 
 
 def test_distance_is_the_divergence():

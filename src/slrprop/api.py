@@ -3,7 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -13,7 +13,7 @@ from slrprop.arrange import arranged
 from slrprop.checks import require_choice, suggestion
 from slrprop.data import Axes, open_data
 from slrprop.errors import SlrpropError, SlrpropWarning, printable
-from slrprop.factors import Dense, Factors, Quantized, stored_bytes
+from slrprop.factors import Dense, Fit, Quantized
 from slrprop.files import together
 from slrprop.layers import FactoredLayer, layer_from, note_shape, original_shape
 from slrprop.methods import METHODS, Decision, Method, Problem, Settings, find_method
@@ -28,7 +28,7 @@ from slrprop.network.torch import swapped
 from slrprop.network.torch_fold import folded
 from slrprop.network.torch_modules import computed_arrays, layer_modules, operator_of, weight_and_bias
 from slrprop.plan import LayerPlan, Plan, pack
-from slrprop.quantize import quantised, with_bias
+from slrprop.quantize import bias_in_few_bits, quantised
 from slrprop.selection import treated
 from slrprop.statistics import QUANTITIES
 
@@ -147,7 +147,7 @@ def plan_problem(
         problem.collect(wanted, tuple(need for need in choices.needs() if need in QUANTITIES))
         for decision in chosen.decide(problem, wanted, choices):
             layer = planned_layer(problem, decision, chosen, choices)
-            size, before = network.stored(layer.name, layer.factors, layer.bias), network.stored(layer.name)
+            size, before = network.stored(layer.name, layer.fit), network.stored(layer.name)
             if size < before or layer.name not in wanted:
                 planned[layer.name] = layer
                 left_dense.pop(layer.name, None)  # a head that is refitted
@@ -167,28 +167,27 @@ def planned_layer(problem: Problem, decision: Decision, method: Method, settings
     """A decision as the layer of a plan."""
     network = problem.network
     settings = (decision.settings or settings).at(network.operator(decision.name), network.shape(decision.name))
-    factors, bias = decision.factors, network.bias(decision.name)
-    if settings.bits < 32 and not isinstance(factors, Quantized):
-        factors = quantised(factors, settings.bits)
-        factors = factors if bias is None else with_bias(factors, bias)
-    if not isinstance(factors, Quantized):
+    fit, own = decision.fit, network.bias(decision.name)
+    if settings.bits < 32 and not isinstance(fit.form, Quantized):
+        fit = replace(fit, form=quantised(fit.form, settings.bits), bias=None if own is None else bias_in_few_bits(own))
+    if not isinstance(fit.form, Quantized):
         dtype = network.weight(decision.name).dtype
-        factors = factors.with_matrices({key: matrix.to(dtype) for key, matrix in factors.matrices().items()})
+        matrices = {key: matrix.to(dtype) for key, matrix in fit.form.matrices().items()}
+        fit = replace(fit, form=fit.form.with_matrices(matrices))
     layer = LayerPlan(
         name=decision.name,
-        shape=factors.shape,
+        shape=fit.form.shape,
         fingerprint=network.fingerprint(decision.name),
         method=decision.method or method.name,
         settings={name: getattr(settings, name) for name in settings.names()},
-        numbers=factors.numbers,
-        bytes=stored_bytes(factors, None, network.itemsize(decision.name)),
+        numbers=fit.form.numbers,
+        bytes=Fit(fit.form).bytes(network.itemsize(decision.name)),
         kept_rows="" if decision.kept_rows is None else pack(decision.kept_rows),
         kept_columns="" if decision.kept_columns is None else pack(decision.kept_columns),
-        notes=decision.notes or {},
-        factors=factors,
-        bias=decision.bias,
+        notes=fit.notes,
+        fit=fit,
     )
-    return layer.sealed() if method.build is None or isinstance(factors, Quantized) else layer
+    return layer.sealed() if method.build is None or isinstance(fit.form, Quantized) else layer
 
 
 def settings_of(method: Method, /, **given: Any) -> Settings:
@@ -274,7 +273,7 @@ def apply(
         network.file.places(output, outputs)
         done = _file_forms(network, plan)
         samples = None if data is None else open_data(data, batch_axis=batch_axis)
-        return write(network, done.forms, done.biases, done.moved, done.moved_biases, output, samples, integer_products)
+        return write(network, done.fits, done.moved, output, samples, integer_products)
 
 
 def no_integers(asked: bool) -> None:
@@ -295,16 +294,14 @@ def realised(
         return _apply_module(model, plan, sharing)
     network = OnnxNetwork(model, None)
     done = _file_forms(network, plan)
-    return rewritten(network.file, network.graph, done.moved, done.moved_biases, integer_products)
+    return rewritten(network.file, network.graph, done.moved, integer_products)
 
 
 class _Done(NamedTuple):
     """A plan carried out: ``moved`` are all layers that change once neurons are put in another order."""
 
-    forms: dict[str, Factors]
-    biases: dict[str, Tensor]
-    moved: dict[str, Factors]
-    moved_biases: dict[str, Tensor]
+    fits: dict[str, Fit]
+    moved: dict[str, Fit]
 
 
 def _file_forms(network: OnnxNetwork, plan: Plan) -> _Done:
@@ -347,10 +344,10 @@ def _apply_module(model: nn.Module, plan: Plan, sharing: bool = False) -> nn.Mod
 
     done = _carried_out(plan, dense, bias, lambda name: fingerprint(dense(name).weight.T))
     swaps = {}
-    for name, form in done.moved.items():
+    for name, fit in done.moved.items():
         old, weight = modules[name], dense(name).weight
-        swaps[name] = layer_from(form, done.moved_biases.get(name, bias(name)), operator_of(old)).to(weight.dtype)
-        if form.shape != weight.shape or original_shape(old) or computed_arrays(old):
+        swaps[name] = layer_from(fit.over(bias(name)), operator_of(old)).to(weight.dtype)
+        if fit.form.shape != weight.shape or original_shape(old) or computed_arrays(old):
             note_shape(swaps[name], original_shape(old) or weight.shape)
     return swapped(model, swaps, sharing)
 
@@ -361,24 +358,21 @@ def _carried_out(
     for name, times in Counter(layer.name for layer in plan.layers).items():
         if times > 1:
             raise SlrpropError(f"the plan treats layer '{name}' twice; the file is damaged")
-    forms = {layer.name: build(layer, dense(layer.name).weight, digest(layer.name)) for layer in plan.layers}
-    biases = {layer.name: layer.bias for layer in plan.layers if layer.bias is not None}
-    biases |= {name: form.bias for name, form in forms.items() if isinstance(form, Quantized) and form.bias is not None}
-    moved, orders = arranged(forms, plan.feeds, dense)
-    moved_biases = dict(biases)
+    fits = {layer.name: build(layer, dense(layer.name).weight, digest(layer.name)) for layer in plan.layers}
+    forms, orders = arranged({name: fit.form for name, fit in fits.items()}, plan.feeds, dense)
+    moved = {name: replace(fits.get(name, Fit(form)), form=form) for name, form in forms.items()}
     for name, order in orders.items():
-        value = biases.get(name, bias(name))
-        if value is not None:
-            moved_biases[name] = value[order]
+        whole = moved[name].over(bias(name))
+        moved[name] = whole if whole.bias is None else replace(whole, bias=whole.bias.taken(order))
     if plan.is_damaged():
         raise SlrpropError(
             "the plan is damaged: it differs from its checksum; plan again, or take 'sha256' out of a file that you edited"
         )
-    return _Done(forms, biases, moved, moved_biases)
+    return _Done(fits, moved)
 
 
-def build(layer: LayerPlan, weight: Tensor, digest: str) -> Factors:
-    """The factors of a planned layer, from the model's weight (m x n), of this SHA-256, where the plan came from a file.
+def build(layer: LayerPlan, weight: Tensor, digest: str) -> Fit:
+    """What a planned layer is given, from the model's weight (m x n), of this SHA-256, where the plan came from a file.
 
     Raises:
         SlrpropError: the plan was made for another weight, or is damaged.
@@ -391,8 +385,8 @@ def build(layer: LayerPlan, weight: Tensor, digest: str) -> Factors:
         raise SlrpropError(
             f"the weights of layer '{layer.name}' differ from those the plan was made for; plan again for this model"
         )
-    if layer.factors is not None:
-        return layer.factors
+    if layer.fit is not None:
+        return layer.fit
     require_choice("the plan's method", layer.method, METHODS)
     method = METHODS[layer.method]
     if method.build is None or layer.settings.get("bits", 32) < 32:
@@ -409,4 +403,4 @@ def build(layer: LayerPlan, weight: Tensor, digest: str) -> Factors:
         raise SlrpropError(
             f"the plan says that layer '{layer.name}' takes {layer.numbers} numbers, its settings give {built.numbers}; the file is damaged"
         )
-    return built
+    return Fit(built)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slrprop.factors import Dense, Factors, Quantized, restored
+from slrprop.factors import Bias, Dense, Factors, Fit, Quantized, restored
 from slrprop.operators import Convolution, Lookup, MatMul, Operator
 
 _MATMUL = MatMul()
@@ -35,33 +35,32 @@ def in_place_of_layers(compute: Callable[["FactoredLayer", Tensor], Tensor]) -> 
 
 
 class FactoredLayer(nn.Module):
-    """A layer held as a form: its matrices are parameters, its index arrays buffers (see :func:`attribute_of`).
+    """A layer held as a fit: its form's matrices and its bias are parameters, index arrays buffers (see :func:`attribute_of`).
 
     What is stored in few bits is not trained, a change of the module's dtype does not touch it, and it is unpacked when it is first needed.
-
-    Args:
-        bias: (n,), or None; a quantised form has its own.
     """
 
     like: Tensor
     exported_as: int = 0
 
-    def __init__(self, form: Factors, bias: Tensor | None, operator: Operator = _MATMUL) -> None:
+    def __init__(self, fit: Fit, operator: Operator = _MATMUL) -> None:
         super().__init__()
+        form, bias = fit.form, fit.bias
         self.operator, self._description = operator, form.description()
         self.shape = form.shape
         self.in_features, self.out_features = form.shape[0] // operator.unit, form.shape[1]
         learns = not isinstance(form, Quantized)
         matrices = form.matrices() if learns else {}
-        for name, array in form.arrays().items():
+        few = bias is not None and bias.scale is not None and not learns
+        self.bias = None if bias is None or few else _parameter(bias.value)
+        stored = fit.arrays() if few else form.arrays()
+        for name, array in stored.items():
             if name in matrices:
                 self.register_parameter(attribute_of(name), _parameter(array))
             else:
                 self.register_buffer(attribute_of(name), array.clone())
-        own = isinstance(form, Quantized) and form.bias is not None
-        self.bias = None if bias is None or own else nn.Parameter(bias.detach().clone())
         # in lists: no part of the module's state
-        self._names, self._matrices = tuple(form.arrays()), tuple(matrices)
+        self._names, self._matrices = tuple(stored), tuple(matrices)
         self._known = [_shapes_of(form)] if learns else list[Factors]()
         self._arrays = [] if learns else [self.get_buffer(attribute_of(name)) for name in self._names]
         self.register_buffer(
@@ -77,6 +76,12 @@ class FactoredLayer(nn.Module):
                 {name: self.get_parameter(attribute_of(name)) for name in self._matrices}
             )
         return restored(self._description, dict(zip(self._names, self._arrays, strict=True)))
+
+    def fit(self) -> Fit:
+        """The form and the bias as they are now."""
+        if self.bias is not None:
+            return Fit(self.factors(), Bias(self.bias))
+        return Fit(self.factors(), Bias.restored(dict(zip(self._names, self._arrays, strict=False)), self.shape[1]))
 
     @property
     def weight(self) -> Tensor:
@@ -95,16 +100,16 @@ class FactoredLayer(nn.Module):
         if not self._unpacked or self._unpacked[0][0] != key:
             with ThreadPoolExecutor(1) as elsewhere:  # where nothing is traced: exported programs hold it as constants
                 self._unpacked[:] = [(key, *elsewhere.submit(self._plain, *key).result())]
-        _, form, own = self._unpacked[0]
-        return self.operator.compute(form, self.bias if own is None else own, x)
+        _, form, bias = self._unpacked[0]
+        return self.operator.compute(form, bias if self.bias is None else self.bias, x)
 
     @torch.no_grad()
     def _plain(self, dtype: torch.dtype, device: torch.device) -> tuple[Factors, Tensor | None]:
-        form = self.factors()
-        assert isinstance(form, Quantized)
-        plain = form.plain()
+        fit = self.fit()
+        assert isinstance(fit.form, Quantized)
+        plain = fit.form.plain()
         plain = plain.with_matrices({name: value.to(device, dtype) for name, value in plain.matrices().items()})
-        return plain, None if form.bias is None else form.bias.to(device, dtype)
+        return plain, None if fit.bias is None else fit.bias.value.to(device, dtype)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "FactoredLayer":
         super()._apply(*args, **kwargs)
@@ -141,10 +146,11 @@ def _shapes_of(form: Factors) -> Factors:
     return form.with_matrices({name: matrix.to("meta") for name, matrix in form.matrices().items()})
 
 
-def layer_from(form: Factors, bias: Tensor | None, operator: Operator = _MATMUL) -> nn.Module:
-    """The module that computes with a form; ``bias`` is (n,) or None. A dense weight becomes torch's own module."""
+def layer_from(fit: Fit, operator: Operator = _MATMUL) -> nn.Module:
+    """The module that computes with a fit; without a bias it adds none. A dense weight becomes torch's own module."""
+    form, bias = fit.form, fit.bias
     if not isinstance(form, Dense):
-        return FactoredLayer(form, bias, operator)
+        return FactoredLayer(fit, operator)
     (m, n), has_bias = form.shape, bias is not None
     made: nn.Module
     if isinstance(operator, Lookup):
@@ -156,10 +162,10 @@ def layer_from(form: Factors, bias: Tensor | None, operator: Operator = _MATMUL)
         kind, channels = CONVOLUTIONS[len(operator.kernel)], m // operator.unit * operator.groups
         made = nn.utils.skip_init(kind, channels, n, operator.kernel, groups=operator.groups, bias=has_bias, **sides)
     else:
-        return FactoredLayer(form, bias, operator)
+        return FactoredLayer(fit, operator)
     made.weight = _parameter(operator.stored(form.weight))
     if bias is not None:
-        made.bias = _parameter(bias)
+        made.bias = _parameter(bias.value)
     return made
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from slrprop.data import Data
-from slrprop.factors import Factors, express
+from slrprop.factors import Bias, Dense, Factors, Fit, express
 from slrprop.memory import bound
 from slrprop.network import Lockstep, in_lockstep
 from slrprop.network.base import Network
@@ -117,9 +117,12 @@ class Pairs:
         if found is not None:
             yield from found
             return
-        weights = {key: value.weight.to(self.network.weight(key)) for key, value in compressed.items()}
-        biases = {key: value.bias.to(self.network.weight(key)) for key, value in compressed.items()}
-        for flow in self.network.with_weights(weights, None, biases).stream((name,), self.data, whole=False):
+        like = {key: self.network.weight(key) for key in compressed}
+        now = {
+            key: Fit(Dense(value.weight.to(like[key])), Bias(value.bias.to(like[key])))
+            for key, value in compressed.items()
+        }
+        for flow in self.network.with_fits(now, None).stream((name,), self.data, whole=False):
             for x, _ in flow.calls[name]:
                 yield x
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from slrprop.data import content
 from slrprop.errors import SlrpropError, printable
-from slrprop.factors import Factors, restored
+from slrprop.factors import Bias, Factors, Fit, restored
 from slrprop.files import Refusal, replacing, require_regular, together
 
 FORMAT = "slrprop-plan"
@@ -66,8 +66,8 @@ class LayerPlan:
     """One layer: its method and settings, and the neurons that keep the full rank (hexadecimal bits).
 
     ``shape`` is (m, n), inputs x outputs; ``fingerprint`` the SHA-256 of the original weight; ``numbers`` and ``bytes`` are
-    what the factors store; ``notes`` what else the method reports. ``factors`` are what the method built and ``bias`` (n,) is
-    the layer's new bias, if it changes. Factors that were fitted to data can't be rebuilt from the weight: ``form`` is their
+    what the factors store; ``notes`` what else the method reports. ``fit`` is what the method gave: ``factors``, and ``bias``
+    (n,) if that changes. Factors that were fitted to data can't be rebuilt from the weight: ``form`` is their
     description, ``fitted`` the SHA-256 of it and of their arrays, which are saved beside the plan.
     """
 
@@ -83,13 +83,17 @@ class LayerPlan:
     notes: dict[str, float] = field(default_factory=dict)
     form: dict[str, Any] = field(default_factory=dict)
     fitted: str = ""
-    factors: Factors | None = field(default=None, compare=False, repr=False)
-    bias: Tensor | None = field(default=None, compare=False, repr=False)
+    fit: Fit | None = field(default=None, compare=False, repr=False)
 
-    def arrays(self) -> dict[str, Tensor]:
-        """What is saved beside the plan: the fitted factors' arrays, and the new bias."""
-        assert self.factors is not None
-        return self.factors.arrays() | ({} if self.bias is None else {"new_bias": self.bias})
+    @property
+    def factors(self) -> Factors | None:
+        """The form in the place of the weight; None where it is to be built from the weight."""
+        return None if self.fit is None else self.fit.form
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The new bias (n,); None where the layer's own stays."""
+        return None if self.fit is None or self.fit.bias is None else self.fit.bias.value
 
     def sealed(self) -> "LayerPlan":
         """The same layer with the description and checksum of its fitted factors.
@@ -97,9 +101,9 @@ class LayerPlan:
         Raises:
             SlrpropError: the plan was read without its factors.
         """
-        assert self.factors is not None
-        form = self.factors.description()
-        return replace(self, form=form, fitted=arrays_digest(_text_of(form), self.arrays()))
+        assert self.fit is not None
+        form = self.fit.form.description()
+        return replace(self, form=form, fitted=arrays_digest(_text_of(form), self.fit.arrays()))
 
 
 def wording(layer: LayerPlan) -> str:
@@ -176,7 +180,7 @@ class Plan:
                 "format": self.format,
                 "version": self.version,
                 "layers": [
-                    {key: value for key, value in vars(layer).items() if key not in ("factors", "bias")}
+                    {key: value for key, value in vars(layer).items() if key != "fit"}
                     | {"notes": {key: note for key, note in layer.notes.items() if math.isfinite(note)}}
                     for layer in self.layers
                 ],
@@ -196,7 +200,7 @@ class Plan:
         """
         text = self.to_json()
         target, refusal = places(path)
-        fitted = {f"{layer.name}/{name}": array.detach().cpu().contiguous() for layer in self.layers if layer.fitted for name, array in layer.arrays().items()}  # fmt: skip
+        fitted = {f"{layer.name}/{name}": array.detach().cpu().contiguous() for layer in self.layers if layer.fitted and layer.fit for name, array in layer.fit.arrays().items()}  # fmt: skip
         with together():  # both are written before one of them takes its place
             if fitted:
                 with replacing(target, refusal) as part:
@@ -304,8 +308,7 @@ def _with_factors(layer: LayerPlan, path: Path) -> LayerPlan:
         ) from error
     if arrays_digest(_text_of(layer.form), arrays) != layer.fitted:
         raise SlrpropError(f"the factors of layer '{layer.name}' in '{path}' are not those of this plan; the file is damaged or another's")  # fmt: skip
-    bias = arrays.pop("new_bias", None)
-    factors = restored(layer.form, arrays)
-    if factors.shape != layer.shape or (bias is not None and bias.shape != layer.shape[1:]):
+    bias, form = Bias.restored(arrays, layer.shape[1]), restored(layer.form, arrays)
+    if form.shape != layer.shape:
         raise SlrpropError(f"the factors of layer '{layer.name}' in '{path}' are of another shape; the file is damaged")
-    return replace(layer, factors=factors, bias=bias)
+    return replace(layer, fit=Fit(form, bias))

@@ -6,7 +6,6 @@ second is fitted anew once the first is rounded.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial, singledispatch
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Factors, LowRank, Narrowed, Quantized, SparseLowRank, Table
+from slrprop.factors import Bias, Dense, Factors, LowRank, Narrowed, Quantized, SparseLowRank, Table
 from slrprop.factors.quantized import CODES
 from slrprop.linalg import balanced
 from slrprop.regression import Diagonal, Regression, Spread, level
@@ -102,10 +101,10 @@ def quantised(form: Factors, bits: int, task: Regression | None = None) -> Quant
     return _plainly(form, bits) if task is None else compensated(form, bits, task)
 
 
-def with_bias(form: Quantized, bias: Tensor) -> Quantized:
-    """The form with the layer's bias (n,), in 8 bits."""
+def bias_in_few_bits(bias: Tensor) -> Bias:
+    """A layer's bias (n,) in 8 bits."""
     codes, scale = rounded(bias.double(), 0, 8)
-    return replace(form, bias_codes=codes.float(), bias_scale=scale.half())
+    return Bias(codes.float(), scale.half())
 
 
 def form_of(form: Factors, bits: int, found: dict[str, tuple[Tensor, Tensor]]) -> Quantized:

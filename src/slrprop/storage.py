@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, restored
+from slrprop.factors import Bias, Dense, Fit, restored
 from slrprop.factors.base import KINDS
 from slrprop.files import replacing, require_regular, scratch
 from slrprop.layers import FactoredLayer, layer_from, note_shape, original_shape
@@ -154,6 +154,7 @@ def _skeleton(
             if kind == Dense.kind
             else restored(description, own | ({"weight": own["matrix"]} if "matrix" in own else {}))
         )
+        bias = Bias(own["bias"]) if "bias" in own else Bias.restored(own, factors.shape[1])
         before, after = description.get("original_shape"), factors.shape
         m, n = before or after
     except (KeyError, IndexError, TypeError, ValueError, SlrpropError) as error:
@@ -161,7 +162,7 @@ def _skeleton(
     shape = tuple(operator.matrix(weight_and_bias(old)[0]).shape)
     if (m, n) != shape:
         raise SlrpropError(f"layer '{name}' is {shape[0]} x {shape[1]} in this model, but {m} x {n} in the file")
-    module = layer_from(factors, own.get("bias"), operator)
+    module = layer_from(Fit(factors, bias), operator)
     if before:
         note_shape(module, (m, n))
     return module

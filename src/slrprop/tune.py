@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from slrprop.data import Batch, Data, open_data
 from slrprop.distil import Forward, Inputs, TuneSettings, trained
 from slrprop.errors import SlrpropError
-from slrprop.factors import Factors, Quantized
+from slrprop.factors import Bias, Factors, Fit, Quantized
 from slrprop.factors.quantized import CODES
 from slrprop.layers import keep_factored
 from slrprop.network import Network, OnnxNetwork, TorchNetwork, open_network
@@ -27,7 +27,7 @@ from slrprop.network.onnx_torch import Behind, foreign_nodes
 from slrprop.network.torch import evaluating, main_output, swapped
 from slrprop.operators import MatMul, Operator
 from slrprop.plan import LayerPlan, Plan
-from slrprop.quantize import LARGEST, SMALLEST, rounded, with_bias
+from slrprop.quantize import LARGEST, SMALLEST, bias_in_few_bits
 
 LEAST = 10  # samples, of which one is held out
 
@@ -48,11 +48,11 @@ class Tunable(nn.Module):
         operator: Operator | None = None,
     ) -> None:
         super().__init__()
-        form = layer.factors
-        assert form is not None
+        assert layer.fit is not None
+        form, start = layer.fit.form, layer.fit.over(bias).bias
         self.layer, self.dtype, self.operator = layer, dtype, operator or MatMul()
         self.bits = form.bits if isinstance(form, Quantized) else 32
-        self.own_bias = isinstance(form, Quantized) and form.bias is not None
+        self.few = start is not None and start.scale is not None  # whether the bias is rounded too
         plain = form.plain() if isinstance(form, Quantized) else form
         self.form = plain
         self.register_forward_pre_hook(keep_factored)
@@ -62,16 +62,8 @@ class Tunable(nn.Module):
         )
         scales = form.scales if isinstance(form, Quantized) else {}
         self.scales = nn.ParameterDict({name: nn.Parameter(scale.to(dtype).log()) for name, scale in scales.items()})
-        start = (
-            form.bias
-            if isinstance(form, Quantized) and self.own_bias
-            else layer.bias
-            if layer.bias is not None
-            else bias
-        )
-        self.bias = (
-            None if start is None else nn.Parameter(start.detach().to(next(iter(self.numbers.values())), copy=True))
-        )
+        like = next(iter(self.numbers.values()))
+        self.bias = None if start is None else nn.Parameter(start.value.detach().to(like, copy=True))
 
     @property
     def weight(self) -> Tensor:
@@ -97,10 +89,9 @@ class Tunable(nn.Module):
 
     def _bias(self) -> Tensor | None:
         """The bias, rounded where it will be."""
-        if self.bias is None or not self.own_bias or not self.bias.abs().max() < LARGEST:  # too long steps
+        if self.bias is None or not self.few or not self.bias.abs().max() < LARGEST:  # too long steps
             return self.bias
-        codes, scale = rounded(self.bias.detach().double(), 0, 8)
-        return self.bias + ((codes * scale).to(self.bias) - self.bias).detach()
+        return self.bias + (bias_in_few_bits(self.bias.detach()).value.to(self.bias) - self.bias).detach()
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():  # numbers of rows
@@ -112,12 +103,13 @@ class Tunable(nn.Module):
         self.cpu()
         with torch.no_grad():
             like = self.form.matrices()
-            bias = None if self.bias is None else self.bias.detach().to(next(iter(like.values())).dtype, copy=True)
+            value = None if self.bias is None else self.bias.detach().to(next(iter(like.values())).dtype, copy=True)
+            bias = None if value is None else bias_in_few_bits(value) if self.few else Bias(value)
             if self.bits == 32:
                 form: Factors = self.form.with_matrices(
                     {name: matrix.detach().to(like[name].dtype, copy=True) for name, matrix in self.numbers.items()}
                 )
-                return replace(self.layer, factors=form, bias=bias).sealed()
+                return replace(self.layer, fit=Fit(form, bias)).sealed()
             low, high = CODES[self.bits]
             scales = {name: _stored(scale.exp()) for name, scale in self.scales.items()}
             codes = {}
@@ -126,8 +118,7 @@ class Tunable(nn.Module):
                 wide = scale if matrix.ndim == 1 else scale.unsqueeze(self.axes[name])
                 codes[name] = (matrix / wide).round().clamp(low, high).float()
             form = Quantized(self.form.with_matrices(codes), scales, self.bits)
-            form = with_bias(form, bias) if self.own_bias and bias is not None else form
-            return replace(self.layer, factors=form, bias=None if self.own_bias else bias).sealed()
+            return replace(self.layer, fit=Fit(form, bias)).sealed()
 
 
 def _stored(scale: Tensor) -> Tensor:
@@ -159,7 +150,7 @@ def distilled(
         SlrpropError: the plan treats no layer; an ONNX network has no such chain; too few samples.
     """
     chosen = settings or TuneSettings()
-    if not plan.layers or any(layer.factors is None for layer in plan.layers):
+    if not plan.layers or any(layer.fit is None for layer in plan.layers):
         raise SlrpropError("there is nothing to tune: the plan treats no layer, or was read without its factors")
     names = [layer.name for layer in plan.layers]
     layers = {}

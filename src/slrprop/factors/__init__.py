@@ -3,15 +3,18 @@
 from slrprop.factors.base import Dense, Factors, LowRank, Table, restored
 from slrprop.factors.blocks import Index, SparseLowRank
 from slrprop.factors.expression import express
+from slrprop.factors.fit import Bias, Fit
 from slrprop.factors.narrowed import Narrowed
-from slrprop.factors.quantized import Quantized, stored_bytes
+from slrprop.factors.quantized import Quantized
 from slrprop.factors.shared import Shared
 from slrprop.factors.sparse import LowRankPlusSparse, Sparse
 from slrprop.factors.spatial import Spatial, Tucker
 
 __all__ = [
+    "Bias",
     "Dense",
     "Factors",
+    "Fit",
     "Index",
     "LowRank",
     "LowRankPlusSparse",
@@ -25,5 +28,4 @@ __all__ = [
     "Tucker",
     "express",
     "restored",
-    "stored_bytes",
 ]

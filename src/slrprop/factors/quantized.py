@@ -37,19 +37,16 @@ def unpacked(stored: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Quantized(Factors):
-    """Factors whose matrices are whole numbers times scales, and the layer's bias.
+    """Factors whose matrices are whole numbers times scales.
 
     Numbers that belong to one rank component (of a dense weight: to one output) share a scale, so neurons can be put in
     any order. ``codes`` is the form filled with whole numbers of ``bits`` bits, kept as int8; ``scales`` has for every matrix a float16
-    vector along its other axis (one number for a vector). The bias (n,), where there is one, takes eight bits a number and
-    a scale of its own: ``bias_codes`` float32 whole numbers, ``bias_scale`` float16 (1,).
+    vector along its other axis (one number for a vector).
     """
 
     codes: Factors
     scales: dict[str, Tensor]
     bits: int
-    bias_codes: Tensor | None = None
-    bias_scale: Tensor | None = None
     kind: ClassVar[str] = "quantized"
 
     def __post_init__(self) -> None:
@@ -61,11 +58,6 @@ class Quantized(Factors):
                 raise SlrpropError(f"matrix '{name}' of shape {tuple(matrix.shape)} takes float16 scales of shape {self._scale_shape(name, matrix)}, got {None if scale is None else tuple(scale.shape)}")  # fmt: skip
         whole = {name: matrix.to(torch.int8) for name, matrix in self.codes.matrices().items()}
         object.__setattr__(self, "codes", self.codes.with_matrices(whole))  # a search keeps hundreds
-        bias, scale = self.bias_codes, self.bias_scale
-        if (bias is None) != (scale is None) or (bias is not None and scale is not None and (bias.shape != self.shape[1:] or scale.shape != (1,))):  # fmt: skip
-            raise SlrpropError(
-                f"the bias of quantised factors takes a number per output ({self.shape[1]}) and one scale"
-            )
 
     def _scale_shape(self, name: str, matrix: Tensor) -> tuple[int, ...]:
         return (1,) if matrix.ndim == 1 else (matrix.shape[1 - self.codes.scale_axes()[name]],)
@@ -89,13 +81,6 @@ class Quantized(Factors):
         return self.codes.with_matrices({name: matrix * scales[name] for name, matrix in self.codes.matrices().items()})
 
     @property
-    def bias(self) -> Tensor | None:
-        """The layer's bias (n,) as float32."""
-        if self.bias_codes is None or self.bias_scale is None:
-            return None
-        return self.bias_codes * self.bias_scale.float()
-
-    @property
     def shape(self) -> tuple[int, int]:
         return self.codes.shape
 
@@ -109,9 +94,6 @@ class Quantized(Factors):
         """Packed whole numbers, the scales' bits as int16 (so that no change of dtype touches them), and the indices."""
         found = {name: packed(matrix, self.bits) for name, matrix in self.codes.matrices().items()}
         found |= {f"{name}_scale": scale.view(torch.int16) for name, scale in self.scales.items()}
-        if self.bias_codes is not None and self.bias_scale is not None:
-            found["bias_codes"] = packed(self.bias_codes, 8)
-            found["bias_scale"] = self.bias_scale.view(torch.int16)
         return found | self.codes.indices()
 
     def description(self) -> dict[str, Any]:
@@ -127,9 +109,7 @@ class Quantized(Factors):
             raise SlrpropError(f"the shapes or the {bits!r} bits of a quantised layer are no whole numbers in range")
         known = dict(arrays) | {name: unpacked(arrays[name], bits, tuple(shape)) for name, shape in shapes.items()}
         scales = {name: arrays[f"{name}_scale"].view(torch.float16) for name in shapes}
-        bias_codes = unpacked(arrays["bias_codes"], 8, arrays["bias_codes"].shape) if "bias_codes" in arrays else None
-        bias_scale = arrays["bias_scale"].view(torch.float16) if "bias_scale" in arrays else None
-        return cls(restored(description["of"], known), scales, bits, bias_codes, bias_scale)
+        return cls(restored(description["of"], known), scales, bits)
 
     def indices(self) -> dict[str, Tensor]:
         return self.codes.indices()
@@ -149,17 +129,8 @@ class Quantized(Factors):
         return self.codes.read()
 
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Quantized":
-        bias = self.bias_codes if columns is None or self.bias_codes is None else self.bias_codes[columns]
         scales, axes = dict(self.scales), self.codes.scale_axes()
         for name, wide in self.codes.with_matrices(self._wide_scales()).permuted(rows, columns).matrices().items():
             if wide.ndim == 2 and wide.shape[axes[name]]:  # the scales of outputs follow their outputs
                 scales[name] = wide.select(axes[name], 0).half().clone(memory_format=torch.contiguous_format)
-        return replace(self, codes=self.codes.permuted(rows, columns), scales=scales, bias_codes=bias)
-
-
-def stored_bytes(form: Factors, bias: Tensor | None, itemsize: int) -> int:
-    """Bytes of a form, and of the bias where the form does not hold it, with real numbers of ``itemsize`` bytes."""
-    arrays = [*form.arrays().values()]
-    if bias is not None and not (isinstance(form, Quantized) and form.bias is not None):
-        arrays.append(bias)
-    return sum(array.numel() * (itemsize if array.is_floating_point() else array.itemsize) for array in arrays)
+        return replace(self, codes=self.codes.permuted(rows, columns), scales=scales)

@@ -13,7 +13,7 @@ from slrprop.calibration import Calibration
 from slrprop.checks import require_choice, require_count, require_density, require_flag
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
-from slrprop.factors import Factors
+from slrprop.factors import Dense, Factors, Fit
 from slrprop.factors.quantized import BITS
 from slrprop.linalg import SOLVERS, SVD, Solver, truncated_svd
 from slrprop.losses import LOSSES, LossName
@@ -250,7 +250,9 @@ class Problem:
         """Exact costs of shortening single neurons, of the outputs alone without ``inputs``, where asked with other layers already ``compressed``."""
         svd = self.svd(name, rank, solver)
         if compressed:
-            network = self.network.with_weights({key: form.dense() for key, form in compressed.items()}, self.data)
+            network = self.network.with_fits(
+                {key: Fit(Dense(form.dense())) for key, form in compressed.items()}, self.data
+            )
             return cost_scores(network, self.data, name, svd, reduced_rank, baseline, loss, inputs)
         key = (name, rank, solver, reduced_rank, baseline, loss)
         if key not in self._costs or (inputs and not len(self._costs[key].rows)):
@@ -259,17 +261,15 @@ class Problem:
 
 
 class Decision(NamedTuple):
-    """A layer's factors; the masks of neurons that keep the full rank where some do not; a new bias (n,) if it changes.
+    """A layer's fit; the masks of neurons that keep the full rank where some do not.
 
     ``method`` is the one that was really used where it is another than asked for; ``settings`` likewise.
     """
 
     name: str
-    factors: Factors
+    fit: Fit
     kept_rows: Tensor | None = None
     kept_columns: Tensor | None = None
-    bias: Tensor | None = None
-    notes: dict[str, float] | None = None
     method: str | None = None
     settings: "Settings | None" = None
 

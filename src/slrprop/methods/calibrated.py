@@ -3,30 +3,20 @@
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from slrprop.factors import Dense, Factors, Quantized
+from slrprop.factors import Bias, Dense, Factors, Fit
 from slrprop.memory import give_back
 from slrprop.methods.base import Decision, Method, Problem, Settings
 from slrprop.operators import Lookup
 from slrprop.pairs import Compressed
 from slrprop.plan import LayerPlan
-from slrprop.quantize import quantised, with_bias
+from slrprop.quantize import bias_in_few_bits, quantised
 from slrprop.regression import Regression
 
-
-class Fitted(NamedTuple):
-    """Factors with a bias (n,) that was fitted together with them, and what else there is to report."""
-
-    factors: Factors
-    bias: Tensor
-    notes: dict[str, float]
-
-
-Fit = Callable[[Regression, Any], Factors | Fitted]
+Fitting = Callable[[Regression, Any], Factors | Fit]  # a fit's bias was fitted together with its form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +50,15 @@ class CalibratedMethod(Method):
     Where more than the settings says how a layer is fitted, ``fit_of`` has it from a planned layer.
     """
 
-    fit: Fit | None = None
-    fit_of: Callable[[LayerPlan], Fit] | None = None
+    fit: Fitting | None = None
+    fit_of: Callable[[LayerPlan], Fitting] | None = None
 
     def anew(self, layer: LayerPlan) -> "CalibratedMethod":
         """The method to fit a planned layer once more."""
         return self if self.fit_of is None else replace(self, fit=self.fit_of(layer))
 
 
-def calibrated(name: str, settings: type[CalibratedSettings], fit: Fit) -> CalibratedMethod:
+def calibrated(name: str, settings: type[CalibratedSettings], fit: Fitting) -> CalibratedMethod:
     """A method from the function that fits one layer."""
 
     def decide(problem: Problem, layers: tuple[str, ...], chosen: Any) -> Iterator[Decision]:
@@ -113,10 +103,8 @@ def in_order(
             task = problem.calibration.regression(last, compressed, weighted=False)
             dtype = problem.weight(last).dtype
             weight = task.weight.to(dtype).contiguous()
-            yield Decision(
-                last, Dense(weight), bias=task.corrected_bias(weight.double()).to(dtype), method="dense",
-                settings=METHOD_OF["dense"].settings(bits=32),
-            )  # fmt: skip
+            fit = Fit(Dense(weight), Bias(task.corrected_bias(weight.double()).to(dtype)))
+            yield Decision(last, fit, method="dense", settings=METHOD_OF["dense"].settings(bits=32))
     finally:
         problem.calibration.rest()
 
@@ -129,13 +117,14 @@ def precedes(problem: Problem, first: str, second: str) -> bool:
 
 def computed_by(problem: Problem, layer: LayerPlan) -> Compressed:
     """What a planned layer computes."""
-    form = layer.factors
-    assert form is not None
-    own = form.bias if isinstance(form, Quantized) else layer.bias
-    bias = problem.network.bias(layer.name) if own is None else own
-    weight = form.dense().cpu()
-    known = torch.zeros(weight.shape[1], dtype=torch.float64) if bias is None else bias.detach().double().cpu()
-    return Compressed(weight, known, form)
+    assert layer.fit is not None
+    return _computed(layer.fit, problem.network.bias(layer.name))
+
+
+def _computed(fit: Fit, own: Tensor | None) -> Compressed:
+    weight, bias = fit.form.dense().cpu(), fit.over(own).bias
+    known = weight.new_zeros(weight.shape[1]) if bias is None else bias.value.detach().cpu()
+    return Compressed(weight, known.double(), fit.form)
 
 
 def head_after(problem: Problem, names: list[str]) -> str | None:
@@ -157,36 +146,37 @@ def fit_layer(
     """One layer's factors, rounded if so asked, and its bias; and what it computes by now. All on the CPU."""
     assert method.fit is not None
     if problem.network.operator(name).bits_only:  # every number by itself
-        packed, kept = quantised(Dense(problem.weight(name)), settings.bits), problem.network.bias(name)
-        packed = packed if kept is None else with_bias(packed, kept)
-        known = torch.zeros(packed.shape[1], dtype=torch.float64) if kept is None else kept.double()
-        return Decision(name, packed), Compressed(packed.dense(), known, packed)
+        own = problem.network.bias(name)
+        fit = Fit(quantised(Dense(problem.weight(name)), settings.bits), None if own is None else bias_in_few_bits(own))
+        return Decision(name, fit), _computed(fit, own)
     before = compressed if settings.sequential else {}
     task = problem.calibration.regression(name, before, settings.weighted)
     dtype = problem.weight(name).dtype
     fitted = method.fit(task, settings)
-    form, own, notes = fitted if isinstance(fitted, Fitted) else (fitted, None, None)
-    if own is not None:  # a solution in itself: rounding is to come near to it, not to the weight it was fitted to
+    form, bias, notes = (fitted.form, fitted.bias, fitted.notes) if isinstance(fitted, Fit) else (fitted, None, {})
+    if bias is not None:  # a solution in itself: rounding is to come near to it, not to the weight it was fitted to
         task = replace(task, weight=form.dense())
     # the mean output that the bias is to give, whatever rounding does to the form; None: the bias stays as it is
-    looked_up = isinstance(task.operator, Lookup)  # which adds nothing
     mean = (
-        None
-        if looked_up
-        else task.target_mean
+        task.target_mean
         if settings.bias_correction
         else None
-        if own is None
-        else own + task.mean @ form.dense()
+        if bias is None
+        else bias.value + task.mean @ form.dense()
     )
-    bias: Tensor | None = None
-    if settings.bits < 32:
-        form = quantised(form, settings.bits, task)
-        if mean is not None or problem.network.bias(name) is not None:
-            form = with_bias(form, task.bias if mean is None else mean - task.mean @ form.dense().double())
+    if isinstance(task.operator, Lookup):  # which adds nothing
+        mean = None
+    few = settings.bits < 32
+    form = (
+        quantised(form, settings.bits, task)
+        if few
+        else form.with_matrices({key: matrix.to(dtype).contiguous() for key, matrix in form.matrices().items()})
+    )
+    value = task.bias if mean is None else mean - task.mean @ form.dense().double()
+    own = problem.network.bias(name)
+    if few and (mean is not None or own is not None):
+        bias = bias_in_few_bits(value)
     else:
-        form = form.with_matrices({key: matrix.to(dtype).contiguous() for key, matrix in form.matrices().items()})
-        bias = None if mean is None else (mean - task.mean @ form.dense().double()).to(dtype)
-    made = form.bias if isinstance(form, Quantized) else bias
-    now = task.bias if made is None else made.double()
-    return Decision(name, form, bias=bias, notes=notes), Compressed(form.dense(), now, form)
+        bias = None if mean is None else Bias(value.to(dtype))
+    fit = Fit(form, bias, notes)
+    return Decision(name, fit), _computed(fit, task.bias)

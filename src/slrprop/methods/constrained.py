@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from slrprop.admm import Programme, Proximal, Solution, solve
 from slrprop.checks import require_count, require_positive
-from slrprop.factors import Factors
+from slrprop.factors import Bias, Factors, Fit
 from slrprop.methods.base import Check
-from slrprop.methods.calibrated import CalibratedSettings, Fitted
+from slrprop.methods.calibrated import CalibratedSettings
 from slrprop.regression import Regression
 
 GAINS = (0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02)
@@ -59,7 +59,7 @@ def constrained(task: Regression, settings: ConstrainedSettings, proximal: Proxi
     return programme, solve(programme, proximal, settings.rho, settings.iterations)
 
 
-def reported(programme: Programme, solution: Solution, form: Factors) -> Fitted:
+def reported(programme: Programme, solution: Solution, form: Factors) -> Fit:
     """The factors with their bias, and notes: how far they are outside the constraints (shares of ``||Y||_F``), before any rounding to few bits."""
     error, ceiling = programme.violation(form.dense(), solution.bias)
     notes = {
@@ -68,4 +68,4 @@ def reported(programme: Programme, solution: Solution, form: Factors) -> Fitted:
         "iterations": float(solution.iterations),
         "converged": float(solution.converged),
     }
-    return Fitted(form, solution.bias, notes)
+    return Fit(form, Bias(solution.bias), notes)

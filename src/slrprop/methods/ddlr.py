@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from slrprop.admm import TOLERANCE, singular_value_threshold
-from slrprop.factors import Dense, LowRank
+from slrprop.factors import Dense, Fit, LowRank
 from slrprop.linalg import truncated_svd
-from slrprop.methods.calibrated import Fitted, calibrated
+from slrprop.methods.calibrated import calibrated
 from slrprop.methods.constrained import ConstrainedSettings, constrained, reported
 from slrprop.regression import Regression
 
@@ -31,7 +31,7 @@ def numerical_rank(weight: Tensor) -> int:
     return max(1, int((s > TOLERANCE * s[0]).sum()))
 
 
-def fit(task: Regression, settings: DDLRSettings) -> Fitted:
+def fit(task: Regression, settings: DDLRSettings) -> Fit:
     """The solution as two factors; as one matrix where they would hold more numbers."""
     programme, solution = constrained(task, settings, singular_value_threshold)
     (m, n), rank = solution.weight.shape, numerical_rank(solution.weight)

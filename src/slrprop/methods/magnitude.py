@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from slrprop.factors import Sparse
+from slrprop.factors import Fit, Sparse
 from slrprop.methods.base import Decision, Method, Problem
 from slrprop.methods.density import DensitySettings
 from slrprop.plan import LayerPlan
@@ -29,7 +29,7 @@ def decide(problem: Problem, layers: tuple[str, ...], settings: MagnitudeSetting
     """Every layer by itself."""
     for name in layers:
         weight = problem.weight(name)
-        yield Decision(name, pruned(weight, settings.stored_numbers(*weight.shape)))
+        yield Decision(name, Fit(pruned(weight, settings.stored_numbers(*weight.shape))))
 
 
 def build(weight: Tensor, layer: LayerPlan, settings: MagnitudeSettings) -> Sparse:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from slrprop.admm import soft_threshold
-from slrprop.factors import Sparse
-from slrprop.methods.calibrated import Fitted, calibrated
+from slrprop.factors import Fit, Sparse
+from slrprop.methods.calibrated import calibrated
 from slrprop.methods.constrained import ConstrainedSettings, constrained, reported
 from slrprop.regression import Regression
 
@@ -17,7 +17,7 @@ class NetTrimSettings(ConstrainedSettings):
     source: ClassVar[str] = "Aghasi, Abdi, Nguyen, Romberg, NIPS 2017; SIAM J. Math. Data Sci. 2, 2020"
 
 
-def fit(task: Regression, settings: NetTrimSettings) -> Fitted:
+def fit(task: Regression, settings: NetTrimSettings) -> Fit:
     """The weights that the soft threshold left."""
     programme, solution = constrained(task, settings, soft_threshold)
     return reported(programme, solution, Sparse.of(solution.weight))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from slrprop.factors import Dense, Table
+from slrprop.factors import Dense, Fit, Table
 from slrprop.methods.base import Decision, Method, Problem, WholeSettings
 from slrprop.operators import Lookup
 
@@ -20,7 +20,7 @@ def decide(problem: Problem, layers: tuple[str, ...], settings: RTNSettings) -> 
     """Every layer by itself; the numbers are rounded when the decision becomes a plan."""
     for name in layers:
         form = Table if isinstance(problem.network.operator(name), Lookup) else Dense
-        yield Decision(name, form(problem.weight(name)))
+        yield Decision(name, Fit(form(problem.weight(name))))
 
 
 METHOD = Method("rtn", RTNSettings, decide)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slrprop.checks import require_choice, require_rate, share
-from slrprop.factors import Factors, SparseLowRank
+from slrprop.factors import Factors, Fit, SparseLowRank
 from slrprop.linalg import truncated_svd
 from slrprop.losses import LossName
 from slrprop.methods.base import Check, Decision, Method, Problem, SVDBasedSettings, require_loss
@@ -111,7 +111,8 @@ def shortened(problem: Problem, name: str, settings: ShortenSettings, scores: Sc
     """Shorten a layer's least relevant neurons."""
     rows, columns = kept_of(problem, name, settings, scores)
     svd = problem.svd(name, settings.rank, settings.solver)
-    return Decision(name, SparseLowRank.shorten(svd, settings.reduced_rank, ~rows, ~columns), rows, columns)
+    form = SparseLowRank.shorten(svd, settings.reduced_rank, ~rows, ~columns)
+    return Decision(name, Fit(form), rows, columns)
 
 
 def scores_of(
@@ -138,7 +139,7 @@ def decide(problem: Problem, layers: tuple[str, ...], settings: SLRSettings) -> 
     for name in reversed(layers):
         settings = settings.at(problem.network.operator(name), problem.network.shape(name))
         decision = shortened(problem, name, settings, scores_of(problem, name, settings, compressed))
-        compressed[name] = decision.factors
+        compressed[name] = decision.fit.form
         yield decision
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from slrprop.checks import require_choice, require_count
 from slrprop.factors import Quantized, SparseLowRank
 from slrprop.methods.base import Check, Decision, Problem
-from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, Fit, in_order
+from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, Fitting, in_order
 from slrprop.methods.refit import refit_of
 from slrprop.methods.slr import SLRSettings, kept_of, scores_of
 from slrprop.plan import LayerPlan
@@ -59,12 +59,12 @@ def refitted(task: Regression, settings: SLRRefitSettings, rows: Tensor, columns
     return refit.factors()
 
 
-def fit_of(rows: Tensor, columns: Tensor) -> Fit:
+def fit_of(rows: Tensor, columns: Tensor) -> Fitting:
     """The fit of a layer whose pattern is known."""
     return lambda task, settings: refitted(task, settings, rows, columns)
 
 
-def fit_anew(layer: LayerPlan) -> Fit:
+def fit_anew(layer: LayerPlan) -> Fitting:
     """The fit with the pattern of a planned layer."""
     form = layer.factors.codes if isinstance(layer.factors, Quantized) else layer.factors
     assert isinstance(form, SparseLowRank)

@@ -79,7 +79,7 @@ def decide(problem: Problem, layers: tuple[str, ...], settings: SLRPropSettings)
         relevance = rows
         if name in layers:
             decision = shortened(problem, name, settings, Scores(rows, columns))
-            compressed[name] = decision.factors
+            compressed[name] = decision.fit.form
             yield decision
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from slrprop.factors import LowRank
+from slrprop.factors import Fit, LowRank
 from slrprop.linalg import truncated_svd
 from slrprop.methods.base import Decision, Method, Problem, SVDBasedSettings
 from slrprop.operators import Operator
@@ -30,7 +30,7 @@ def decide(problem: Problem, layers: tuple[str, ...], settings: SVDSettings) -> 
     """Every layer by itself."""
     for name in layers:
         rank = settings.at(problem.network.operator(name), problem.network.shape(name)).rank
-        yield Decision(name, LowRank.from_svd(problem.svd(name, rank, settings.solver)))
+        yield Decision(name, Fit(LowRank.from_svd(problem.svd(name, rank, settings.solver))))
 
 
 def build(weight: Tensor, layer: LayerPlan, settings: SVDSettings) -> LowRank:

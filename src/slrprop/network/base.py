@@ -13,7 +13,7 @@ from torch import Tensor
 from slrprop.checks import suggestion
 from slrprop.data import Batch, Data, content
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Factors, stored_bytes
+from slrprop.factors import Dense, Fit
 from slrprop.losses import IGNORED, LossName, pick_loss, rows_of
 from slrprop.network.chain import ACTIVATIONS, Affine, Chain, Element, Linear, Path
 from slrprop.network.layer import Layer
@@ -103,10 +103,8 @@ class Network(Sampled):
         """
 
     @abstractmethod
-    def with_weights(
-        self, weights: Mapping[str, Tensor], data: Data | None, biases: Mapping[str, Tensor] | None = None
-    ) -> Self:
-        """A copy of the network whose named layers have these dense weights (m x n), some of them other biases (n,).
+    def with_fits(self, fits: Mapping[str, Fit], data: Data | None) -> Self:
+        """A copy of the network whose named layers have these forms and, where they bring such, biases.
 
         Args:
             data: to see what follows each layer; None for a network that is only to be streamed.
@@ -136,10 +134,9 @@ class Network(Sampled):
         """(m, n) of a layer's weight."""
         return self.layers[name].shape
 
-    def stored(self, name: str, form: Factors | None = None, bias: Tensor | None = None) -> int:
-        """Bytes of a layer in a form and with another bias, if these are given, in the type that its numbers are stored in."""
-        form, bias = form or Dense(self.weight(name)), self.bias(name) if bias is None else bias
-        return stored_bytes(form, bias, self.itemsize(name))
+    def stored(self, name: str, fit: Fit | None = None) -> int:
+        """Bytes of a layer, with a fit if one is given, in the type that its numbers are stored in."""
+        return (fit or Fit(Dense(self.weight(name)))).over(self.bias(name)).bytes(self.itemsize(name))
 
     def fingerprint(self, name: str) -> str:
         """SHA-256 of the layer's weight: the same for equal weights of any network."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slrprop.data import Batch, Data
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense as DenseFactors
+from slrprop.factors import Fit
 from slrprop.losses import rows_of
 from slrprop.network.base import Changing, Flow, Network, gradients_along, require_finite
 from slrprop.network.chain import Chain, Linear, fold
@@ -165,11 +165,8 @@ class OnnxNetwork(Network):
             bias = self.graph.bias(self.layer(name))
         return None if bias is None else tensor_of(bias)
 
-    def with_weights(
-        self, weights: Mapping[str, Tensor], data: Data | None, biases: Mapping[str, Tensor] | None = None
-    ) -> "OnnxNetwork":
-        forms = {name: DenseFactors(weight) for name, weight in weights.items()}
-        found = OnnxNetwork(rewritten(self.file, self.graph, forms, biases or {}), data, self.reading)
+    def with_fits(self, fits: Mapping[str, Fit], data: Data | None) -> "OnnxNetwork":
+        found = OnnxNetwork(rewritten(self.file, self.graph, fits), data, self.reading)
         found.at_once = self.at_once
         return found
 

@@ -1,16 +1,15 @@
 """Writing rewritten ONNX models once their outputs were compared with the factors' mathematics."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from onnx import TensorProto
-from torch import Tensor
 
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Factors, Quantized
+from slrprop.factors import Factors, Fit, Quantized
 from slrprop.network.onnx import OnnxNetwork
 from slrprop.network.onnx_feed import Feed, input_dtype
 from slrprop.network.onnx_file import OnnxFile, Session
@@ -47,10 +46,8 @@ def stored_as(form: Factors, dtype: np.dtype) -> Factors:
 
 def write(
     network: OnnxNetwork,
-    forms: Mapping[str, Factors],
-    biases: Mapping[str, Tensor],
-    new_forms: Mapping[str, Factors],
-    new_biases: Mapping[str, Tensor],
+    fits: Mapping[str, Fit],
+    moved: Mapping[str, Fit],
     path: str | Path,
     data: Data | None,
     integers: bool = False,
@@ -58,8 +55,8 @@ def write(
     """Write the model with new factors, after its outputs were compared with those of the multiplied-out factors.
 
     Args:
-        forms, biases: the layers' factors and new biases, in the original order of neurons.
-        new_forms, new_biases: what is written, neighbours included, in another order.
+        fits: what the layers are given, in the original order of neurons.
+        moved: what is written, neighbours included, in another order.
         data: what to compare on, its first samples; made-up inputs without it.
         integers: see :func:`slrprop.network.onnx_rewrite.rewritten`.
 
@@ -67,12 +64,11 @@ def write(
         SlrpropError: the outputs differ, the model can't be run, the file would be larger than the original, or it can't be
             written; none is left then.
     """
-    dtypes = {name: network.graph.constants[network.layer(name).weight].dtype for name in forms}
+    dtypes = {name: network.graph.constants[network.layer(name).weight].dtype for name in fits}
     plain = rewritten(
         network.file,
         network.graph,
-        {name: Dense(stored_as(form, dtypes[name]).dense()) for name, form in forms.items()},
-        biases,
+        {name: replace(fit, form=stored_as(fit.form, dtypes[name])).multiplied() for name, fit in fits.items()},
     )
     outputs = [value.name for value in network.file.proto.graph.output]
     if any(value.type.WhichOneof("value") not in (None, "tensor_type") for value in network.file.proto.graph.output):
@@ -88,10 +84,10 @@ def write(
     flaw = network.file.flaw()  # the runtime takes models that the checker does not
 
     def check(file: OnnxFile) -> None:
-        if new_forms and file.bytes > network.file.bytes:
+        if moved and file.bytes > network.file.bytes:
             raise SlrpropError(
                 f"the new file would take {file.bytes:,} bytes, and the original takes {network.file.bytes:,}; nothing was "
-                f"written: plan fewer layers ({', '.join(new_forms)} now), or others"
+                f"written: plan fewer layers ({', '.join(moved)} now), or others"
             )
         new_flaw = file.flaw()
         if new_flaw and not flaw:
@@ -101,7 +97,7 @@ def write(
             if isinstance(want[name], np.ndarray):
                 found[name] = _difference(name, want[name], got[name], tolerance)
 
-    rewritten(network.file, network.graph, new_forms, new_biases, integers).save(path, check)
+    rewritten(network.file, network.graph, moved, integers).save(path, check)
     return Parity(found, tolerance)
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from onnx import GraphProto, NodeProto
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Factors, LowRank, Quantized, SparseLowRank, express
+from slrprop.factors import Bias, Dense, Factors, Fit, LowRank, Quantized, SparseLowRank, express
 from slrprop.layers import FactoredLayer
 from slrprop.network.onnx_constants import attribute
 from slrprop.network.onnx_file import OnnxFile
@@ -103,7 +102,7 @@ def _widths(form: SparseLowRank, writer: Writer) -> tuple[str, Tensor]:
     return writer.slice(width, slice(0, len(levels)), 0) if short else width, sums[kinds][levels]
 
 
-def _dense(form: Dense, writer: Writer, bias: Tensor | None) -> None:
+def _dense(form: Dense, writer: Writer, bias: Bias | None) -> None:
     """The same node with another weight, and another bias where its own is replaced."""
     node = NodeProto()
     node.CopyFrom(writer.node)
@@ -113,16 +112,16 @@ def _dense(form: Dense, writer: Writer, bias: Tensor | None) -> None:
             item.f = 1.0
     if bias is not None and writer.node.op_type != "MatMul":
         del node.input[2:]
-        node.input.append(writer.tensor(bias))
+        node.input.append(writer.bias_tensor(bias))
     elif bias is not None and writer.place.bias is None:
         node.output[0] = next(writer.additions.names)
         writer.nodes.append(node)
-        writer.add("Add", [node.output[0], writer.tensor(bias)], writer.node.output[0])
+        writer.add("Add", [node.output[0], writer.bias_tensor(bias)], writer.node.output[0])
         return
     writer.nodes.append(node)
 
 
-def _factored(form: Factors, writer: LayerWriter, bias: Tensor | None) -> None:
+def _factored(form: Factors, writer: LayerWriter, bias: Bias | None) -> None:
     """Smaller operations in the place of the node; a bias goes to the last one that can add it, or becomes an Add."""
     out, place = writer.node.output[0], writer.place
     x = writer.add("Transpose", [place.x], perm=[1, 0]) if place.trans_a else place.x
@@ -135,7 +134,7 @@ def _factored(form: Factors, writer: LayerWriter, bias: Tensor | None) -> None:
         last.output[0] = out
         return
     del writer.nodes[-1]
-    added = writer.bias_tensor(form, bias)
+    added = writer.bias_tensor(bias)
     writer.nodes.append(last)
     gemm = writer.flat and writer.rank == 2 and last.op_type == "MatMul" and writer.adds == "Add"
     if gemm or last.op_type in ("Conv", "ConvTranspose"):
@@ -150,13 +149,10 @@ def _column(writer: Writer, bias: str) -> str:
     return writer.add("Reshape", [bias, writer.tensor(np.array([-1, *[1] * (-1 - writer.operator.axis)]))])
 
 
-def rewritten(
-    file: OnnxFile, layers: Graph, forms: Mapping[str, Factors], biases: Mapping[str, Tensor], integers: bool = False
-) -> OnnxFile:
-    """The model with the layers' factors in the place of their weights; the rest stays as it is.
+def rewritten(file: OnnxFile, layers: Graph, fits: Mapping[str, Fit], integers: bool = False) -> OnnxFile:
+    """The model with the layers' forms in the place of their weights, and their new biases; the rest stays as it is.
 
     Args:
-        biases: for layers whose bias is another one, or in another order, that bias (n,).
         integers: let the runtime multiply whole numbers in large layers of few bits.
 
     Raises:
@@ -168,8 +164,8 @@ def rewritten(
         )
 
     items = {
-        name: (layers.layers[name], form, biases.get(name), layers.constants[layers.layers[name].weight].dtype)
-        for name, form in forms.items()
+        name: (layers.layers[name], fit, layers.constants[layers.layers[name].weight].dtype)
+        for name, fit in fits.items()
     }
     return _edited(file, layers, items, integers)
 
@@ -180,18 +176,10 @@ def placed(file: OnnxFile, modules: Sequence[FactoredLayer]) -> OnnxFile:
     for index, node in enumerate(graph.nodes):
         if node.domain == OWN:
             module = modules[attribute(node, "index")]
-            form, place = (
-                module.factors(),
-                Place(index, node.input[0], node.output[0], "", (0, 0), operator=module.operator),
-            )
-            kind = next((value.dtype for value in form.matrices().values()), torch.float32)
-            bias = form.bias if isinstance(form, Quantized) and form.bias is not None else module.bias
-            items[node.output[0]] = (
-                replace(place, shape=form.shape),
-                form,
-                bias,
-                np.dtype(str(kind).removeprefix("torch.")),
-            )
+            place = Place(index, node.input[0], node.output[0], "", module.shape, operator=module.operator)
+            fit = module.fit()
+            kind = next((value.dtype for value in fit.form.matrices().values()), torch.float32)
+            items[node.output[0]] = (place, fit, np.dtype(str(kind).removeprefix("torch.")))
     found = _edited(file, graph, items, False)
     domains = [domain for domain in found.proto.opset_import if domain.domain != OWN]
     del found.proto.opset_import[:]
@@ -202,16 +190,16 @@ def placed(file: OnnxFile, modules: Sequence[FactoredLayer]) -> OnnxFile:
 def _edited(
     file: OnnxFile,
     layers: Graph,
-    items: Mapping[str, tuple[Place, Factors, Tensor | None, np.dtype[Any]]],
+    items: Mapping[str, tuple[Place, Fit, np.dtype[Any]]],
     integers: bool,
 ) -> OnnxFile:
     def edit(graph: GraphProto) -> dict[str, np.ndarray]:
         additions = Additions(graph, file.opset)
         nodes: dict[int, list[NodeProto]] = {}
         writer: LayerWriter | None = None
-        for name, (place, form, bias, dtype) in items.items():
+        for name, (place, fit, dtype) in items.items():
             writer = LayerWriter(layers, name, place, dtype, additions, integers)
-            bias = None if isinstance(place.operator, Lookup) else bias
+            form, bias = fit.form, None if isinstance(place.operator, Lookup) else fit.bias
             if isinstance(form, Dense) and place.weight:
                 _dense(form, writer, bias)
             else:
@@ -223,7 +211,7 @@ def _edited(
                 added.CopyFrom(layers.nodes[adder])
                 added.op_type = writer.adds
                 if bias is not None:
-                    added.input[list(added.input).index(place.bias or "")] = writer.bias_tensor(form, bias)
+                    added.input[list(added.input).index(place.bias or "")] = writer.bias_tensor(bias)
                 nodes[adder] = [*writer.nodes[count:], added]
                 del writer.nodes[count:]
         first = [] if writer is None else writer.first()

@@ -14,7 +14,7 @@ from onnx import GraphProto, NodeProto, helper
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Factors, Index, Quantized, SparseLowRank
+from slrprop.factors import Bias, Factors, Index, Quantized, SparseLowRank
 from slrprop.network.onnx_graph import Graph
 from slrprop.network.onnx_places import Place
 from slrprop.network.onnx_tensors import graphs_of
@@ -214,12 +214,11 @@ class Writer:
                 scale = first if bool((scale == first).all()) else scale
         return self.settled(self.scaled(layout(value), scale, self.bits))
 
-    def bias_tensor(self, form: Factors, bias: Tensor | None) -> str:
-        """The name of the layer's bias: a new one where given (the form's own, if it carries that), else the old one."""
-        if isinstance(form, Quantized) and form.bias_codes is not None and form.bias_scale is not None:
-            return self.settled(self.scaled(form.bias_codes, form.bias_scale, 8))
+    def bias_tensor(self, bias: Bias | None) -> str:
+        """The name of the layer's bias: a new one where given, else the old one."""
         if bias is not None:
-            return self.tensor(bias)
+            few = bias.scale is not None
+            return self.settled(self.scaled(bias.numbers, bias.scale, 8)) if few else self.tensor(bias.numbers)
         name, beta = self.place.bias, self.place.beta
         assert name is not None
         if beta == 1:

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from slrprop.data import Batch, Data
 from slrprop.errors import SlrpropError, first_line
-from slrprop.factors import Dense
+from slrprop.factors import Fit
 from slrprop.layers import layer_from
 from slrprop.losses import rows_of
 from slrprop.network.base import Changing, Flow, Network, gradients_along, require_finite
@@ -363,15 +363,10 @@ class TorchNetwork(Network):
         except RuntimeError:
             return torch.stack([output(candidate) for candidate in candidates])
 
-    def with_weights(
-        self, weights: Mapping[str, Tensor], data: Data | None, biases: Mapping[str, Tensor] | None = None
-    ) -> "TorchNetwork":
-        known = biases or {}
+    def with_fits(self, fits: Mapping[str, Fit], data: Data | None) -> "TorchNetwork":
         modules = {
-            name: layer_from(Dense(weight), known.get(name, self.bias(name)), self.operator(name)).to(
-                self.arrays[name][0].dtype
-            )
-            for name, weight in weights.items()
+            name: layer_from(fit.over(self.bias(name)), self.operator(name)).to(self.arrays[name][0].dtype)
+            for name, fit in fits.items()
         }
         found = TorchNetwork(swapped(self.model, modules, sharing=True), data, self.reading)
         found.layers |= {name: replace(layer, calls=self.layers[name].calls) for name, layer in found.layers.items()}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense
+from slrprop.factors import Bias, Dense, Fit
 from slrprop.layers import layer_from, note_shape
 from slrprop.network.torch import NORMS, swapped
 from slrprop.network.torch_modules import named_modules, operator_of, weight_and_bias
@@ -35,7 +35,7 @@ def folded(model: nn.Module, norms: Mapping[str, str]) -> nn.Module:
                 made = fuse_linear_bn_weights(weight, bias, *parts)  # type: ignore[arg-type]
             else:
                 made = fuse_conv_bn_weights(weight, bias, *parts, transpose=layer.transposed)  # type: ignore[arg-type,misc]
-        new = layer_from(Dense(operator.matrix(made[0].detach())), made[1].detach(), operator)
+        new = layer_from(Fit(Dense(operator.matrix(made[0].detach())), Bias(made[1].detach())), operator)
         note_shape(new, operator.matrix(weight).shape)  # a file says that it has a bias now
         swaps |= {name: new.to(weight.dtype), norm_name: Folded()}
     return swapped(model, swaps)

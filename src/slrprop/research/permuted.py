@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from slrprop.checks import require_seed, suggestion
 from slrprop.data import open_data
 from slrprop.errors import SlrpropError
-from slrprop.factors.shared import Shared
+from slrprop.factors import Bias, Fit, Shared
 from slrprop.layers import FactoredLayer
 from slrprop.network.torch import main_output, swapped
 from slrprop.network.torch_modules import device_of, layer_modules
@@ -39,7 +39,7 @@ class PermutedLinear(FactoredLayer):
         sequence = (sequence - sequence.mean()) / sequence.std(correction=0) if in_features > 1 else torch.ones(1)
         scale = torch.full((out_features,), float(gain))
         form = Shared(sequence / math.sqrt(in_features), scale, None, seed=seed)
-        super().__init__(form, torch.zeros(out_features) if bias else None)
+        super().__init__(Fit(form, Bias(torch.zeros(out_features)) if bias else None))
 
 
 def permute(model: nn.Module, layers: str | list[str] | tuple[str, ...] | None = None, seed: int = 0) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slrprop.api import finished, plan_problem, planned_layer
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Quantized
+from slrprop.factors import Dense
 from slrprop.methods import METHODS, Method, Problem, Settings, find_method
 from slrprop.methods.base import ranks_for
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
@@ -160,13 +160,12 @@ def candidates_of(
             except TooLargeError:  # other forms may hold such numbers
                 continue
             for layer in (layer for layer in made.layers if layer.name == name):
-                factors = layer.factors
-                assert factors is not None
-                own = factors.bias if isinstance(factors, Quantized) else layer.bias
+                assert layer.fit is not None
+                factors, own = layer.fit.form, layer.bias
                 moved = (0 if own is None else own.to(wide)) - (0 if bias is None or own is None else bias.to(wide))
                 made_of = next(iter(factors.matrices().values()))  # factors have their own dtype and device
                 error = weighed(y - times(x if looked_up else x.to(made_of), factors).to(y) - moved) / energy
-                found.append(Candidate(problem.network.stored(name, factors, own), error, layer))
+                found.append(Candidate(problem.network.stored(name, layer.fit), error, layer))
     return found
 
 

@@ -207,10 +207,10 @@ class Shares:
         total = 0
         for name, curve in self.curves.items():
             layer = planned.get(name)
-            if layer is None or layer.factors is None:
+            if layer is None or layer.fit is None:
                 total += curve[0].bytes
             else:
-                size = self.problem.network.stored(name, layer.factors, layer.bias)
+                size = self.problem.network.stored(name, layer.fit)
                 total += size + self._around(name, layer, size)
         return total
 
@@ -219,10 +219,10 @@ class Shares:
 
         Two files of each kind are made to know, one with the first such layer and one with a second: what unpacking needs is written once.
         """
-        if not self.in_file or layer is None or layer.factors is None:
+        if not self.in_file or layer is None or layer.fit is None:
             return 0
-        arrays, file = layer.factors.arrays(), self.trials.size
-        known = self._headers.setdefault((layer.factors.kind, str(layer.settings["bits"]), *arrays), [])
+        arrays, file = layer.fit.arrays(), self.trials.size
+        known = self._headers.setdefault((layer.fit.form.kind, str(layer.settings["bits"]), *arrays), [])
         # in a module's file each array's name holds the layer's, as the dense weight's did
         named = len(name) * (len(arrays) - 1) if isinstance(self.trials.door.model, nn.Module) else 0
         before = tuple(first for first, _ in known)
