@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from slrprop import SlrpropError, cli
@@ -16,7 +17,7 @@ from slrprop.research.comparison.contenders import CONTENDERS
 from slrprop.research.comparison.results import Results, accuracy_table, answers_table, files_table, page
 from slrprop.research.comparison.run import Comparison
 from slrprop.research.datasets import Dataset
-from slrprop.research.networks import LeNet300
+from slrprop.research.networks import Headed, LeNet300
 
 NAN = float("nan")
 LENET5 = experiments.COMPARED["lenet5-mnist"]
@@ -261,6 +262,39 @@ def test_rows_of_a_file_are_gone_on_from_where_the_network_is_the_same(tiny, tmp
     other = call(*common, "--bytes", "30%", "--run-dir", tmp_path / "four", "--rows", rows)
     assert isinstance(other.exception, SlrpropError)
     assert "rows of tiny 0 in" in str(other.exception) and "its accuracy was 12.5 and is" in str(other.exception)
+
+
+class Whole(Headed):
+    """Two convolutions and a dense layer, looked at together."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.fc = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 12, 3), nn.Linear(12, 10)
+
+    def head(self):
+        return self
+
+    def forward(self, x):
+        return self.fc(self.two(self.one(x).relu()).relu().mean((2, 3)))
+
+
+def test_a_whole_network_of_convolutions_is_compared(digits, monkeypatch, tmp_path):
+    """Its bytes are those of all its layers, its file is its own, and what removes neurons of dense layers is left out."""
+    x, y = digits
+    data = Dataset(x[:300].view(-1, 1, 8, 8), y[:300], x[300:400].view(-1, 1, 8, 8), y[300:400])
+    recipe = dataclasses.replace(experiments.LENET300.recipe, epochs=15, batch=32, learning_rate=1e-2)
+    layers = ("one", "two", "fc")
+    made = experiments.Experiment("whole", "mnist", Whole, layers, (), 40, recipe, whole=True)
+    monkeypatch.setitem(experiments.COMPARED, "whole", made)
+    monkeypatch.setattr(experiments.Experiment, "load_data", lambda self, folder=None: data)
+    chosen = "spatial, 8 bits,dense, 4 bits,NISP,auto, tuned"
+    given = ["whole", "--bytes", "30%", "--seeds", 1, "--contenders", chosen, "--run-dir", tmp_path]
+    done = call(*given, "--output", tmp_path / "out", "--json")
+    original, *rows = sorted(json.loads(done.stdout), key=lambda row: -row["bytes"])
+    assert original["bytes"] == 4 * sum(p.numel() for p in Whole().parameters())
+    assert {row["method"] for row in rows} == {"spatial, 8 bits", "dense, 4 bits"}
+    assert all(row["bytes"] <= row["size"] and row["file_bytes"] < original["file_bytes"] for row in rows)
+    assert "Treated: all layers" in (tmp_path / "out" / "whole.md").read_text()
 
 
 @pytest.mark.parametrize(

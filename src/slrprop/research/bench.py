@@ -1,7 +1,7 @@
-"""A trained network of an experiment: its dense head on the features before it, and the plans that a search finds for it."""
+"""A trained network of an experiment: its head on the features before it, and the plans that a search finds for it."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,6 @@ from slrprop.network import TorchNetwork
 from slrprop.plan import Plan
 from slrprop.research.datasets import Dataset
 from slrprop.research.experiments import Experiment, trained, weights_of
-from slrprop.research.networks import DenseHead, Headed
 from slrprop.research.training import digest
 from slrprop.search.judge import Door, Judge, Log
 from slrprop.search.path import Choice
@@ -28,7 +27,7 @@ PART = 500  # images that pass the front at once
 
 
 class Bench:
-    """The dense head of a network trained from a seed, on the features that the rest gives.
+    """The head of a network trained from a seed, on the features that the rest gives.
 
     ``calibration`` is the seed's own draw of training samples. The features of convolutions are kept in ``folder``.
     """
@@ -36,10 +35,9 @@ class Bench:
     def __init__(self, experiment: Experiment, seed: int, data: Dataset, folder: Path) -> None:
         self.experiment, self.seed, self.data = experiment, seed, data
         self.model = trained(experiment, seed, data, folder)
-        self.head: DenseHead = self.model.head()
+        self.head = self.model.head()
         self.x_train, self.x_test = self._features(weights_of(experiment, seed, folder))
-        with torch.no_grad():
-            self.logits = self.head(self.x_test)
+        self.logits = in_parts(self.head, self.x_test)
         drawn = torch.randperm(len(self.x_train), generator=torch.Generator().manual_seed(seed))
         drawn = drawn[: experiment.calibration]
         self.calibration = Data((self.x_train[drawn], data.y_train[drawn]))
@@ -48,8 +46,10 @@ class Bench:
 
     def _features(self, weights: Path) -> tuple[Tensor, Tensor]:
         """What comes before the head of all training and test samples."""
+        if self.head is self.model:
+            return self.data.x_train, self.data.x_test
         if not self.experiment.recipe.convolutional:
-            return front_of(self.model, self.data.x_train), front_of(self.model, self.data.x_test)
+            return in_parts(self.model.front, self.data.x_train), in_parts(self.model.front, self.data.x_test)
         path, made_by = weights.with_suffix(".features"), digest(weights)
         if path.exists():
             with safe_open(path, "pt") as file:
@@ -57,7 +57,8 @@ class Bench:
             if known:
                 found = load_file(path)
                 return found["train"], found["test"]
-        found = {"train": front_of(self.model, self.data.x_train), "test": front_of(self.model, self.data.x_test)}
+        both = {"train": self.data.x_train, "test": self.data.x_test}
+        found = {which: in_parts(self.model.front, x) for which, x in both.items()}
         with replacing(path) as part:
             part.write_bytes(save(found, {"weights": made_by}))
         return found["train"], found["test"]
@@ -81,7 +82,7 @@ class Bench:
         return distilled(self.network, Data((self.x_train, None)), plan, TuneSettings(), quiet=True)
 
 
-def front_of(model: Headed, x: Tensor) -> Tensor:
-    """The inputs of a network's first dense layer."""
+def in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What a function of samples gives, without gradients, so many at once as memory holds."""
     with torch.no_grad():
-        return torch.cat([model.front(part) for part in x.split(PART)])
+        return torch.cat([function(part) for part in x.split(PART)])

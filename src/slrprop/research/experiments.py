@@ -14,17 +14,17 @@ from slrprop.files import made_folder, replacing
 from slrprop.parallel import each
 from slrprop.research import require_seen
 from slrprop.research.datasets import DATASETS, Dataset
-from slrprop.research.networks import VGG16, DenseHead, Headed, LeNet5, LeNet300, ResNet20, RoomMLP
+from slrprop.research.networks import VGG16, Headed, LeNet5, LeNet300, ResNet20, RoomMLP
 from slrprop.research.training import Recipe, Trainer, cropped, cut_out, shifted, write_log
 from slrprop.search.path import LEVELS
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One network of the article on its data set.
+    """One network of the articles on its data set.
 
-    ``layers`` are the layer before the FRL and the FRL; ``calibration`` is the number of training samples that
-    the scores see. ``trainings``: how many networks the seeds share, where each is not to have its own. ``levels``: those of
+    ``layers`` are the layer before the FRL and the FRL, of a ``whole`` network all that hold a weight; ``calibration`` is the number of
+    training samples that the scores see. ``trainings``: how many networks the seeds share, where each is not to have its own. ``levels``: those of
     the product's own choice that the sweep has too, at the bytes of SLR.
     """
 
@@ -37,6 +37,7 @@ class Experiment:
     recipe: Recipe
     trainings: int | None = None
     levels: tuple[str, ...] = ()
+    whole: bool = False
 
     def training(self, seed: int) -> int:
         """The seed that a seed's network was trained from."""
@@ -47,8 +48,8 @@ class Experiment:
         tensors = [tensor for name in self.layers for tensor in model.get_submodule(name).state_dict().values()]
         return sum(tensor.nbytes for tensor in tensors), sum(tensor.numel() for tensor in tensors)
 
-    def untrained_head(self) -> DenseHead:
-        """The dense head without numbers, for its shapes."""
+    def untrained_head(self) -> nn.Module:
+        """The head without numbers, for its shapes."""
         with torch.device("meta"):
             return self.network().head()
 
@@ -86,12 +87,19 @@ EXPERIMENTS = {
 LENET300 = Experiment(
     "lenet300-mnist", "mnist", LeNet300, ("fc1", "fc2"), (), 10_000, Recipe(epochs=10, batch=64, learning_rate=2e-3)
 )
+BLOCKS = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range(3)]
+THROUGH = ["layer2.0.downsample.0", "layer3.0.downsample.0"]
 RESNET20 = Experiment(
-    "resnet20-cifar10", "cifar10", ResNet20, (), (), 512,
+    "resnet20-cifar10", "cifar10", ResNet20,
+    ("conv1", *(f"{block}.conv{turn}" for block in BLOCKS for turn in (1, 2)), *THROUGH, "fc"), (), 512,
     Recipe(epochs=48, batch=128, learning_rate=0.2, weight_decay=5e-4, momentum=0.9, augment=cropped, convolutional=True), 1,
+    whole=True,
 )  # fmt: skip
 TRAINED = EXPERIMENTS | {RESNET20.name: RESNET20}
-COMPARED = EXPERIMENTS | {LENET300.name: LENET300}  # with what other articles than SLRProp's measure on
+COMPARED = EXPERIMENTS | {
+    LENET300.name: LENET300,
+    RESNET20.name: RESNET20,
+}  # with what other articles than SLRProp's measure on
 
 
 def find_experiment(name: str, among: Mapping[str, Experiment] = EXPERIMENTS) -> Experiment:

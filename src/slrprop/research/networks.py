@@ -20,7 +20,7 @@ class DenseHead(nn.Module):
 
 
 class Headed(nn.Module):
-    """A network whose end is dense layers with ReLU between: ``front`` gives the first one's inputs."""
+    """A network whose end, its ``head``, is looked at by itself: dense layers with ReLU between. ``front`` gives the first one's inputs."""
 
     dense: tuple[str, ...]
 
@@ -28,7 +28,7 @@ class Headed(nn.Module):
         """The inputs of the first dense layer."""
         return x
 
-    def head(self) -> DenseHead:
+    def head(self) -> nn.Module:
         """The dense layers, shared with this network."""
         return DenseHead({name: self.get_submodule(name) for name in self.dense})  # type: ignore[misc]
 
@@ -169,10 +169,8 @@ class Block(nn.Module):
 class ResNet20(Headed):
     """ResNet-20 for 3 x 32 x 32 images: 19 convolutions of 16, 32 and 64 channels, 1 x 1 ones around two blocks, dense 64-classes.
 
-    He et al., CVPR 2016, section 4.2, with the projections of option B.
+    He et al., CVPR 2016, section 4.2, with the projections of option B. It is looked at as a whole.
     """
-
-    dense = ("fc",)
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
@@ -185,8 +183,10 @@ class ResNet20(Headed):
         self.layer1, self.layer2, self.layer3 = stages
         self.fc = nn.Linear(64, classes)
 
-    def front(self, x: Tensor) -> Tensor:
-        """The last block's channels, averaged (p x 64)."""
+    def head(self) -> nn.Module:
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
         x = self.bn1(self.conv1(x)).relu()
-        features: Tensor = self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
-        return features
+        scores: Tensor = self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+        return scores

@@ -43,7 +43,8 @@ def compare(
     name: Annotated[
         str,
         typer.Argument(
-            help="lenet5-mnist, lenet300-mnist, room-mlp, vgg16-cifar10 or vgg16-cifar100", show_default=False
+            help="lenet5-mnist, lenet300-mnist, room-mlp, vgg16-cifar10, vgg16-cifar100 or resnet20-cifar10",
+            show_default=False,
         ),
     ],
     sizes: Annotated[

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from slrprop.methods import METHODS
+from slrprop.research.experiments import Experiment
 from slrprop.search.path import LEVELS, SIZE_ONLY, Choice
 
 ORIGINAL = "original"
@@ -21,6 +22,7 @@ class Contender:
         tuned: distilled afterwards.
         slow: run on fewer seeds.
         wide: can be run on layers of thousands of neurons.
+        maps: takes convolutions alone.
     """
 
     name: str
@@ -30,6 +32,13 @@ class Contender:
     tuned: bool = False
     slow: bool = False
     wide: bool = True
+    maps: bool = False
+
+    def fits(self, experiment: Experiment) -> bool:
+        """Whether an experiment's layers can be made small in this way."""
+        if experiment.whole:
+            return self.shares is None and not self.tuned and self.name != NARROWER
+        return not self.maps and (self.wide or not experiment.wide)
 
     @property
     def faster(self) -> bool:
@@ -38,14 +47,21 @@ class Contender:
 
 
 def _bits(
-    name: str, level: str, method: str, *bits: int, slow: bool = False, wide: bool = True, **settings: object
+    name: str,
+    level: str,
+    method: str,
+    *bits: int,
+    slow: bool = False,
+    wide: bool = True,
+    maps: bool = False,
+    **settings: object,
 ) -> list[Contender]:
     """The same method at several widths of numbers."""
     made = []
     for width in bits:
         few = {} if width == 32 else {"bits": width}
         title = name if width == 32 else f"{name}, {width} bits"
-        made.append(Contender(title, level, ((method, dict(settings) | few),), slow=slow, wide=wide))
+        made.append(Contender(title, level, ((method, dict(settings) | few),), slow=slow, wide=wide, maps=maps))
     return made
 
 
@@ -63,6 +79,8 @@ CONTENDERS: tuple[Contender, ...] = (
     *_bits("SLR cost, refitted", "calibrated", "slr_refit", 32, 4, slow=True, criterion="cost"),
     *_bits("whitened SVD", "calibrated", "low_rank", 32, 4, metric="inputs"),
     *_bits("low rank, two-sided", "calibrated", "low_rank", 32, 8, 4),
+    *_bits("spatial", "calibrated", "spatial", 32, 8, 4, maps=True),
+    *_bits("Tucker-2", "calibrated", "tucker", 32, 8, 4, maps=True),
     Contender("nested", "calibrated", NESTED[32]),
     Contender("nested, 8 bits", "calibrated", NESTED[8]),
     Contender("nested, 4 bits", "calibrated", NESTED[4]),

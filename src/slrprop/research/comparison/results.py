@@ -226,13 +226,14 @@ def page(results: Results, verdicts: list[tuple[str, list[str]]]) -> str:
     experiment, name = results.experiment, results.experiment.name
     original = next((row for row in results.originals.values() if not math.isnan(row.latency)), None)
     file = f"; the original's file: {amount(original.file_bytes)}, {1e6 * original.latency:.0f} µs" if original else ""
-    layers = " and ".join(experiment.layers)
+    layers = "all layers" if experiment.whole else " and ".join(experiment.layers)
     few = ", fewer where the table says so" if len(results.originals) > SLOW_SEEDS else ""
     parts = [
         f"# {name}: every contender at equal stored bytes",
         f"Written by `slrprop compare {name} --output`. How it is measured: [the comparison](README.md). Every row: [{name}.csv]({name}.csv).",
         f"Treated: {layers}, {amount(results.total)} in float32 with biases. {count_of(len(results.originals))}{few}; "
-        f"calibration on {experiment.calibration:,} training samples; at most {experiment.tries} measured alternatives per size; tuned: {EPOCHS} epochs of distillation, at least {LEAST_STEPS:,} steps.",
+        f"calibration on {experiment.calibration:,} training samples; at most {experiment.tries} measured alternatives per size"
+        + ("." if experiment.whole else f"; tuned: {EPOCHS} epochs of distillation, at least {LEAST_STEPS:,} steps."),
         "## Verdict",
         "Points of accuracy; ± is the standard error of the per-seed differences, over the seeds that both have.",
         *("\n\n".join((f"**{heading}**", "\n".join(f"- {line}" for line in lines))) for heading, lines in verdicts),

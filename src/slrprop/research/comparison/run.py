@@ -16,12 +16,11 @@ from slrprop.export import export_onnx
 from slrprop.files import scratch
 from slrprop.latency import latencies
 from slrprop.network import OnnxNetwork
-from slrprop.network.base import fingerprint
 from slrprop.network.onnx_file import OnnxFile
 from slrprop.parallel import each
 from slrprop.plan import Plan, wording
 from slrprop.research import require_seen
-from slrprop.research.bench import Bench, front_of
+from slrprop.research.bench import Bench, in_parts
 from slrprop.research.comparison.contenders import CONTENDERS, NARROWER, ORIGINAL, Contender
 from slrprop.research.datasets import Dataset
 from slrprop.research.experiments import Experiment, train_missing, weights_of
@@ -80,8 +79,7 @@ class Compared(Bench):
         x: Tensor | None = None,
     ) -> Comparison:
         """Measure a head on the test set, or on other features of it; the whole network's file where asked."""
-        with torch.no_grad():
-            logits = model(self.x_test if x is None else x)
+        logits = in_parts(model, self.x_test if x is None else x)
         labels = self.data.y_test
         file_bytes, latency, faster = self.file(plan) if timed and plan is not None else (float("nan"),) * 3
         stored, numbers = self.experiment.stored(model)
@@ -106,7 +104,7 @@ class Compared(Bench):
             network = OnnxNetwork(path, None)
             self._onnx = path, {network.fingerprint(name): name for name in network.names}
         path, names = self._onnx
-        of = {name: names[fingerprint(self.head.get_submodule(name).weight)] for name in self.head.names}  # type: ignore[arg-type]
+        of = {name: names[self.network.fingerprint(name)] for name in self.network.names}
         moved = replace(
             plan,
             layers=tuple(replace(layer, name=of[layer.name]) for layer in plan.layers),
@@ -169,7 +167,7 @@ def narrower_widths(experiment: Experiment, shapes: dict[str, tuple[int, int]], 
 def narrower(bench: Compared, size: int) -> Comparison | None:
     """A network with fewer neurons between its dense layers, trained from scratch by the same recipe; the head alone where there are convolutions."""
     experiment, data = bench.experiment, bench.data
-    best = narrower_widths(experiment, {name: bench.network.shape(name) for name in bench.head.names}, size)
+    best = narrower_widths(experiment, {name: bench.network.shape(name) for name in bench.network.names}, size)
     if best is None:
         return None
     start, label = time.perf_counter(), f"{experiment.name} narrower {best} seed {bench.seed}"
@@ -181,7 +179,7 @@ def narrower(bench: Compared, size: int) -> Comparison | None:
             fit(head, HEAD, replace(data, x_train=bench.x_train, x_test=bench.x_test), label)
         else:
             fit(model, experiment.recipe, data, label)
-            head, x = model.head(), front_of(model, data.x_test)
+            head, x = model.head(), in_parts(model.front, data.x_test)
     row = bench.row(NARROWER, size, None, head, time.perf_counter() - start, False, x)
     return replace(row, plan=f"widths {'-'.join(map(str, best))}")
 
@@ -216,11 +214,11 @@ def compare(
         workers: processes, and ``cluster`` a Ray cluster, that share the contenders (:func:`slrprop.parallel.each`).
     """
     done = {store.key(row) for row in store.results(experiment.name)}
-    total, wide = experiment.stored(experiment.untrained_head())[0], experiment.wide
+    total = experiment.stored(experiment.untrained_head())[0]
     limits = sorted({parse_size(size, total, "--bytes") for size in sizes})
     contenders = [
         (Contender(ORIGINAL, ""), [total]),
-        *((contender, limits) for contender in CONTENDERS if chosen(contender) and (contender.wide or not wide)),
+        *((contender, limits) for contender in CONTENDERS if chosen(contender) and contender.fits(experiment)),
     ]
     tasks = [
         (seed, contender, missing)
