@@ -20,17 +20,6 @@ REPLACED = (
     "--report",
 )  # of a command, with their values
 
-LAYER_COLUMNS = (
-    "layer",
-    "shape",
-    "form",
-    "bytes before",
-    "bytes after",
-    "compression_rate",
-    "relative error",
-    "sensitivity",
-)
-
 
 def size(count: int) -> str:
     """Bytes, exact and rounded."""
