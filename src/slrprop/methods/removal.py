@@ -7,16 +7,16 @@ layer's weights anew, by least squares; what the removed ones gave on average go
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from slrprop.checks import require_density
+from slrprop.checks import Density
 from slrprop.errors import SlrpropError
 from slrprop.factors import Narrowed
 from slrprop.losses import rows_of
-from slrprop.methods.base import Check, Decision, Method, Problem
+from slrprop.methods.base import Decision, Method, Problem
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
 from slrprop.network.base import Network
 from slrprop.network.chain import Chain
@@ -36,10 +36,8 @@ class RemovalSettings(CalibratedSettings):
         refit: fit the next layer's weights anew to the neurons that stay.
     """
 
-    keep: float = 0.5
+    keep: Density = 0.5
     refit: bool = True
-
-    checks: ClassVar[dict[str, Check]] = {"keep": require_density}
 
     def stored_numbers(self, m: int, n: int) -> int:
         return m * kept_count(n, self.keep)

@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slrprop.checks import require_choice
 from slrprop.losses import check_labels, goal_of, pick_loss
-from slrprop.methods.base import Check, Problem
+from slrprop.methods.base import Problem
 from slrprop.methods.removal import ChainedSettings, chained, removal
 
 
@@ -28,11 +26,9 @@ class TaylorSettings(ChainedSettings):
         absolute: the absolute value is taken of each ``sample``, as in the article, or of the ``mean`` over them.
     """
 
-    absolute: str = "sample"
+    absolute: Literal["sample", "mean"] = "sample"
 
     source: ClassVar[str] = "Molchanov, Tyree, Karras, Aila, Kautz, ICLR 2017"
-
-    checks: ClassVar[dict[str, Check]] = {"absolute": partial(require_choice, choices=("sample", "mean"))}
 
 
 def loss_of(outputs: Tensor, targets: Tensor | None) -> Tensor:
