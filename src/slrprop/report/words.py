@@ -12,13 +12,8 @@ CRITERIA = {
     "activation": "mean activation",
     "cost": "change of the loss when the neuron is shortened",
 }
-REPLACED = (
-    "--max-drop",
-    "--max-bytes",
-    "--max-latency",
-    "--max-latency-ms",
-    "--report",
-)  # of a command, with their values
+# of a command, with their values
+REPLACED = ("--max-drop", "--max-bytes", "--max-latency", "--max-latency-ms", "--report")
 
 
 def size(count: int) -> str:
