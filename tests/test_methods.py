@@ -40,6 +40,12 @@ class TestEveryMethod:
     def plan(self, method, trained, calibration):
         return slrprop.plan(trained, calibration, method=method, layers=LAYERS, rank=6)
 
+    def test_every_setting_is_held_to_its_annotation(self, method):
+        settings = METHODS[method].settings
+        for name in {*settings.names()} - {"frl"}:  # a layer's name: the network knows which there are
+            with pytest.raises(slrprop.SlrpropError, match=f"^{name} must be "):
+                settings(**{name: object()})
+
     def test_computes_what_its_factors_say(self, plan, trained, digits):
         small = slrprop.apply(trained, plan)
         twin = copy.deepcopy(trained)

@@ -96,6 +96,8 @@ def test_both_kinds_say_what_was_found(made, page, markdown):
         COMMAND,
         json.loads(made.plan.to_json())["sha256"],
         f"{torch.get_num_threads()} for the search (torch)",
+        "measured on the check part of the data, which the search did not see",
+        "rows of the weight belong to inputs, columns to outputs",
     ]
     for text in (shown(re.sub("<[^>]*>", "", own(page))), shown(markdown)):
         for value in values:

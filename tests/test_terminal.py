@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import slrprop
 from slrprop import cli
 from slrprop.errors import SlrpropError, printable
-from slrprop.report.markdown import _plain
+from slrprop.report.layout import _plain
 
 HOSTILE = "[/]\x1b[2J\nfake: 1\u202egnp"
 SEEN = "[/]\\x1b[2J\\nfake: 1\\u202egnp"

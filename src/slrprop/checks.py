@@ -3,9 +3,11 @@
 import importlib
 import sys
 from collections.abc import Collection
+from dataclasses import fields
 from difflib import get_close_matches
+from functools import cache, partial
 from numbers import Integral, Real
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from slrprop.errors import SlrpropError
 
@@ -87,3 +89,33 @@ def need_extra(module: str, extra: str) -> Any:
         raise SlrpropError(
             f"this command needs the package '{error.name}'; install it with: pip install 'slrprop[{extra}]'"
         ) from error
+
+
+Times = Annotated[int, partial(require_count, least=0)]
+Count = Annotated[int, partial(require_count, least=1)]
+Rate = Annotated[float, require_rate]
+Density = Annotated[float, require_density]
+Positive = Annotated[float, require_positive]
+Seed = Annotated[int, lambda what, value: require_seed(value)]
+_hints = cache(partial(get_type_hints, include_extras=True))
+
+
+def hold(settings: Any) -> None:
+    """Hold the fields of a frozen dataclass to their annotations: words of a ``Literal``, a bool, what an ``Annotated`` checks, or None besides.
+
+    The second part of an ``Annotated`` takes a field's name and value and gives the value to keep, or raises.
+    """
+    hints = _hints(settings.__class__)
+    for field in fields(settings):
+        object.__setattr__(settings, field.name, _held(hints[field.name], field.name, getattr(settings, field.name)))
+
+
+def _held(hint: Any, what: str, value: Any) -> Any:
+    options = get_args(hint)
+    if type(None) in options:
+        return None if value is None else _held(options[0], what, value)
+    if get_origin(hint) is Literal:
+        return require_choice(what, value, options)
+    if get_origin(hint) is Annotated:
+        return options[1](what, value)
+    return require_flag(what, value) if hint is bool else value

@@ -92,7 +92,7 @@ def inspect(model: OnnxFile, as_json: Json = False) -> None:
 
     Example: slrprop inspect model.onnx
     """
-    found = importlib.import_module("slrprop.api").inspect(model)
+    found = importlib.import_module("slrprop.inspection").inspect(model)
     if as_json:
         show_json([asdict(layer) for layer in found], 1)
         return

@@ -19,6 +19,7 @@ from slrprop.npz import read_arrays
 
 BATCH_SIZE = 512
 Axes = int | Mapping[Any, int] | None  # where samples stand: of all inputs, or by input
+UNREADABLE = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError)  # what NumPy raises of a damaged file
 TARGET_KEYS = ("targets", "labels", "target", "label")
 
 
@@ -170,16 +171,7 @@ class Data:
             arrays = read_arrays(path)
         except SlrpropError:
             raise
-        except (
-            OSError,
-            ValueError,
-            EOFError,
-            KeyError,
-            RuntimeError,
-            MemoryError,
-            zipfile.BadZipFile,
-            zlib.error,
-        ) as error:
+        except (*UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
             raise SlrpropError(f"'{path}' can't be read as an .npz of plain arrays: {first_line(error)}") from error
         self._take({key: _as_values(array, f"array '{key}' of '{path}'") for key, array in arrays.items()}, str(path))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from slrprop.checks import require_count, require_flag, require_positive, require_seed
+from slrprop.checks import Count, Positive, Seed, hold
 from slrprop.losses import rows_of
 
 HELD_OUT = 0.1  # of the data, to choose the epoch by
@@ -38,20 +38,15 @@ class TuneSettings:
         seed: of the order of the samples and of the mixtures.
     """
 
-    epochs: int | None = None
-    learning_rate: float = 3e-3
-    batch: int = 256
-    temperature: float = 2.0
+    epochs: Count | None = None
+    learning_rate: Positive = 3e-3
+    batch: Count = 256
+    temperature: Positive = 2.0
     mixup: bool = True
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch",) if self.epochs is None else ("batch", "epochs"):
-            require_count(name, getattr(self, name), 1)
-        require_seed(self.seed)
-        require_flag("mixup", self.mixup)
-        for name in ("learning_rate", "temperature"):
-            require_positive(name, getattr(self, name))
+        hold(self)
 
 
 def _at(inputs: Inputs, places: Tensor | slice) -> Inputs:

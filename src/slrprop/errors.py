@@ -9,9 +9,8 @@ class SlrpropError(ValueError):
     """A request that cannot be met: one sentence with what was asked, what was seen and what to do; it tells no password."""
 
     def __init__(self, sentence: str) -> None:
-        super().__init__(
-            without_passwords(printable(sentence))
-        )  # it names layers, files and URLs, which may hold anything
+        # it names layers, files and URLs, which may hold anything
+        super().__init__(without_passwords(printable(sentence)))
 
 
 def without_passwords(text: str) -> str:

@@ -31,9 +31,8 @@ except ImportError:  # Windows: no locks of this kind, so nothing is taken for l
     fcntl = None  # type: ignore[assignment]
 
 PREFIX = f".slrprop-{zlib.crc32(platform.node().encode()):08x}-"  # locks of several machines may not see each other
-Refusal = Callable[
-    [Path], str
-]  # why an existing file can't be replaced, as the end of a sentence; nothing where it can
+# why an existing file can't be replaced, as the end of a sentence; nothing where it can
+Refusal = Callable[[Path], str]
 
 
 def require_regular(path: str | Path) -> None:

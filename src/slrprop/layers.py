@@ -63,9 +63,8 @@ class FactoredLayer(nn.Module):
         self._names, self._matrices = tuple(stored), tuple(matrices)
         self._known = [_shapes_of(form)] if learns else list[Factors]()
         self._arrays = [] if learns else [self.get_buffer(attribute_of(name)) for name in self._names]
-        self.register_buffer(
-            "like", torch.empty(0), persistent=False
-        )  # of what type numbers are where no input says so
+        # of what type numbers are where no input says so
+        self.register_buffer("like", torch.empty(0), persistent=False)
         self._unpacked: list[tuple[Any, Factors, Tensor | None]] = []
         self.register_forward_pre_hook(keep_factored)
 

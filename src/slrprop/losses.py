@@ -7,7 +7,7 @@ for softmax cross-entropy with base probabilities P and change d of the logits,
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.nn.functional import one_hot
 from slrprop.errors import SlrpropError
 
 LossName = Literal["cross_entropy", "kl", "squared"]
-LOSSES = ("cross_entropy", "kl", "squared")
+LOSSES = get_args(LossName)
 LARGE = 1.0  # beyond a change of this size the log-sum-exp form is the more accurate one
 IGNORED = -100  # a label that leaves its row out, as in torch's cross-entropy
 MOST_TERMS = 20  # of a series for smaller ones: 18 are float64's last digit

@@ -34,9 +34,8 @@ class Narrowed(Factors):
     block: Tensor
     rows: Tensor
     columns: Tensor
-    known: tuple[Index, Tensor | None] | None = field(
-        default=None, repr=False
-    )  # what the masks say, where that was worked out before
+    # what the masks say, where that was worked out before
+    known: tuple[Index, Tensor | None] | None = field(default=None, repr=False)
     kind: ClassVar[str] = "narrowed"
     selects: ClassVar[bool] = True
 

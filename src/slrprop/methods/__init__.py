@@ -1,64 +1,16 @@
-"""The methods, one file each. A new one is registered by adding its ``METHOD`` here."""
+"""The methods, one file each. A new one is registered by adding its module's name here."""
+
+from importlib import import_module
 
 from slrprop.checks import require_choice
 from slrprop.errors import SlrpropError
-from slrprop.methods import (
-    apoz,
-    ddlr,
-    dense,
-    group_lasso,
-    lasso,
-    low_rank,
-    low_rank_plus_sparse,
-    lrp,
-    magnitude,
-    nested,
-    net_trim,
-    nisp,
-    obd,
-    obs,
-    permuted,
-    redundant,
-    rtn,
-    slr,
-    slr_refit,
-    slrprop,
-    spatial,
-    svd,
-    taylor,
-    tucker,
-    wanda,
-)
 from slrprop.methods.base import Decision, Method, Problem, Settings
 
-_ALL = (
-    svd,
-    slr,
-    slrprop,
-    slr_refit,
-    low_rank,
-    nested,
-    spatial,
-    tucker,
-    low_rank_plus_sparse,
-    dense,
-    rtn,
-    magnitude,
-    wanda,
-    obd,
-    obs,
-    lasso,
-    group_lasso,
-    nisp,
-    taylor,
-    lrp,
-    apoz,
-    redundant,
-    permuted,
-    net_trim,
-    ddlr,
+NAMES = (
+    "svd slr slrprop slr_refit low_rank nested spatial tucker low_rank_plus_sparse dense rtn magnitude wanda obd obs lasso "
+    "group_lasso nisp taylor lrp apoz redundant permuted net_trim ddlr"
 )
-METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _ALL}
+METHODS: dict[str, Method] = {name: import_module(f"slrprop.methods.{name}").METHOD for name in NAMES.split()}
 
 
 def find_method(name: str) -> Method:

@@ -3,20 +3,19 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from numbers import Integral
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor
 
 from slrprop.calibration import Calibration
-from slrprop.checks import require_choice, require_count, require_density, require_flag
+from slrprop.checks import Count, Density, hold, require_choice
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense, Factors, Fit
 from slrprop.factors.quantized import BITS
 from slrprop.linalg import SOLVERS, SVD, Solver, truncated_svd
-from slrprop.losses import LOSSES, LossName
+from slrprop.losses import LossName
 from slrprop.network.base import Network
 from slrprop.operators import Lookup, Operator
 from slrprop.plan import LayerPlan
@@ -24,7 +23,6 @@ from slrprop.relevance.cost import Baseline, CostScores, cost_scores
 from slrprop.relevance.simple import Scores, weight_scores
 from slrprop.statistics import collect
 
-Check = Callable[[str, Any], Any]  # of a setting: its name and value to the value kept
 WIDEST = 1024  # neurons on a side, beyond which a fit to data takes seconds
 
 
@@ -34,8 +32,7 @@ def _bits(what: str, bits: Any) -> int:
     return int(bits)
 
 
-def _optional_share(what: str, value: Any) -> float | None:
-    return None if value is None else require_density(what, value)
+Bits = Annotated[int, _bits]
 
 
 def _solver(what: str, solver: Any) -> Any:
@@ -44,25 +41,18 @@ def _solver(what: str, solver: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(ABC):
-    """Settings that every method has.
-
-    ``checks`` of a class say what its own settings may be: functions of a setting's name and value that give the value
-    to keep, or raise. Those of its bases hold too, and a bool must be one.
+    """Settings that every method has; annotations say what they may be (:func:`slrprop.checks.hold`).
 
     Args:
         bits: of every stored number: 32 (as the layer's own), 8 or 4.
     """
 
-    bits: int = 32
+    bits: Bits = 32
 
     source: ClassVar[str]
-    checks: ClassVar[dict[str, Check]] = {"bits": _bits}
 
     def __post_init__(self) -> None:
-        flags = {field.name: require_flag for field in fields(self) if field.type is bool}
-        for checks in (flags, *(vars(kind).get("checks", {}) for kind in reversed(type(self).__mro__))):
-            for name, check in checks.items():
-                object.__setattr__(self, name, check(name, getattr(self, name)))
+        hold(self)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -109,10 +99,8 @@ class RankSettings(Settings):
         compression_rate: stored numbers over original ones; in each layer the highest rank within it is taken instead of ``rank``.
     """
 
-    rank: int = 16
-    compression_rate: float | None = None
-
-    checks: ClassVar[dict[str, Check]] = {"rank": partial(require_count, least=1), "compression_rate": _optional_share}
+    rank: Count = 16
+    compression_rate: Density | None = None
 
     def at(self, operator: Operator, shape: tuple[int, int]) -> Self:
         found = super().at(operator, shape)
@@ -141,16 +129,14 @@ class SVDBasedSettings(RankSettings):
         solver: how it is computed, see :func:`slrprop.linalg.truncated_svd`.
     """
 
-    solver: Solver = "auto"
-
-    checks: ClassVar[dict[str, Check]] = {"solver": _solver}
+    solver: Annotated[Solver, _solver] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class WholeSettings(Settings):
     """Settings of methods that keep every number, in few bits."""
 
-    bits: int = 8
+    bits: Bits = 8
 
     def stored_numbers(self, m: int, n: int) -> int:
         return m * n
@@ -303,8 +289,3 @@ class Method:
     def needs(self) -> tuple[str, ...]:
         """What it must be told at its default settings."""
         return self.settings().needs()
-
-
-def require_loss(what: str, loss: str | None) -> str | None:
-    """A loss by name, or None to find it."""
-    return loss if loss is None else require_choice(what, loss, LOSSES)

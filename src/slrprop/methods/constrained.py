@@ -2,13 +2,11 @@
 
 from abc import ABC
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 from slrprop.admm import Programme, Proximal, Solution, solve
-from slrprop.checks import require_count, require_positive
+from slrprop.checks import Count, Positive
 from slrprop.factors import Bias, Factors, Fit
-from slrprop.methods.base import Check
 from slrprop.methods.calibrated import CalibratedSettings
 from slrprop.regression import Regression
 
@@ -28,18 +26,12 @@ class ConstrainedSettings(CalibratedSettings, ABC):
         bias_correction: off, since the programme has its own bias: behind a ReLU the mean pre-activation means nothing.
     """
 
-    gain: float = 0.2
-    rho: float = 1.0
-    iterations: int = 1000
+    gain: Positive = 0.2
+    rho: Positive = 1.0
+    iterations: Count = 1000
     sequential: bool = False
     bias_correction: bool = False
     refit_head: bool = False
-
-    checks: ClassVar[dict[str, Check]] = {
-        "gain": require_positive,
-        "rho": require_positive,
-        "iterations": partial(require_count, least=1),
-    }
 
     def stored_numbers(self, m: int, n: int) -> None:
         """Not known before the data are seen."""

@@ -2,11 +2,11 @@
 
 from abc import ABC
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import slrprop.sparse_rounding  # noqa: F401  (registers how sparse values are rounded)
-from slrprop.checks import require_density
-from slrprop.methods.base import Check, Settings
+from slrprop.checks import Density
+from slrprop.methods.base import Settings
 from slrprop.sparsity import whole_share
 
 
@@ -18,9 +18,7 @@ class DensitySettings(Settings, ABC):
         density: share of the weights kept.
     """
 
-    density: float = 0.1
-
-    checks: ClassVar[dict[str, Check]] = {"density": require_density}
+    density: Density = 0.1
 
     def stored_numbers(self, m: int, n: int) -> int:
         return whole_share(m * n, self.density)

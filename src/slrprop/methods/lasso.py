@@ -37,9 +37,8 @@ def lasso(weight: Tensor, hessian: Tensor, count: int) -> tuple[Tensor, Tensor]:
     least magnitude are dropped. Returns the weight (m, n) and its support.
     """
     m = len(hessian)
-    root = torch.linalg.cholesky(hessian, upper=True).numpy() * np.sqrt(
-        m
-    )  # scikit-learn divides by the number of samples
+    # scikit-learn divides by the number of samples
+    root = torch.linalg.cholesky(hessian, upper=True).numpy() * np.sqrt(m)
     targets = root @ weight.numpy()
     gram, products = np.ascontiguousarray(hessian.numpy() * m), np.ascontiguousarray((hessian @ weight).numpy() * m)
     low, high = 0.0, float(np.abs(products).max()) / m

@@ -1,12 +1,10 @@
 """Low rank fitted to calibration data."""
 
 from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from slrprop.checks import require_choice
 from slrprop.factors import LowRank
-from slrprop.methods.base import Check, RankSettings
+from slrprop.methods.base import RankSettings
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.operators import Operator
 from slrprop.regression import Regression
@@ -21,13 +19,11 @@ class LowRankSettings(RankSettings, CalibratedSettings):
             outputs alike (whitened SVD).
     """
 
-    metric: str = "two_sided"
+    metric: Literal["two_sided", "inputs"] = "two_sided"
 
     source: ClassVar[str] = (
         "Chen et al., DRONE, NeurIPS 2021; Wang et al., SVD-LLM, ICLR 2025; Hsu et al., FWSVD, ICLR 2022"
     )
-
-    checks: ClassVar[dict[str, Check]] = {"metric": partial(require_choice, choices=("two_sided", "inputs"))}
 
     def treats(self, operator: Operator) -> bool:
         return not operator.bits_only

@@ -3,16 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from slrprop.checks import require_choice, require_rate
+from slrprop.checks import Count, Rate, require_choice
 from slrprop.factors import LowRank, LowRankPlusSparse, Sparse
 from slrprop.linalg import reduced_rank
 from slrprop.methods import obs
-from slrprop.methods.base import Check, RankSettings, ranks_for
+from slrprop.methods.base import RankSettings, ranks_for
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.regression import Regression
 from slrprop.sparsity import DAMPING, SupportedSquares, damped, largest, largest_per_output, squared_error, whole_share
@@ -34,16 +34,14 @@ class LowRankPlusSparseSettings(RankSettings, CalibratedSettings):
         sensitivity: weigh outputs by their effect on the network's outputs; without it the layer's own squared error counts.
     """
 
-    rank: int = 2
-    density: float = 0.02
-    variant: str = "hassle"
+    rank: Count = 2
+    density: Rate = 0.02
+    variant: Annotated[str, partial(require_choice, choices=VARIANTS)] = "hassle"
     sensitivity: bool = True
 
     source: ClassVar[str] = (
         "hassle: Makni, Behdin, Xu, Ponomareva, Mazumder, ICML 2025; grebdec: Yu, Liu, Wang, Tao, CVPR 2017; oats: Zhang, Papyan, ICLR 2025"
     )
-
-    checks: ClassVar[dict[str, Check]] = {"density": require_rate, "variant": partial(require_choice, choices=VARIANTS)}
 
     @property
     def weighted(self) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slrprop.losses import check_labels, pick_loss
 from slrprop.methods.base import Problem
-from slrprop.methods.removal import ChainedSettings, chained, removal
+from slrprop.methods.removal import ChainedSettings, Seen, averages, removal
 from slrprop.network.chain import ACTIVATIONS
 
 
@@ -47,18 +47,15 @@ def at_outputs(outputs: Tensor, targets: Tensor | None) -> Tensor:
 
 def relevances(problem: Problem, pairs: Mapping[str, str], settings: LRPSettings) -> dict[str, Tensor]:
     """Mean relevance of every neuron between the layers of a pair, float64 (n,)."""
-    sums: dict[str, Tensor] = {}
-    samples = 0
-    for flow in chained(problem, pairs):
-        samples += flow.samples
-        for first, seen in flow.layers.items():
-            z = seen.chain.values(seen.y)
-            relevance = at_outputs(z[-1], flow.targets)
-            for step, before in zip(reversed(seen.chain.steps), reversed(z[:-1]), strict=True):
-                relevance = z_plus(ACTIVATIONS[step.activation](before), step.weight, relevance)
-            total = z_plus(seen.x, seen.weight * seen.chain.scale, relevance).sum(0, dtype=torch.float64)
-            sums[first] = sums[first] + total if first in sums else total
-    return {first: total / samples for first, total in sums.items()}
+
+    def received(seen: Seen, targets: Tensor | None) -> Tensor:
+        z = seen.chain.values(seen.y)
+        relevance = at_outputs(z[-1], targets)
+        for step, before in zip(reversed(seen.chain.steps), reversed(z[:-1]), strict=True):
+            relevance = z_plus(ACTIVATIONS[step.activation](before), step.weight, relevance)
+        return z_plus(seen.x, seen.weight * seen.chain.scale, relevance)
+
+    return averages(problem, pairs, received)
 
 
 METHOD = removal("lrp", LRPSettings, relevances)

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from slrprop.checks import require_choice, require_count
+from slrprop.checks import Times, require_choice
 from slrprop.factors import SparseLowRank
-from slrprop.methods.base import WIDEST, Check, RankSettings, grid
+from slrprop.methods.base import WIDEST, RankSettings, grid
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.methods.refit import refit_of, thin
 from slrprop.regression import Regression
@@ -46,15 +46,10 @@ class NestedSettings(RankSettings, CalibratedSettings):
         sweeps: how often every block is refitted with the others fixed.
     """
 
-    shape: str = "four"
-    sweeps: int = 6
+    shape: Annotated[str, partial(require_choice, choices=SHAPES)] = "four"
+    sweeps: Times = 6
 
     source: ClassVar[str] = "slrprop, 2026; from SLR (Swaminathan et al. 2020) and reduced-rank regression"
-
-    checks: ClassVar[dict[str, Check]] = {
-        "shape": partial(require_choice, choices=SHAPES),
-        "sweeps": partial(require_count, least=0),
-    }
 
     @property
     def weighted(self) -> bool:

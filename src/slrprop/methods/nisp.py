@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from slrprop.checks import require_choice
-from slrprop.methods.base import Check, Problem
+from slrprop.methods.base import Problem
 from slrprop.methods.removal import RemovalSettings, removal
 from slrprop.relevance.simple import propagated
 
@@ -28,11 +26,9 @@ class NISPSettings(RemovalSettings):
             infinite feature selection, as in the article; ``outputs``, importance 1 for each of its outputs.
     """
 
-    start: str = "responses"
+    start: Literal["responses", "outputs"] = "responses"
 
     source: ClassVar[str] = "Yu et al., CVPR 2018; Roffo, Melzi, Cristani, ICCV 2015"
-
-    checks: ClassVar[dict[str, Check]] = {"start": partial(require_choice, choices=("responses", "outputs"))}
 
 
 def infinite_selection(x: Tensor) -> Tensor:

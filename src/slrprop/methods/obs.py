@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +10,6 @@ from torch import Tensor
 from slrprop.checks import require_choice
 from slrprop.errors import SlrpropError
 from slrprop.factors import Sparse
-from slrprop.methods.base import Check
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.methods.density import DensitySettings
 from slrprop.regression import Regression
@@ -34,14 +33,12 @@ class OBSSettings(DensitySettings, CalibratedSettings):
         sensitivity: weigh outputs by their effect on the network's outputs; without it the layer's own squared error counts.
     """
 
-    variant: str = "gradual"
+    variant: Annotated[str, partial(require_choice, choices=VARIANTS)] = "gradual"
     sensitivity: bool = True
 
     source: ClassVar[str] = (
         "Hassibi, Stork, NIPS 1992, Eq 5; layer-wise: Dong, Chen, Pan, NIPS 2017; sparsegpt: Frantar, Alistarh, ICML 2023"
     )
-
-    checks: ClassVar[dict[str, Check]] = {"variant": partial(require_choice, choices=VARIANTS)}
 
     @property
     def weighted(self) -> bool:

@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from slrprop.checks import require_count
+from slrprop.checks import Times
 from slrprop.factors import Shared
-from slrprop.methods.base import Check
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.regression import Regression
 
@@ -30,13 +29,11 @@ class PermutedSettings(CalibratedSettings):
         refine: rounds of alternating least squares on the data after the fit to the weight; 0 for none.
     """
 
-    refine: int = 0
+    refine: Times = 0
 
     source: ClassVar[str] = (
         "Nagaraju, Chandrachoodan, IET Computers & Digital Techniques, 2023 (idea; scales, offsets and fit are ours)"
     )
-
-    checks: ClassVar[dict[str, Check]] = {"refine": partial(require_count, least=0)}
 
     def stored_numbers(self, m: int, n: int) -> int:
         return m + 2 * n  # the packed permutations are bytes, not numbers

@@ -7,16 +7,16 @@ layer's weights anew, by least squares; what the removed ones gave on average go
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from slrprop.checks import require_density
+from slrprop.checks import Density
 from slrprop.errors import SlrpropError
 from slrprop.factors import Narrowed
 from slrprop.losses import rows_of
-from slrprop.methods.base import Check, Decision, Method, Problem
+from slrprop.methods.base import Decision, Method, Problem
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
 from slrprop.network.base import Network
 from slrprop.network.chain import Chain
@@ -36,10 +36,8 @@ class RemovalSettings(CalibratedSettings):
         refit: fit the next layer's weights anew to the neurons that stay.
     """
 
-    keep: float = 0.5
+    keep: Density = 0.5
     refit: bool = True
-
-    checks: ClassVar[dict[str, Check]] = {"keep": require_density}
 
     def stored_numbers(self, m: int, n: int) -> int:
         return m * kept_count(n, self.keep)
@@ -76,23 +74,21 @@ class Seen(NamedTuple):
     chain: Chain
 
 
-class ChainedFlow(NamedTuple):
-    """One batch: its labels or targets, the number of its rows, and by the neurons' own layer what reads them."""
+def averages(
+    problem: Problem, pairs: Mapping[str, str], terms: Callable[[Seen, Tensor | None], Tensor]
+) -> dict[str, Tensor]:
+    """Means over the samples of what a criterion gives for every neuron, float64 (n,), by the neurons' own layer.
 
-    targets: Tensor | None
-    samples: int
-    layers: dict[str, Seen]
-
-
-def chained(problem: Problem, pairs: Mapping[str, str]) -> Iterator[ChainedFlow]:
-    """Run the data through the network; ``pairs`` maps layers to the ones that read them.
+    Args:
+        pairs: layers and the ones that read them.
+        terms: of a reading layer in one batch, and that batch's labels or targets (p x n).
 
     Raises:
         SlrpropError: on some batch the network does something else than the chain behind a layer.
     """
-    network = problem.network
+    network, sums, samples = problem.network, dict[str, Tensor](), 0
     for flow in network.stream(tuple(dict.fromkeys(pairs.values())), problem.data):
-        seen = {}
+        samples += len(rows_of(flow.output))
         for first, following in pairs.items():
             (x, y), chain = flow.calls[following][0], network.chain(following)
             if chain is None or not network.reproduces(chain, y, flow.output):
@@ -100,8 +96,10 @@ def chained(problem: Problem, pairs: Mapping[str, str]) -> Iterator[ChainedFlow]
                     f"what follows layer '{following}' is not the same for all of this data; choose another criterion, like 'apoz'"
                 )
             x, y = (rows_of(value).to(chain.scale) for value in (x, y))
-            seen[first] = Seen(x, y, problem.weight(following).to(x), chain)
-        yield ChainedFlow(flow.batch.targets, len(rows_of(flow.output)), seen)
+            seen = Seen(x, y, problem.weight(following).to(x), chain)
+            total = terms(seen, flow.batch.targets).sum(0, dtype=torch.float64)
+            sums[first] = sums[first] + total if first in sums else total
+    return {first: total / samples for first, total in sums.items()}
 
 
 def kept_count(count: int, keep: float) -> int:

@@ -3,22 +3,21 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from slrprop.checks import require_choice, require_rate, share
+from slrprop.checks import Rate, require_choice, share
 from slrprop.factors import Factors, Fit, SparseLowRank
 from slrprop.linalg import truncated_svd
 from slrprop.losses import LossName
-from slrprop.methods.base import Check, Decision, Method, Problem, SVDBasedSettings, require_loss
+from slrprop.methods.base import Decision, Method, Problem, SVDBasedSettings
 from slrprop.plan import LayerPlan, unpack
 from slrprop.relevance.cost import Baseline, CostScores
 from slrprop.relevance.simple import Scores, combined
 
 CRITERIA = ("weight", "activation", "cost", "cost+weight", "cost+activation")
-ORDERS = ("independent", "sequential")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,19 +33,11 @@ class ShortenSettings(SVDBasedSettings):
         loss: ``cross_entropy``, ``kl`` or ``squared``; None finds it from the data.
     """
 
-    sparsity_rate: float = 0.5
-    reduction_rate: float = 0.5
+    sparsity_rate: Rate = 0.5
+    reduction_rate: Rate = 0.5
     baseline: Baseline = "truncated"
-    order: str = "independent"
+    order: Literal["independent", "sequential"] = "independent"
     loss: LossName | None = None
-
-    checks: ClassVar[dict[str, Check]] = {
-        "sparsity_rate": require_rate,
-        "reduction_rate": require_rate,
-        "baseline": partial(require_choice, choices=("truncated", "original")),
-        "order": partial(require_choice, choices=ORDERS),
-        "loss": require_loss,
-    }
 
     @property
     def reduced_rank(self) -> int:
@@ -69,11 +60,9 @@ class SLRSettings(ShortenSettings):
         criterion: what a neuron's relevance is: ``weight``, ``activation``, ``cost``, or a sum of two.
     """
 
-    criterion: str = "cost"
+    criterion: Annotated[str, partial(require_choice, choices=CRITERIA)] = "cost"
 
     source: ClassVar[str] = "Swaminathan, Garg, Kannan, Andres, Neurocomputing 398, 2020"
-
-    checks: ClassVar[dict[str, Check]] = {"criterion": partial(require_choice, choices=CRITERIA)}
 
     def needs(self) -> tuple[str, ...]:
         cost = ("cost",) if "cost" in self.criterion else ()

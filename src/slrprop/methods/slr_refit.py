@@ -2,15 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from slrprop.checks import require_choice, require_count
+from slrprop.checks import Times
 from slrprop.factors import Quantized, SparseLowRank
-from slrprop.methods.base import Check, Decision, Problem
+from slrprop.methods.base import Decision, Problem
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, Fitting, in_order
 from slrprop.methods.refit import refit_of
 from slrprop.methods.slr import SLRSettings, kept_of, scores_of
@@ -26,16 +25,12 @@ class SLRRefitSettings(SLRSettings, CalibratedSettings):
         sweeps: how often both blocks are refitted.
     """
 
-    sweeps: int = 10
+    order: Literal["independent"] = "independent"  # costs are of the original network
+    sweeps: Times = 10
 
     source: ClassVar[str] = (
         "Swaminathan, Garg, Kannan, Andres, Neurocomputing 398, 2020, for the pattern; refit: slrprop, 2026"
     )
-
-    checks: ClassVar[dict[str, Check]] = {
-        "sweeps": partial(require_count, least=0),
-        "order": partial(require_choice, choices=("independent",)),  # costs are of the original network
-    }
 
     @property
     def weighted(self) -> bool:

@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from slrprop.checks import require_choice
 from slrprop.errors import SlrpropError
 from slrprop.factors import Factors
-from slrprop.methods.base import Check, Decision, Method, Problem
+from slrprop.methods.base import Decision, Method, Problem
 from slrprop.methods.slr import ShortenSettings, build, cost_of, shortened
 from slrprop.network.base import Network
 from slrprop.operators import MatMul
@@ -29,11 +27,9 @@ class SLRPropSettings(ShortenSettings):
     """
 
     frl: str | None = None
-    propagate: str = "original"
+    propagate: Literal["original", "truncated"] = "original"
 
     source: ClassVar[str] = "Garmendia-Orbegozo, Nunez-Gonzalez, Anton, Sensors 23(5):2718, 2023"
-
-    checks: ClassVar[dict[str, Check]] = {"propagate": partial(require_choice, choices=("original", "truncated"))}
 
     def eligible(self, network: Network) -> tuple[str, ...]:
         return tuple(name for name in response_layers(network, self.frl) if self.treats(network.operator(name)))

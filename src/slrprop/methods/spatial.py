@@ -1,12 +1,11 @@
 """Convolutions as two of one side each, fitted to calibration data."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
-from slrprop.checks import require_count
+from slrprop.checks import Times
 from slrprop.factors import Spatial
-from slrprop.methods.base import Check, RankSettings, grid
+from slrprop.methods.base import RankSettings, grid
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.operators import Convolution, Operator
 from slrprop.regression import Regression
@@ -22,12 +21,10 @@ class SpatialSettings(RankSettings, CalibratedSettings):
         sweeps: how often the first is fitted anew to the second, and the second to it.
     """
 
-    sweeps: int = 2
+    sweeps: Times = 2
     kernel: tuple[int, ...] = (3, 3)
 
     source: ClassVar[str] = "Jaderberg, Vedaldi, Zisserman, BMVC 2014; the refit: slrprop, 2026"
-
-    checks: ClassVar[dict[str, Check]] = {"sweeps": partial(require_count, least=0)}
 
     @property
     def weighted(self) -> bool:

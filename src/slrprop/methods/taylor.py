@@ -2,17 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slrprop.checks import require_choice
 from slrprop.losses import check_labels, goal_of, pick_loss
-from slrprop.methods.base import Check, Problem
-from slrprop.methods.removal import ChainedSettings, chained, removal
+from slrprop.methods.base import Problem
+from slrprop.methods.removal import ChainedSettings, Seen, averages, removal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +26,9 @@ class TaylorSettings(ChainedSettings):
         absolute: the absolute value is taken of each ``sample``, as in the article, or of the ``mean`` over them.
     """
 
-    absolute: str = "sample"
+    absolute: Literal["sample", "mean"] = "sample"
 
     source: ClassVar[str] = "Molchanov, Tyree, Karras, Aila, Kautz, ICLR 2017"
-
-    checks: ClassVar[dict[str, Check]] = {"absolute": partial(require_choice, choices=("sample", "mean"))}
 
 
 def loss_of(outputs: Tensor, targets: Tensor | None) -> Tensor:
@@ -46,18 +42,15 @@ def loss_of(outputs: Tensor, targets: Tensor | None) -> Tensor:
 
 def taylor_terms(problem: Problem, pairs: Mapping[str, str], settings: TaylorSettings) -> dict[str, Tensor]:
     """Mean ``|dC/dz * z|`` of every neuron between the layers of a pair, float64 (n,), of norm 1."""
-    sums: dict[str, Tensor] = {}
-    samples = 0
-    for flow in chained(problem, pairs):
-        samples += flow.samples
-        for first, seen in flow.layers.items():
-            y = seen.y.detach().requires_grad_()
-            with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(loss_of(seen.chain.values(y)[-1], flow.targets), y)
-            terms = (gradient @ seen.weight.T) * seen.x
-            term = (terms.abs() if settings.absolute == "sample" else terms).sum(0, dtype=torch.float64)
-            sums[first] = sums[first] + term if first in sums else term
-    return {first: functional.normalize((total / samples).abs(), dim=0) for first, total in sums.items()}
+
+    def terms(seen: Seen, targets: Tensor | None) -> Tensor:
+        y = seen.y.detach().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(loss_of(seen.chain.values(y)[-1], targets), y)
+        found = (gradient @ seen.weight.T) * seen.x
+        return found.abs() if settings.absolute == "sample" else found
+
+    return {first: functional.normalize(mean.abs(), dim=0) for first, mean in averages(problem, pairs, terms).items()}
 
 
 METHOD = removal("taylor", TaylorSettings, taylor_terms)

@@ -2,13 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
-from slrprop.checks import require_count, require_density
+from slrprop.checks import Density, Times
 from slrprop.factors import Tucker
 from slrprop.linalg import reduced_rank
-from slrprop.methods.base import Check
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.operators import Convolution, Operator
 from slrprop.regression import Regression
@@ -26,13 +24,11 @@ class TuckerSettings(CalibratedSettings):
         sweeps: how often the first convolution is fitted anew to the others, and these to it.
     """
 
-    keep: float = 0.5
-    sweeps: int = 1
+    keep: Density = 0.5
+    sweeps: Times = 1
     kernel: tuple[int, ...] = (3, 3)
 
     source: ClassVar[str] = "Kim et al., ICLR 2016 (Tucker-2); the refit: slrprop, 2026"
-
-    checks: ClassVar[dict[str, Check]] = {"keep": require_density, "sweeps": partial(require_count, least=0)}
 
     @property
     def weighted(self) -> bool:

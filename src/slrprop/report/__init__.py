@@ -6,8 +6,7 @@ from pathlib import Path
 from slrprop.errors import SlrpropError
 from slrprop.files import holding, replacing
 from slrprop.report.facts import facts_of
-from slrprop.report.html import page
-from slrprop.report.markdown import text
+from slrprop.report.layout import page, text
 from slrprop.search import Compression
 
 __all__ = ["write_report"]

@@ -12,24 +12,8 @@ CRITERIA = {
     "activation": "mean activation",
     "cost": "change of the loss when the neuron is shortened",
 }
-REPLACED = (
-    "--max-drop",
-    "--max-bytes",
-    "--max-latency",
-    "--max-latency-ms",
-    "--report",
-)  # of a command, with their values
-
-LAYER_COLUMNS = (
-    "layer",
-    "shape",
-    "form",
-    "bytes before",
-    "bytes after",
-    "compression_rate",
-    "relative error",
-    "sensitivity",
-)
+# of a command, with their values
+REPLACED = ("--max-drop", "--max-bytes", "--max-latency", "--max-latency-ms", "--report")
 
 
 def size(count: int) -> str:

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from slrprop.api import no_integers, settings_of, warn_if_compressed
+from slrprop.api import no_integers, settings_of
 from slrprop.checks import require_choice, require_flag
 from slrprop.data import Axes, Data, open_data
 from slrprop.errors import SlrpropError
 from slrprop.files import together
+from slrprop.inspection import warn_if_compressed
 from slrprop.measure import file_bytes
 from slrprop.methods import Problem, find_method
 from slrprop.network import TorchNetwork, open_network
