@@ -17,9 +17,9 @@ from slrprop.factors import Dense, restored
 from slrprop.factors.base import KINDS
 from slrprop.files import replacing, require_regular, scratch
 from slrprop.layers import FactoredLayer, layer_from, note_shape, original_shape
-from slrprop.network.torch import NORMS, swapped
+from slrprop.network.torch import swapped
 from slrprop.network.torch_fold import Folded
-from slrprop.network.torch_modules import layer_modules, named_modules, operator_of, plain_name, weight_and_bias
+from slrprop.network.torch_modules import NORMS, layer_modules, named_modules, operator_of, plain_name, weight_and_bias
 from slrprop.plan import arrays_digest, header_refusal
 
 FORMAT = "slrprop-model"

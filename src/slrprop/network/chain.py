@@ -66,6 +66,12 @@ class Affine:
     scale: Tensor
     shift: Tensor
 
+    @classmethod
+    def of(cls, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None) -> "Affine":
+        """What a batch norm does in evaluation mode."""
+        scale = (var + eps).rsqrt() * (1 if weight is None else weight.detach())
+        return cls(scale, (0 if bias is None else bias.detach()) - mean * scale)
+
 
 @dataclass(frozen=True, eq=False)
 class Linear:

@@ -245,8 +245,7 @@ class Graph:
             if any(name not in self.constants for name in node.input[1:]) or len(node.output) > 1:
                 return None
             gain, shift, mean, var = (tensor_of(self.constants[name].load()) for name in node.input[1:])
-            scale = gain * (var + attribute(node, "epsilon", 1e-5)).rsqrt()
-            return Affine(scale, shift - mean * scale)
+            return Affine.of(mean, var, attribute(node, "epsilon", 1e-5), gain, shift)
         return None
 
     def _activation(self, start: str) -> tuple[str, str] | None:

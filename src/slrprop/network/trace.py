@@ -42,6 +42,12 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, (tuple, list)) else []
 
 
+def returned_by(result: Any) -> set[int]:
+    """The ids of the tensors among what a network returned."""
+    attributes = vars(result) if hasattr(result, "__dict__") else {}
+    return {id(tensor) for tensor in [*_tensors(result), *_tensors(attributes)]}
+
+
 class _Call:
     def __init__(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         self.function, self.args, self.kwargs, self.result = function, args, kwargs, result
@@ -117,13 +123,17 @@ class Trace(TorchFunctionMode):
             return None
         return "softmax" if last.function in _SOFTMAX else "log_softmax" if last.function in _LOG_SOFTMAX else None
 
-    def norm_behind(self, start: int) -> Tensor | None:
-        """The running mean of the batch norm that alone takes the result of a call; None where there is none."""
-        users = [call for call in self.calls[start + 1 :] if id(self.calls[start].result) in call.reads]
-        if len(users) != 1 or users[0].function is not functional.batch_norm or users[0].argument(5, "training", False):
+    def norm_behind(self, start: int, result: Any) -> Tensor | None:
+        """The running mean of the batch norm that takes the channels a call makes, which nobody else sees, and nothing more."""
+        made = self.calls[start].result
+        users = [call for call in self.calls[start + 1 :] if id(made) in call.reads]
+        norms = [call for call in self.calls if call.function is functional.batch_norm]
+        if len(users) != 1 or users[0] not in norms or users[0].argument(5, "training", False):
             return None
-        found: Tensor | None = users[0].argument(1, "running_mean")
-        return found
+        mean: Tensor | None = users[0].argument(1, "running_mean")
+        alone = sum(call.argument(1, "running_mean") is mean for call in norms) == 1
+        channels = self.calls[start].function in _CONVOLUTIONS or made.ndim == 2
+        return mean if alone and channels and id(made) not in returned_by(result) else None
 
     def follow(self, start: int, result: Any, output: Tensor) -> Path:
         """What happens to the result of call ``start``, as long as it is element-wise or dense and its only use.
@@ -135,8 +145,7 @@ class Trace(TorchFunctionMode):
         elements: list[Element] = []
         private = True
         names = {position: name for name, positions in self.made.items() for position in positions}
-        attributes = vars(result) if hasattr(result, "__dict__") else {}
-        returned = {id(tensor) for tensor in [*_tensors(result), *_tensors(attributes)]}
+        returned = returned_by(result)
         here, tensor, maps = start, self.calls[start].result, self.calls[start].function in _CONVOLUTIONS
         while True:
             users = [i for i in range(here + 1, len(self.calls)) if id(tensor) in self.calls[i].reads]
@@ -202,7 +211,5 @@ def _element(call: _Call, tensor: Tensor, name: str | None, maps: bool) -> Eleme
         return Linear(weight.detach().T, zero if bias is None else bias.detach(), name)
     if function is functional.batch_norm and (maps or tensor.ndim == 2) and not call.argument(5, "training", False):
         mean, var = call.argument(1, "running_mean"), call.argument(2, "running_var")
-        weight, bias = call.argument(3, "weight"), call.argument(4, "bias")
-        scale = (var + call.argument(7, "eps", 1e-5)).rsqrt() * (1 if weight is None else weight.detach())
-        return Affine(scale, (0 if bias is None else bias.detach()) - mean * scale)
+        return Affine.of(mean, var, call.argument(7, "eps", 1e-5), call.argument(3, "weight"), call.argument(4, "bias"))
     return None
