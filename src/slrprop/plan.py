@@ -21,9 +21,10 @@ from slrprop.data import content
 from slrprop.errors import SlrpropError, printable
 from slrprop.factors import Factors, restored
 from slrprop.files import Refusal, replacing, require_regular, together
+from slrprop.network.junction import Junction
 
 FORMAT = "slrprop-plan"
-VERSION = 1
+VERSION = 2
 MAX_PLAN_BYTES = 256 << 20
 
 
@@ -120,15 +121,15 @@ def method_of(layer: LayerPlan) -> str:
 class Plan:
     """What to do with a model.
 
-    ``left_dense`` says for each layer that was asked for and stays as it is, why. ``feeds`` names pairs of layers
-    whose neurons may be reordered together, because only element-wise functions stand between them. ``folded`` names batch norms
+    ``left_dense`` says for each layer that was asked for and stays as it is, why. ``junctions`` are those around the layers, whose
+    channels may go or be put in another order. ``folded`` names batch norms
     that are put into the layers before them first, by these layers. ``sha256`` is the
     checksum that a loaded file carried; take it out of the file to use a plan edited by hand.
     """
 
     layers: tuple[LayerPlan, ...]
     left_dense: dict[str, str] = field(default_factory=dict)
-    feeds: dict[str, str] = field(default_factory=dict)
+    junctions: tuple[Junction, ...] = ()
     folded: dict[str, str] = field(default_factory=dict)
     format: str = FORMAT
     version: int = VERSION
@@ -181,7 +182,7 @@ class Plan:
                     for layer in self.layers
                 ],
                 "left_dense": self.left_dense,
-                "feeds": self.feeds,
+                "junctions": self.junctions,
                 **({"folded": self.folded} if self.folded else {}),
             }
         )

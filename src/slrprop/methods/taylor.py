@@ -55,6 +55,7 @@ def taylor_terms(problem: Problem, pairs: Mapping[str, str], settings: TaylorSet
             with torch.enable_grad():
                 (gradient,) = torch.autograd.grad(loss_of(seen.chain.values(y)[-1], flow.targets), y)
             terms = (gradient @ seen.weight.T) * seen.x
+            terms = terms.unflatten(1, (problem.network.shape(first)[1], -1)).sum(2)  # of all places of a channel
             term = (terms.abs() if settings.absolute == "sample" else terms).sum(0, dtype=torch.float64)
             sums[first] = sums[first] + term if first in sums else term
     return {first: functional.normalize((total / samples).abs(), dim=0) for first, total in sums.items()}

@@ -51,6 +51,7 @@ def write(
     biases: Mapping[str, Tensor],
     new_forms: Mapping[str, Factors],
     new_biases: Mapping[str, Tensor],
+    orders: Mapping[str, Tensor],
     path: str | Path,
     data: Data | None,
     integers: bool = False,
@@ -59,7 +60,7 @@ def write(
 
     Args:
         forms, biases: the layers' factors and new biases, in the original order of neurons.
-        new_forms, new_biases: what is written, neighbours included, in another order.
+        new_forms, new_biases, orders: what is written, neighbours included, in another order; that of carriers.
         data: what to compare on, its first samples; made-up inputs without it.
         integers: see :func:`slrprop.network.onnx_rewrite.rewritten`.
 
@@ -101,7 +102,7 @@ def write(
             if isinstance(want[name], np.ndarray):
                 found[name] = _difference(name, want[name], got[name], tolerance)
 
-    rewritten(network.file, network.graph, new_forms, new_biases, integers).save(path, check)
+    rewritten(network.file, network.graph, new_forms, new_biases, integers, orders).save(path, check)
     return Parity(found, tolerance)
 
 

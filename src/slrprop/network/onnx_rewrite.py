@@ -151,13 +151,15 @@ def _column(writer: Writer, bias: str) -> str:
 
 
 def rewritten(
-    file: OnnxFile, layers: Graph, forms: Mapping[str, Factors], biases: Mapping[str, Tensor], integers: bool = False
-) -> OnnxFile:
+    file: OnnxFile, layers: Graph, forms: Mapping[str, Factors], biases: Mapping[str, Tensor], integers: bool = False,
+    orders: Mapping[str, Tensor] | None = None,
+) -> OnnxFile:  # fmt: skip
     """The model with the layers' factors in the place of their weights; the rest stays as it is.
 
     Args:
         biases: for layers whose bias is another one, or in another order, that bias (n,).
         integers: let the runtime multiply whole numbers in large layers of few bits.
+        orders: for batch norms whose channels go or move, by what they make, the places of those that they have then.
 
     Raises:
         SlrpropError: ``integers``, and the file's operator set has no whole numbers of 4 bits.
@@ -171,7 +173,7 @@ def rewritten(
         name: (layers.layers[name], form, biases.get(name), layers.constants[layers.layers[name].weight].dtype)
         for name, form in forms.items()
     }
-    return _edited(file, layers, items, integers)
+    return _edited(file, layers, items, integers, orders or {})
 
 
 def placed(file: OnnxFile, modules: Sequence[FactoredLayer]) -> OnnxFile:
@@ -192,7 +194,7 @@ def placed(file: OnnxFile, modules: Sequence[FactoredLayer]) -> OnnxFile:
                 bias,
                 np.dtype(str(kind).removeprefix("torch.")),
             )
-    found = _edited(file, graph, items, False)
+    found = _edited(file, graph, items, False, {})
     domains = [domain for domain in found.proto.opset_import if domain.domain != OWN]
     del found.proto.opset_import[:]
     found.proto.opset_import.extend(domains)
@@ -204,6 +206,7 @@ def _edited(
     layers: Graph,
     items: Mapping[str, tuple[Place, Factors, Tensor | None, np.dtype[Any]]],
     integers: bool,
+    orders: Mapping[str, Tensor],
 ) -> OnnxFile:
     def edit(graph: GraphProto) -> dict[str, np.ndarray]:
         additions = Additions(graph, file.opset)
@@ -226,6 +229,11 @@ def _edited(
                     added.input[list(added.input).index(place.bias or "")] = writer.bias_tensor(form, bias)
                 nodes[adder] = [*writer.nodes[count:], added]
                 del writer.nodes[count:]
+        for made, order in orders.items():
+            norm = NodeProto.FromString(layers.nodes[layers.maker[made]].SerializeToString())
+            arrays = [layers.constants[name].load()[order.numpy()] for name in norm.input[1:]]
+            norm.input[1:] = map(additions.tensor, arrays)
+            nodes[layers.maker[made]] = [norm]
         first = [] if writer is None else writer.first()
         unnamed = [node for written in nodes.values() for node in written if not node.name]
         if unnamed and not is_own(graph):

@@ -1,9 +1,10 @@
-"""Batch norm put into the layer before it, which then computes the same with fewer numbers."""
+"""Batch norm put into the layer before it, which then computes the same with fewer numbers, or cut with the channels it is between."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense
@@ -38,3 +39,30 @@ def folded(model: nn.Module, norms: Mapping[str, str]) -> nn.Module:
         note_shape(new, matrix.shape)  # a file says that it has a bias now
         swaps |= {name: new.to(weight.dtype), norm_name: Folded()}
     return swapped(model, swaps)
+
+
+def resized(norm: _BatchNorm, channels: int) -> nn.Module:
+    """A batch norm like this one for so many channels."""
+    kind = next(kind for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if isinstance(norm, kind))
+    new = kind(channels, norm.eps, norm.momentum, norm.affine)
+    note_shape(new, (norm.num_features, channels))
+    return new.to(norm.running_mean)
+
+
+def carried(model: nn.Module, widths: Mapping[str, int], orders: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """Batch norms for those of so many channels (``widths``, by name) whose channels go or move: with those in ``orders``, in that order.
+
+    Raises:
+        SlrpropError: the model has no such batch norm.
+    """
+    modules, swaps = named_modules(model), dict[str, nn.Module]()
+    for name, width in widths.items():
+        norm = modules.get(name)
+        if not is_norm(norm) or norm.num_features != width:
+            raise SlrpropError(f"the plan says that '{name}' is a batch norm of {width} channels, which it is not in this model; it was made for another model")  # fmt: skip
+        if name in orders:
+            swaps[name] = new = resized(norm, len(orders[name]))
+            for key in ("weight", "bias", "running_mean", "running_var"):
+                if getattr(norm, key) is not None:
+                    getattr(new, key).data.copy_(getattr(norm, key)[orders[name]])
+    return swaps
