@@ -1,7 +1,6 @@
 """What every network offers, wherever its layers come from: names, order, what follows a layer, streams of data."""
 
 import hashlib
-import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -226,9 +225,7 @@ class Network(Sampled):
         reader = self.next_layer(name)
         if reader is None or self.apart(name):
             return None
-        between = itertools.takewhile(lambda element: not isinstance(element, Linear), self._elements(name))
-        carriers = tuple(str(element.name) for element in between if isinstance(element, Affine))
-        return Junction((name,), carriers, {reader: self.shape(reader)[0] // self.shape(name)[1]})
+        return Junction((name,), self._paths[name].carriers, {reader: self.shape(reader)[0] // self.shape(name)[1]})
 
     def junctions(self, wanted: Collection[str]) -> tuple[Junction, ...]:
         """Those that layers of these names make or read."""

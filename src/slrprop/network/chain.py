@@ -92,12 +92,13 @@ class Path(NamedTuple):
     """What happens to a layer's output, as far as it can be followed.
 
     ``whole``: up to the network's main output, a final softmax aside. ``stop``: why the values before the next layer must stay as
-    many as they are, in words; empty where nobody else sees them, and nothing before that layer knows how many there are.
+    many as they are, in words; empty where nobody else sees them, and nothing but ``carriers`` before it knows how many there are.
     """
 
     elements: list[Element]
     whole: bool
     stop: str
+    carriers: tuple[str, ...] = ()
 
 
 class Walk:
@@ -105,15 +106,22 @@ class Walk:
 
     def __init__(self, width: int, maps: bool) -> None:
         self.elements: list[Element] = []
+        self.carriers: list[str] = []
         self.width, self.maps, self.from_maps, self.read, self.stop = width, maps, maps, False, ""
 
     def hold(self, why: str) -> None:
         """Let nothing change the channels before the next layer."""
         self.stop = self.stop or ("" if self.read else why)
 
+    def carry(self, name: str) -> None:
+        """Let this change together with the channels before the next layer."""
+        self.carriers += [] if self.read else [name]
+
     def take(self, element: Element) -> None:
         """Go on over an element; ``"same"`` changes nothing."""
-        if isinstance(element, Affine) and not (self.read or element.name):
+        if isinstance(element, Affine) and element.name:
+            self.carry(element.name)
+        elif isinstance(element, Affine):
             self.hold("a batch norm behind it has other uses, or more numbers than one a channel")
         if isinstance(element, Linear):
             self.read, self.width = True, element.weight.shape[1]
@@ -126,7 +134,7 @@ class Walk:
 
     def end(self, whole: bool, why: str = "no layer reads its outputs") -> Path:
         self.hold(why)
-        return Path(self.elements, whole, self.stop)
+        return Path(self.elements, whole, self.stop, tuple(self.carriers))
 
 
 def fold(elements: list[Element], like: Tensor) -> Chain | None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class Junction:
     """Neurons or channels that layers make and others read, each of which goes its own way between.
 
-    ``makers`` are the layers whose outputs they are. ``carriers`` are batch norms, with arrays of one number per channel: a
-    module's name, of a file what the node makes. ``readers`` says of each layer that reads them how many rows of it belong to one
+    ``makers`` are the layers whose outputs they are. ``carriers`` are batch norms, with arrays of one number per channel, by the
+    modules' names; of a file also reshapes that say how many there are, all by what the nodes make. ``readers`` says of each layer that reads them how many rows of it belong to one
     channel: 1, kh * kw of a convolution, h * w behind a flatten; they stand in a block.
     """
 

@@ -119,7 +119,7 @@ class OnnxNetwork(Network):
     def chain(self, name: str) -> Chain | None:
         """See :meth:`Network.chain`; the numbers of one chain at a time are kept."""
         if name not in self._chains:
-            elements, whole, _ = self._paths[name]
+            elements, whole = self._paths[name][:2]
             dense = whole and isinstance(self.operator(name), MatMul)
             with reading(self.file.path):
                 real = [self.graph.linear(e.name) if isinstance(e, Linear) and e.name else e for e in elements if dense]

@@ -7,25 +7,24 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto, TensorProto
 
 from slrprop.errors import SlrpropError
 from slrprop.network.chain import ACTIVATIONS, Affine, Element, Linear, Path, Walk
 from slrprop.network.onnx_constants import attribute, constants_of, standard, tensor_of
 from slrprop.network.onnx_file import FLOATS, OnnxFile, node_reads
 from slrprop.network.onnx_places import Finder, Place
+from slrprop.network.onnx_torch import OPS
 from slrprop.operators import Convolution
 
 ACTIVATION_OPS = {"Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid"}
 POOLS = {"MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"}
-ALONE = {
-    "LeakyRelu", "Elu", "Selu", "Celu", "Mish", "HardSigmoid", "HardSwish", "Softplus", "Softsign", "ThresholdedRelu", "Abs",
-}  # fmt: skip
-ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Neg", "Erf", "Exp", "Max", "Min", "Clip", "Cast", "Identity"} | {
-    *ACTIVATION_OPS
+ELEMENTWISE = {
+    "Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Neg", "Erf", "Exp", "Max", "Min", "Clip", "Cast", "Identity", "Gelu", "Abs", "LeakyRelu",
+    "Elu", "Selu", "Celu", "Mish", "HardSigmoid", "HardSwish", "Softplus", "Softsign", *ACTIVATION_OPS,
 }  # fmt: skip
 MAX_REGION = 16  # nodes that one activation may be made of
-PROBE = np.linspace(-6, 6, 121)
+PROBE = torch.linspace(-6, 6, 121, dtype=torch.float64)[:, None]
 
 
 class Graph:
@@ -236,7 +235,7 @@ class Graph:
             if target[0] not in (0, *sides[:1]) and not (target[0] == -1 and target[1] == places > 0):
                 return None
             if target[1] != -1:
-                walk.hold("'Reshape' behind it says how many channels there are")
+                walk.carry(node.output[0])
             walk.maps = False
             return "same"
         return None
@@ -254,10 +253,6 @@ class Graph:
             return None
         if op in ACTIVATION_OPS:
             return ACTIVATION_OPS[op]
-        if op == "Gelu":
-            return "gelu_tanh" if attribute(node, "approximate", b"none") == b"tanh" else "gelu"
-        if op in ALONE:
-            return op
         if op == "Identity":
             return "same"
         if op == "Dropout":
@@ -269,9 +264,11 @@ class Graph:
             return "same"
         if op == "Reshape" and two_axes and len(node.input) > 1 and node.input[1] in self.constants:
             sides, width = self.constants[node.input[1]].load().tolist(), walk.width
-            if sides != [0, -1]:
-                walk.hold("'Reshape' behind it says how many neurons there are")
-            return "same" if sides in ([-1, width], [0, width], [0, -1]) else None
+            if sides not in ([-1, width], [0, width], [0, -1]):
+                return None
+            if sides[1] != -1:
+                walk.carry(node.output[0])
+            return "same"
         norm = op == "BatchNormalization" and len(node.input) == 5 and len(node.output) == 1 and (two_axes or walk.maps)
         if norm and not attribute(node, "training_mode", 0) and all(name in self.constants for name in node.input[1:]):
             gain, shift, mean, var = (tensor_of(self.constants[name].load()) for name in node.input[1:])
@@ -310,28 +307,19 @@ class Graph:
         return unknown
 
     def _named(self, start: str, end: str, region: list[int]) -> str | None:
-        dtype = next(
-            (c.dtype for i in region for name in self.nodes[i].input if (c := self.constants.get(name)) is not None),
-            np.dtype(np.float32),
-        )
-        if dtype not in FLOATS.values():
-            return None
-        probe = PROBE.astype(dtype)[:, None]
-        value = helper.make_tensor_value_info(start, helper.np_dtype_to_tensor_dtype(dtype), [None, None])
-        constant = {
-            self.maker[name]
-            for i in region
-            for name in self.nodes[i].input
-            if name in self.constants and name in self.maker
-        }
-        needed = constant | {i for index in constant for i in self.before(self.nodes[index].output[0])}
+        values, tolerance = {start: PROBE}, 1e-5
         try:
-            got = self.file.session([end], [value], {*region, *needed}).run({start: probe})[end]
-        except Exception:  # not what it looked like
+            for node in (self.nodes[index] for index in region):
+                numbers = {name: self.constants[name] for name in node.input if name in self.constants}
+                tolerance = max(tolerance, *(1e-2 * (number.dtype == np.float16) for number in numbers.values()), 0)
+                known = values | {name: tensor_of(number.load()) for name, number in numbers.items()}
+                values[node.output[0]] = OPS[standard(node)](
+                    node, [known[name] if name else None for name in node.input]
+                )
+        except (RuntimeError, TypeError, ValueError, LookupError):  # not what it looked like
             return None
-        tolerance = 1e-5 if dtype != np.float16 else 1e-2
         for name, function in ACTIVATIONS.items():
-            want = function(torch.from_numpy(probe).double()).numpy()
-            if name != "identity" and got.shape == want.shape and np.allclose(got, want, tolerance, tolerance):
+            got, want = values[end].double(), function(PROBE)
+            if name != "identity" and got.shape == want.shape and torch.allclose(got, want, tolerance, tolerance):
                 return name
         return None

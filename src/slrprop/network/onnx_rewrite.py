@@ -159,7 +159,7 @@ def rewritten(
     Args:
         biases: for layers whose bias is another one, or in another order, that bias (n,).
         integers: let the runtime multiply whole numbers in large layers of few bits.
-        orders: for batch norms whose channels go or move, by what they make, the places of those that they have then.
+        orders: for carriers whose channels go or move, by what they make, the places of those that they have then.
 
     Raises:
         SlrpropError: ``integers``, and the file's operator set has no whole numbers of 4 bits.
@@ -230,10 +230,14 @@ def _edited(
                 nodes[adder] = [*writer.nodes[count:], added]
                 del writer.nodes[count:]
         for made, order in orders.items():
-            norm = NodeProto.FromString(layers.nodes[layers.maker[made]].SerializeToString())
-            arrays = [layers.constants[name].load()[order.numpy()] for name in norm.input[1:]]
-            norm.input[1:] = map(additions.tensor, arrays)
-            nodes[layers.maker[made]] = [norm]
+            node = NodeProto.FromString(layers.nodes[layers.maker[made]].SerializeToString())
+            arrays = [np.array([0, -1])]  # a reshape to samples and what each has
+            if node.op_type == "BatchNormalization":
+                arrays = [layers.constants[name].load()[order.numpy()] for name in node.input[1:]]
+            else:
+                del node.attribute[:]
+            node.input[1:] = map(additions.tensor, arrays)
+            nodes[layers.maker[made]] = [node]
         first = [] if writer is None else writer.first()
         unnamed = [node for written in nodes.values() for node in written if not node.name]
         if unnamed and not is_own(graph):
