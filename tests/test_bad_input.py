@@ -342,7 +342,7 @@ def test_a_plan_for_another_model(method: str, from_file: bool, tmp_path: Path) 
     refused("weights of layer '0' differ", slrprop.apply, network().double(), made)
 
 
-def test_a_plan_whose_feeds_are_another_models() -> None:
+def test_a_plan_whose_junctions_are_another_models() -> None:
     made = plan(layers=["0", "2"])
     wider = network()
     wider[4] = nn.Linear(WIDE + 1, OUT)
@@ -384,6 +384,11 @@ def edited(change: Callable[[dict[str, Any]], Any]) -> bytes:
     return json.dumps(content).encode()
 
 
+def joined(maker: str, *carriers: str, **readers: int) -> bytes:
+    """The plan with one junction of these."""
+    return edited(lambda plan: plan.update(junctions=[{"makers": [maker], "carriers": carriers, "readers": readers}]))
+
+
 WRONG_PLANS = {
     "empty": (b"", "is not a readable plan"),
     "no json": (b"{", "is not a readable plan"),
@@ -391,7 +396,7 @@ WRONG_PLANS = {
     "deep": (b"[" * 200000, "is not a readable plan"),
     "a list": (b"[]", "is not a slrprop plan; write one with Plan.save"),
     "foreign": (b'{"format": "other"}', "is not a slrprop plan"),
-    "version": (edited(lambda plan: plan.update(version=2)), "has plan version 2; this slrprop reads version 1"),
+    "version": (edited(lambda plan: plan.update(version=9)), "has plan version 9; this slrprop reads versions 1 and 2"),
     "no version": (edited(lambda plan: plan.pop("version")), "has plan version None"),
     "no layers": (edited(lambda plan: plan.pop("layers")), "is not a readable plan: .*layers"),
     "layers of numbers": (edited(lambda plan: plan.update(layers=[1])), "is not a readable plan"),
@@ -411,9 +416,12 @@ WRONG_PLANS = {
     "other neurons": (edited(lambda plan: plan["layers"][0].update(kept_rows="01f")), "damaged|neurons"),
     "numbers": (edited(lambda plan: plan["layers"][0].update(numbers=1)), "numbers"),
     "twice": (edited(lambda plan: plan["layers"].append(plan["layers"][0])), "twice|more than once"),
-    "feeds nobody": (edited(lambda plan: plan.update(feeds={"0": "nobody"})), "'nobody', which this model does not have"),
-    "feeds itself": (edited(lambda plan: plan.update(feeds={"2": "2"})), "feeds"),
-    "feeds backwards": (edited(lambda plan: plan.update(feeds={"2": "0"})), "'2' feeds '0', whose sizes differ"),
+    "feeds nobody": (joined("0", nobody=1), "'nobody', which this model does not have"),
+    "feeds itself": (joined("2", **{"2": 1}), "'2' feeds '2', which can't be; the file is damaged"),
+    "feeds backwards": (joined("2", **{"0": 1}), "'2' feeds '0', whose sizes differ"),
+    "feeds no row": (joined("0", **{"2": 0}), "'0' feeds '2', whose sizes differ"),
+    "feeds all and none": (joined("0"), "'0' feeds , which can't be; the file is damaged"),
+    "carried by itself": (joined("0", "0", **{"2": 1}), "it differs from its checksum"),
 }  # fmt: skip
 
 

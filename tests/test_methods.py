@@ -16,6 +16,7 @@ from slrprop.factors import LowRank, Quantized
 from slrprop.methods import METHODS
 from slrprop.methods.slr import CRITERIA, kept
 from slrprop.network import TorchNetwork
+from slrprop.network.junction import Junction
 from slrprop.network.torch_modules import operator_of
 from slrprop.operators import MatMul
 from slrprop.plan import pack
@@ -282,7 +283,7 @@ def test_ties_fall_to_the_lower_index():
 
 def test_neurons_are_ordered_so_that_sets_are_slices(trained, calibration):
     made = slrprop.plan(trained, calibration, method="slr", layers=LAYERS, rank=6)
-    assert made.feeds == {"0": "2", "2": "4"}
+    assert made.junctions == (Junction(("0",), (), {"2": 1}), Junction(("2",), (), {"4": 1}))
     small = slrprop.apply(trained, made)
     first, second = (small[place].factors().sets for place in (0, 2))
     assert first.order is None and second.order is None
@@ -296,7 +297,9 @@ def test_chains_are_seen_through_batch_norm(calibration):
         nn.Linear(64, 30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 10)
     ).eval()
     network = TorchNetwork(model, Data(calibration))
-    assert (network.next_layer("0"), network.feeds_directly("0"), network.feeds_directly("3")) == ("3", None, "5")
+    assert network.junction("0") == Junction(("0",), ("1",), {"3": 1}) and network.junction("3") == Junction(
+        ("3",), (), {"5": 1}
+    )
     made = slrprop.plan(model, calibration, rank=3)
     assert [layer.name for layer in made.layers] == ["0", "3"]
 
@@ -321,6 +324,6 @@ def test_inspect(trained):
 
 def test_plans_are_plain_json(trained, calibration):
     content = json.loads(slrprop.plan(trained, calibration, rank=6).to_json())
-    assert content["format"] == "slrprop-plan" and content["version"] == 1
+    assert content["format"] == "slrprop-plan" and content["version"] == 2
     with pytest.raises(SlrpropError, match="solver of layer '0' is a function"):
         slrprop.plan(trained, None, method="svd", rank=2, solver=slrprop.linalg.SOLVERS["full"]).to_json()

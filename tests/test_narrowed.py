@@ -9,6 +9,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
+from torch.nn import functional
 
 import slrprop
 from slrprop import SlrpropError
@@ -21,9 +22,12 @@ from slrprop.layers import layer_from
 from slrprop.linalg import truncated_svd
 from slrprop.methods import Decision, Problem, find_method
 from slrprop.network import TorchNetwork
+from slrprop.network.junction import Junction
 from slrprop.operators import MatMul
 from slrprop.plan import Plan
 from slrprop.quantize import quantised
+
+A_TO_B = [Junction(("a",), (), {"b": 1})]
 
 
 def forms(m=9, n=7) -> dict[str, Factors]:
@@ -82,9 +86,7 @@ def test_narrowed_is_its_block():
 @pytest.mark.parametrize("first", [None, *forms()])
 def test_what_nobody_reads_goes(first, second):
     before, reading = forms(5, 9)[first or "dense"], forms()[second]
-    made, orders = arranged(
-        {"b": reading} | ({"a": before} if first else {}), {"a": "b"}, lambda name: {"a": before}[name]
-    )
+    made, orders = arranged({"b": reading} | ({"a": before} if first else {}), A_TO_B, lambda name: {"a": before}[name])
     assert made["a"].shape == (5, 6) and made["b"].shape == (6, 7)
     assert sorted(orders["a"].tolist()) == reading.read().nonzero()[:, 0].tolist()
     x = torch.randn(20, 5)
@@ -102,7 +104,7 @@ def test_forms_that_cannot_lose_neurons_stay():
         selects = False
 
     reading = forms()["narrowed"]
-    made, orders = arranged({"a": Stiff(torch.randn(5, 9)), "b": reading}, {"a": "b"}, lambda name: reading)
+    made, orders = arranged({"a": Stiff(torch.randn(5, 9)), "b": reading}, A_TO_B, lambda name: reading)
     assert made["a"].shape == (5, 9)
     assert made["b"].rows.tolist() == [False] * 3 + [True] * 6  # what is read is a slice now
     assert torch.equal(made["b"].dense(), reading.dense()[orders["a"]])
@@ -111,7 +113,7 @@ def test_forms_that_cannot_lose_neurons_stay():
 
 def test_one_neuron_stays_where_none_is_read():
     reading = Narrowed(torch.zeros(0, 7), torch.zeros(9, dtype=torch.bool), torch.ones(7, dtype=torch.bool))
-    made, _ = arranged({"b": reading}, {"a": "b"}, lambda name: Dense(torch.randn(5, 9)))
+    made, _ = arranged({"b": reading}, A_TO_B, lambda name: Dense(torch.randn(5, 9)))
     assert made["a"].shape == (5, 1) and made["b"].shape == (1, 7)
 
 
@@ -124,8 +126,7 @@ def planned(model, data, factors, biases=None):
         planned_layer(problem, Decision(name, Fit(form).over((biases or {}).get(name))), method, method.settings())
         for name, form in factors.items()
     ]
-    feeds = {name: problem.network.feeds_directly(name) for name in problem.network.order}
-    return Plan(tuple(layers), {}, {name: reader for name, reader in feeds.items() if reader})
+    return Plan(tuple(layers), {}, problem.network.junctions(problem.network.order))
 
 
 def reading_half(model, name):
@@ -167,7 +168,9 @@ class Between(nn.Module):
         (lambda net, h: torch.flatten(h.tanh(), 1), True),
         (lambda net, h: h.relu().view(-1, 8), False),
         (lambda net, h: h.relu().squeeze(), False),
-        (lambda net, h: net.norm(h).relu(), False),
+        (lambda net, h: net.norm(h).relu(), True),
+        (lambda net, h: functional.silu(net.norm(h)).view(len(h), -1), True),
+        (lambda net, h: net.norm(h.view(-1, 8)).relu(), False),
     ],
 )
 def test_neurons_stay_where_their_number_is_known(between, goes, tmp_path):
@@ -247,4 +250,4 @@ def test_slr_without_a_reduced_rank_lets_the_layer_before_shrink(trained, calibr
 def test_a_plan_for_other_sizes_is_refused(trained, calibration):
     made = slrprop.plan(trained, calibration, method="apoz", layers=["2"], keep=0.5)
     with pytest.raises(SlrpropError, match="whose sizes differ in this model"):
-        slrprop.apply(trained, replace(made, feeds={"0": "4"}))
+        slrprop.apply(trained, replace(made, junctions=(Junction(("0",), (), {"4": 1}),)))

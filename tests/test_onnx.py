@@ -59,7 +59,7 @@ def test_scores_equal_the_torch_front_door(exported):
     assert set(pairs.values()) == set(twin.names) - folded
     for name, other in pairs.items():
         if "head.1" not in folded:
-            assert pairs.get(network.feeds_directly(name)) == twin.feeds_directly(other)
+            assert pairs.get(network.next_layer(name)) == twin.next_layer(other)
             assert (network.chain(name) is None) == (twin.chain(other) is None)
         if isinstance(twin.operator(other), Lookup):
             for door, layer, given in ((path, name, named), (model, other, data)):
@@ -220,7 +220,7 @@ def test_the_command_line(folder, tmp_path):
     assert "400 x 120" in call("inspect", path)
     plan, small = tmp_path / "plan.json", tmp_path / "small.onnx"
     made_plan = json.loads(call("plan", path, "--calibration", tmp_path / "data.npz", "--method", "slrprop", "--rank", 8, "-o", plan, "--json"))  # fmt: skip
-    assert [layer["method"] for layer in made_plan["layers"]] == ["slrprop"] * 2
+    assert [layer["method"] for layer in made_plan["layers"]] == ["slrprop"] * 3
     written = json.loads(call("apply", path, plan, "-o", small, "--json"))
     assert written["bytes"] == small.stat().st_size < written["bytes_before"]
     assert "of" in call("apply", path, plan, "-o", small, "--calibration", tmp_path / "x.npy")

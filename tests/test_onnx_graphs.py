@@ -13,6 +13,7 @@ import slrprop
 from slrprop import SlrpropError, cli
 from slrprop.data import Data
 from slrprop.network import OnnxNetwork, onnx_rewrite
+from slrprop.network.junction import Junction
 from tests.onnx_models import run
 
 
@@ -61,7 +62,7 @@ def test_gemm_with_every_attribute(opset, trans, tmp_path, monkeypatch):
     np.testing.assert_allclose(network.weight("one"), 0.5 * a, rtol=1e-6)
     np.testing.assert_allclose(network.bias("two"), 0.25 * tensors["q"][0], rtol=1e-6)
     plan, _ = compress(path, tmp_path / "s.onnx", layers=["one", "two"])
-    assert plan.feeds == {"one": "two", "two": "three"}
+    assert plan.junctions == (Junction(("one",), (), {"two": 1}), Junction(("two",), (), {"three": 1}))
     assert [node.op_type for node in onnx.load(tmp_path / "s.onnx").graph.node].count("Gather") == 1
     compress(path, tmp_path / "s.onnx", layers="two")  # only its neighbours are put in another order
 
@@ -86,7 +87,7 @@ def test_products_of_many_axes_and_derived_weights(tmp_path):
     infos = slrprop.inspect(path)
     assert [(info.name, info.shape) for info in infos] == [("one", (20, 16)), ("s", (16, 24)), ("three", (24, 14))]
     plan, _ = compress(path, tmp_path / "s.onnx")
-    assert plan.feeds == {"one": "s", "s": "three"}
+    assert plan.junctions == (Junction(("one",), (), {"s": 1}), Junction(("s",), (), {"three": 1}))
     left = onnx.load(tmp_path / "s.onnx")
     assert not {"a_t", "a_i", "b_c", "b_r", "third"} & {name for node in left.graph.node for name in node.output}
     assert not {"a", "b", "third"} & {tensor.name for tensor in left.graph.initializer}
@@ -126,7 +127,7 @@ def test_bodies_of_if_are_left_alone_and_their_reads_are_seen(tmp_path):
     path = graph_file(tmp_path / "m.onnx", nodes, {"a": numbers(18, 20), "b": numbers(20, 20)}, ["b", 18])
     network = OnnxNetwork(path, None)
     assert network.names == ("one", "two") and network.layers["two"].tied == ("choice",)
-    assert network.feeds_directly("one") is None
+    assert network.junction("one") is None
     data = numbers(6, 18)
     plan = slrprop.plan(path, data, method="slr", layers="one", rank=2, loss="squared")
     slrprop.apply(path, plan, tmp_path / "s.onnx", data)
@@ -145,7 +146,7 @@ def test_a_layer_that_makes_another_output(tmp_path):
     scores = slrprop.relevance.cost(path, "two", data, rank=3)
     assert scores.rows.shape == (20,) and not scores.rows.any() and not scores.columns.any()
     plan, parity = compress(path, tmp_path / "s.onnx", data)
-    assert not plan.feeds and parity.outputs.keys() == {"y", "z", "w"}
+    assert not plan.junctions and parity.outputs.keys() == {"y", "z", "w"}
 
 
 def test_inputs_without_axes_and_with_samples_elsewhere(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -40,6 +41,24 @@ def test_the_same_plan_gives_the_same_files(trained, calibration, tmp_path):
         fitted(trained, calibration, bits=4).save(tmp_path / f"{name}.json")
     for ending in ("json", "safetensors"):
         assert (tmp_path / f"a.{ending}").read_bytes() == (tmp_path / f"b.{ending}").read_bytes()
+
+
+def test_plans_of_version_1_are_read(saved, trained, calibration):
+    """Those named pairs of layers in the place of junctions; their checksum is theirs."""
+    now = Plan.load(saved)
+    old = json.loads(saved.read_text()) | {"version": 1}
+    old["feeds"] = {junction["makers"][0]: next(iter(junction["readers"])) for junction in old.pop("junctions")}
+    assert old["feeds"] == {"0": "2", "2": "4"}
+    del old["sha256"]
+    digest = hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()
+    saved.write_text(json.dumps(old | {"sha256": digest}))
+    x = calibration[0]
+    assert Plan.load(saved) == now
+    assert torch.equal(slrprop.apply(trained, Plan.load(saved))(x), slrprop.apply(trained, now)(x))
+    old["layers"][0]["numbers"] += 1
+    saved.write_text(json.dumps(old | {"sha256": digest}))
+    with pytest.raises(SlrpropError, match="the plan is damaged: it differs from its checksum"):
+        slrprop.apply(trained, Plan.load(saved))
 
 
 def test_missing_factors(saved):

@@ -24,7 +24,7 @@ from slrprop.network.onnx_file import OnnxFile
 from slrprop.network.onnx_parity import Parity, write
 from slrprop.network.onnx_rewrite import rewritten
 from slrprop.network.torch import swapped
-from slrprop.network.torch_fold import folded
+from slrprop.network.torch_fold import carried, folded
 from slrprop.network.torch_modules import computed_arrays, layer_modules, operator_of, weight_and_bias
 from slrprop.plan import LayerPlan, Plan, pack
 from slrprop.quantize import bias_in_few_bits, quantised
@@ -104,7 +104,7 @@ def plan_problem(
 def finished(network: Network, planned: Mapping[str, LayerPlan], left_dense: dict[str, str]) -> Plan:
     """The plan of these layers, in order of execution."""
     wanted = tuple(name for name in network.order if name in planned)
-    return Plan(tuple(planned[name] for name in wanted), left_dense, feeds_between(network, wanted))
+    return Plan(tuple(planned[name] for name in wanted), left_dense, network.junctions(wanted))
 
 
 def planned_layer(problem: Problem, decision: Decision, method: Method, settings: Settings) -> LayerPlan:
@@ -150,20 +150,6 @@ def settings_of(method: Method, /, **given: Any) -> Settings:
     return method.settings(**{name: value for name, value in given.items() if name in known})
 
 
-def feeds_between(network: Network, wanted: tuple[str, ...]) -> dict[str, str]:
-    """Pairs of layers around a planned one whose neurons can be put in another order together."""
-
-    def alone(name: str) -> bool:
-        return network.layers[name].calls == 1 and not network.stays(name)
-
-    pairs = ((name, network.feeds_directly(name)) for name in network.order)
-    return {
-        first: second
-        for first, second in pairs
-        if second is not None and alone(first) and alone(second) and (first in wanted or second in wanted)
-    }
-
-
 @overload
 def apply(model: nn.Module, plan: Plan) -> nn.Module: ...
 @overload
@@ -185,8 +171,8 @@ def apply(
 ) -> nn.Module | Parity:
     """A new model with the plan carried out; the original is untouched.
 
-    Neurons between layers that ``plan.feeds`` names are put in an order that makes every block of a sparse low-rank
-    layer a slice.
+    Channels of ``plan.junctions`` that no layer reads go; the others are put in an order that makes every block of a sparse
+    low-rank layer a slice.
 
     Args:
         model: a torch module, or the path of an ONNX file.
@@ -217,7 +203,7 @@ def apply(
         network.file.places(output, outputs)
         done = _file_forms(network, plan)
         samples = None if data is None else open_data(data, batch_axis=batch_axis)
-        return write(network, done.fits, done.moved, output, samples, integer_products)
+        return write(network, *done, output, samples, integer_products)
 
 
 def no_integers(asked: bool) -> None:
@@ -238,14 +224,15 @@ def realised(
         return _apply_module(model, plan, sharing)
     network = OnnxNetwork(model, None)
     done = _file_forms(network, plan)
-    return rewritten(network.file, network.graph, done.moved, integer_products)
+    return rewritten(network.file, network.graph, done.moved, integer_products, done.orders)
 
 
 class _Done(NamedTuple):
-    """A plan carried out: ``moved`` are all layers that change once neurons are put in another order."""
+    """A plan carried out: ``moved`` are all layers that change once channels go or move, ``orders`` those that carriers have then."""
 
     fits: dict[str, Fit]
     moved: dict[str, Fit]
+    orders: dict[str, Tensor]
 
 
 def _file_forms(network: OnnxNetwork, plan: Plan) -> _Done:
@@ -260,10 +247,10 @@ def _file_forms(network: OnnxNetwork, plan: Plan) -> _Done:
         return Dense(network.weight(name))
 
     done = _carried_out(plan, dense, network.bias, network.fingerprint)
-    for first, second in plan.feeds.items():
-        if first not in network.names or network.feeds_directly(first) != second:
+    for junction in plan.junctions:
+        if any(name not in network.names or network.junction(name) != junction for name in junction.makers):
             raise SlrpropError(
-                f"the plan says that '{first}' feeds '{second}', which it does not in this model; it was made for another model"
+                f"the plan says that {junction}, which it does not in this model; it was made for another model"
             )
     return done
 
@@ -293,6 +280,8 @@ def _apply_module(model: nn.Module, plan: Plan, sharing: bool = False) -> nn.Mod
         swaps[name] = layer_from(fit.over(bias(name)), operator_of(old)).to(weight.dtype)
         if fit.form.shape != weight.shape or original_shape(old) or computed_arrays(old):
             note_shape(swaps[name], original_shape(old) or weight.shape)
+    widths = {name: dense(junction.makers[0]).shape[1] for junction in plan.junctions for name in junction.carriers}
+    swaps |= carried(model, widths, done.orders)
     return swapped(model, swaps, sharing)
 
 
@@ -303,16 +292,17 @@ def _carried_out(
         if times > 1:
             raise SlrpropError(f"the plan treats layer '{name}' twice; the file is damaged")
     fits = {layer.name: build(layer, dense(layer.name).weight, digest(layer.name)) for layer in plan.layers}
-    forms, orders = arranged({name: fit.form for name, fit in fits.items()}, plan.feeds, dense)
+    forms, orders = arranged({name: fit.form for name, fit in fits.items()}, plan.junctions, dense)
     moved = {name: replace(fits.get(name, Fit(form)), form=form) for name, form in forms.items()}
-    for name, order in orders.items():
+    carriers = {name for junction in plan.junctions for name in junction.carriers}
+    for name in orders.keys() - carriers:
         whole = moved[name].over(bias(name))
-        moved[name] = whole if whole.bias is None else replace(whole, bias=whole.bias.taken(order))
+        moved[name] = whole if whole.bias is None else replace(whole, bias=whole.bias.taken(orders[name]))
     if plan.is_damaged():
         raise SlrpropError(
             "the plan is damaged: it differs from its checksum; plan again, or take 'sha256' out of a file that you edited"
         )
-    return _Done(fits, moved)
+    return _Done(fits, moved, {name: orders[name] for name in carriers & orders.keys()})
 
 
 def build(layer: LayerPlan, weight: Tensor, digest: str) -> Fit:

@@ -1,6 +1,6 @@
-"""The neurons between two layers: those that the second does not read go, the others get an order that makes sets slices."""
+"""The channels of a junction: those that no layer reads go, the others get an order that makes sets slices."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -8,49 +8,53 @@ from torch import Tensor
 
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense, Factors, Narrowed, Quantized, SparseLowRank
+from slrprop.network.junction import Junction
 
 
 def arranged(
-    forms: Mapping[str, Factors], feeds: Mapping[str, str], weight: Callable[[str], Factors]
+    forms: Mapping[str, Factors], junctions: Iterable[Junction], weight: Callable[[str], Factors]
 ) -> tuple[dict[str, Factors], dict[str, Tensor]]:
-    """Remove the neurons between two layers that the second does not read, and make sets of the others slices.
+    """Remove the channels of junctions that no layer reads, and make sets of the others slices.
 
-    Only element-wise functions stand between, so what nobody reads can go: the first layer loses outputs, the second
-    inputs, and what the network computes stays the same.
+    Each goes its own way between the layers, so what nobody reads can go: makers lose outputs, readers inputs, carriers numbers,
+    and what the network computes stays the same.
 
     Args:
         forms: the layers' new factors.
-        feeds: pairs of layers with only element-wise functions between.
         weight: the factors of a neighbour that has none yet.
 
     Returns:
-        All layers that change, neighbours included, and for each whose outputs moved or went the ones that it has now, in
-        their order: its bias follows.
+        All layers that change, neighbours included, and for each maker and carrier whose channels moved or went the ones that it
+        has now, in their order: a maker's bias follows.
 
     Raises:
-        SlrpropError: two layers of a pair do not fit.
+        SlrpropError: the layers of a junction do not fit.
     """
-    forms, orders = dict(forms), {}
-    for first, second in feeds.items():
-        unread = second in forms and not bool(forms[second].read().all())
-        sets = any(isinstance(blocks_of(forms.get(name)), (SparseLowRank, Narrowed)) for name in (first, second))
+    forms, orders = dict(forms), dict[str, Tensor]()
+    for junction in junctions:
+        makers, readers, names = junction.makers, junction.readers, junction.layers
+        moving = {*makers, *junction.carriers}
+        if not makers or not readers or len({*names}) < len(names) or not orders.keys().isdisjoint(moving):
+            raise SlrpropError(f"the plan says that {junction}, which can't be; the file is damaged")
+        sets = any(isinstance(blocks_of(forms.get(name)), (SparseLowRank, Narrowed)) for name in names)
+        unread = all(name in forms and not bool(forms[name].read().all()) for name in readers)
         if not sets and not unread:
             continue
-        if first == second:
-            raise SlrpropError(f"the plan says that layer '{first}' feeds itself; the file is damaged")
-        for name in (first, second):
-            if name not in forms:
-                forms[name] = weight(name)
-        if forms[first].shape[1] != forms[second].shape[0]:
-            raise SlrpropError(
-                f"the plan says that '{first}' feeds '{second}', whose sizes differ in this model; it was made for another model"
-            )
-        order = _common_order(forms[first], forms[second]) if sets else torch.arange(forms[first].shape[1])
-        if unread and forms[first].selects and forms[second].selects:
-            here = forms[second].read()[order]
+        forms |= {name: weight(name) for name in names if name not in forms}
+        count = forms[makers[0]].shape[1]
+        sizes = {forms[name].shape[1] == count for name in makers} | {forms[name].shape[0] == count * readers[name] for name in readers}  # fmt: skip
+        if sizes != {True}:
+            raise SlrpropError(f"the plan says that {junction}, whose sizes differ in this model; it was made for another model")  # fmt: skip
+        made, reads = _levels(forms[makers[0]], "column", count), _levels(forms[next(iter(readers))], "row", count)
+        order = _common_order(made, reads) if sets else torch.arange(count)
+        if unread and all(forms[name].selects for name in names):
+            here = torch.stack([forms[name].read().cpu().reshape(count, -1).any(1) for name in readers]).any(0)[order]
             order = order[here] if here.any() else order[:1]  # a layer keeps one output at least
-        orders[first] = order
-        forms[first], forms[second] = forms[first].permuted(columns=order), forms[second].permuted(rows=order)
+        orders |= dict.fromkeys(moving, order)
+        for name in makers:
+            forms[name] = forms[name].permuted(columns=order)
+        for name, unit in readers.items():
+            forms[name] = forms[name].permuted(rows=(order[:, None] * unit + torch.arange(unit)).flatten())
     return {name: _simplest(form) for name, form in forms.items()}, orders
 
 
@@ -69,15 +73,16 @@ def blocks_of(form: Factors | None) -> Factors | None:
     return form.codes if isinstance(form, Quantized) else form
 
 
-def _common_order(first: Factors, second: Factors) -> Tensor:
-    """An order of the neurons between two layers in which both layers' sets are slices (for two levels each)."""
-    count = first.shape[1]
-    made, read = torch.zeros(2, count, dtype=torch.long)
-    made_by, read_by = blocks_of(first), blocks_of(second)
-    if isinstance(made_by, (SparseLowRank, Narrowed)):
-        made = (made_by.column_levels if isinstance(made_by, SparseLowRank) else made_by.columns).long()
-    if isinstance(read_by, (SparseLowRank, Narrowed)):
-        read = (read_by.row_levels if isinstance(read_by, SparseLowRank) else read_by.rows).long()
+def _levels(form: Factors, side: str, count: int) -> Tensor:
+    """How many blocks each of so many channels takes part in, on one side of a form: the most that any of its rows does."""
+    blocks, levels = blocks_of(form), torch.zeros(count, dtype=torch.long)
+    if isinstance(blocks, (SparseLowRank, Narrowed)):
+        levels = getattr(blocks, f"{side}_levels" if isinstance(blocks, SparseLowRank) else f"{side}s").long()
+    return levels.cpu().reshape(count, -1).amax(1)
+
+
+def _common_order(made: Tensor, read: Tensor) -> Tensor:
+    """An order of channels in which the sets of both levels are slices (for two levels each)."""
     top = made == made.max()
     key = (made.max() - made) * 1024 + torch.where(top, read, read.max() - read)
     return key.argsort(stable=True)

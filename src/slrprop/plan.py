@@ -21,9 +21,10 @@ from slrprop.data import content
 from slrprop.errors import SlrpropError, printable
 from slrprop.factors import Bias, Factors, Fit, restored
 from slrprop.files import Refusal, replacing, require_regular, together
+from slrprop.network.junction import Junction
 
 FORMAT = "slrprop-plan"
-VERSION = 1
+VERSION = 2
 MAX_PLAN_BYTES = 256 << 20
 
 
@@ -124,15 +125,15 @@ def method_of(layer: LayerPlan) -> str:
 class Plan:
     """What to do with a model.
 
-    ``left_dense`` says for each layer that was asked for and stays as it is, why. ``feeds`` names pairs of layers
-    whose neurons may be reordered together, because only element-wise functions stand between them. ``folded`` names batch norms
+    ``left_dense`` says for each layer that was asked for and stays as it is, why. ``junctions`` are those around the layers, whose
+    channels may go or be put in another order. ``folded`` names batch norms
     that are put into the layers before them first, by these layers. ``sha256`` is the
     checksum that a loaded file carried; take it out of the file to use a plan edited by hand.
     """
 
     layers: tuple[LayerPlan, ...]
     left_dense: dict[str, str] = field(default_factory=dict)
-    feeds: dict[str, str] = field(default_factory=dict)
+    junctions: tuple[Junction, ...] = ()
     folded: dict[str, str] = field(default_factory=dict)
     format: str = FORMAT
     version: int = VERSION
@@ -185,7 +186,7 @@ class Plan:
                     for layer in self.layers
                 ],
                 "left_dense": self.left_dense,
-                "feeds": self.feeds,
+                "junctions": self.junctions,
                 **({"folded": self.folded} if self.folded else {}),
             }
         )
@@ -226,14 +227,23 @@ class Plan:
             head = msgspec.json.decode(raw)
             if not isinstance(head, dict) or head.get("format") != FORMAT:
                 raise SlrpropError(f"'{path}' is not a slrprop plan; write one with Plan.save")
-            if head.get("version") != VERSION:
+            if head.get("version") not in (1, VERSION):
                 raise SlrpropError(
-                    f"'{path}' has plan version {head.get('version')!r}; this slrprop reads version {VERSION}"
+                    f"'{path}' has plan version {head.get('version')!r}; this slrprop reads versions 1 and {VERSION}"
                 )
-            plan = msgspec.convert(head, cls)
+            plan = _of_version_1(head) if head["version"] == 1 else msgspec.convert(head, cls)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise SlrpropError(f"'{path}' is not a readable plan: {error}") from error
         return replace(plan, layers=tuple(_with_factors(layer, beside(path)) for layer in plan.layers))
+
+
+def _of_version_1(head: dict[str, Any]) -> Plan:
+    """A plan of before there were junctions: ``feeds`` named pairs of dense layers with functions of one number between."""
+    intact = head.get("sha256") == _digest({key: value for key, value in head.items() if key != "sha256"})
+    feeds = msgspec.convert(head.get("feeds", {}), dict[str, str])
+    pairs = tuple(Junction((first,), (), {second: 1}) for first, second in feeds.items())
+    plan = replace(msgspec.convert(head | {"version": VERSION}, Plan), junctions=pairs)
+    return replace(plan, sha256=_digest(plan._content())) if intact else plan
 
 
 def beside(path: str | Path) -> Path:

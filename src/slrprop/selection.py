@@ -25,9 +25,10 @@ def _select(network: Network, layers: Any, settings: Settings, method: str) -> t
     eligible = settings.eligible(network)
     if layers is None:
         if not eligible:
-            told = network.other_numbers()
+            told, reasons = network.other_numbers(), {name: settings.obstacle(network, name) for name in network.order}
+            listed = ", ".join(f"{name} ({reason})" if reason else name for name, reason in reasons.items())
             raise SlrpropError(
-                f"method '{method}' treats none of the layers {', '.join(network.order)} of this model; choose another"
+                f"method '{method}' treats none of the layers {listed} of this model; choose another"
                 if network.order
                 else "the model has no layer (dense, convolution or embedding; in ONNX with a constant weight of real numbers) that is called "
                 f"on this data{f'; its numbers are elsewhere: {told}' if told else ''}"
@@ -48,8 +49,8 @@ def _select(network: Network, layers: Any, settings: Settings, method: str) -> t
     for name in exact:
         network.require(name)
         if name not in eligible:
-            kind = network.operator(name).bits_only
-            told = f", {kind}, which takes fewer bits and no other form" if kind else ""
+            reason = settings.obstacle(network, name)
+            told = f" ({reason})" if reason else ""
             raise SlrpropError(
                 f"method '{method}' can't treat layer '{name}'{told}; on this model it treats {', '.join(eligible) or 'none'}"
             )

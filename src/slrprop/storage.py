@@ -17,9 +17,9 @@ from slrprop.factors import Bias, Dense, Fit, restored
 from slrprop.factors.base import KINDS
 from slrprop.files import replacing, require_regular, scratch
 from slrprop.layers import FactoredLayer, layer_from, note_shape, original_shape
-from slrprop.network.torch import NORMS, swapped
-from slrprop.network.torch_fold import Folded
-from slrprop.network.torch_modules import layer_modules, named_modules, operator_of, plain_name, weight_and_bias
+from slrprop.network.torch import swapped
+from slrprop.network.torch_fold import Folded, resized
+from slrprop.network.torch_modules import NORMS, layer_modules, named_modules, operator_of, plain_name, weight_and_bias
 from slrprop.plan import arrays_digest, header_refusal
 
 FORMAT = "slrprop-model"
@@ -140,8 +140,8 @@ def _skeleton(
 ) -> nn.Module:
     """A factored layer of the shapes that the file has for it; its values are loaded later."""
     kind = str(description.get("kind"))
-    if kind == "folded" and isinstance(place, NORMS):
-        return Folded()
+    if isinstance(place, NORMS):
+        return Folded() if kind == "folded" else resized(place, len(state.get(f"{name}.running_mean", ())))
     if old is None or kind not in KINDS:
         raise SlrpropError(
             f"the file has a {kind} layer '{name}', but this model has no layer of that name that could hold one"

@@ -80,6 +80,11 @@ class Settings(ABC):
         """Whether the method can treat a weight that is multiplied so."""
         return not operator.bits_only and not isinstance(operator, Lookup)
 
+    def obstacle(self, network: Network, name: str) -> str:
+        """What of a layer, or of what stands behind it, keeps the method from treating it, in words; empty where it is nothing of the kind."""
+        kind = network.operator(name).bits_only
+        return f"it is {kind}, which takes fewer bits and no other form" if kind else ""
+
     def at(self, operator: Operator, shape: tuple[int, int]) -> Self:
         """The settings for a layer of a shape (m, n), where these depend on it."""
         known = hasattr(self, "kernel") and operator.kernel

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slrprop.methods.base import Problem
 from slrprop.methods.removal import RemovalSettings, removal
-from slrprop.relevance.simple import propagated
+from slrprop.relevance.simple import by_channel, propagated
 
 RESPONSES = 2000  # samples that feature selection ranks
 
@@ -62,7 +62,8 @@ def importances(problem: Problem, pairs: Mapping[str, str], settings: NISPSettin
             following = problem.network.next_layer(name)
             known[name] = torch.ones(problem.network.shape(name)[0], dtype=torch.float64)  # for a network of circles
             if following is not None:
-                known[name] = propagated(problem.weight(name).cpu(), of_inputs(following))
+                outputs = by_channel(of_inputs(following), problem.network.shape(name)[1])
+                known[name] = propagated(problem.weight(name).cpu(), outputs)
             elif settings.start == "responses":
                 known[name] = infinite_selection(_inputs(problem, name))
             else:

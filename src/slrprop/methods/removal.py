@@ -1,7 +1,7 @@
-"""Removing neurons between dense layers: smaller dense layers, the next layer's weights refitted.
+"""Removing neurons and channels between layers: smaller layers, the next layer's weights refitted.
 
-A criterion scores the neurons between a layer and the dense layer that reads them. Those that stay are given the next
-layer's weights anew, by least squares; what the removed ones gave on average goes into its bias.
+A criterion scores the neurons between a layer and the one that reads them, of a convolution its channels. Those that stay are
+given the next layer's weights anew, by least squares; what the removed ones gave on average goes into its bias.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +20,8 @@ from slrprop.methods.base import Decision, Method, Problem
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
 from slrprop.network.base import Network
 from slrprop.network.chain import Chain
-from slrprop.operators import MatMul
 from slrprop.regression import DAMPING, Regression
+from slrprop.relevance.simple import by_channel
 
 Score = Callable[[Problem, Mapping[str, str], Any], dict[str, Tensor]]
 SHARES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -29,10 +29,10 @@ SHARES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7,
 
 @dataclass(frozen=True, kw_only=True)
 class RemovalSettings(CalibratedSettings):
-    """Settings of every method that removes neurons between a layer and the next dense one.
+    """Settings of every method that removes neurons, or channels, between a layer and the next one.
 
     Args:
-        keep: share of the layer's output neurons that stay, above 0, at most 1.
+        keep: share of the layer's outputs that stay, above 0, at most 1.
         refit: fit the next layer's weights anew to the neurons that stay.
     """
 
@@ -50,12 +50,16 @@ class RemovalSettings(CalibratedSettings):
     def eligible(self, network: Network) -> tuple[str, ...]:
         return tuple(first for first in network.order if self.reader(network, first) is not None)
 
-    @staticmethod
-    def reader(network: Network, first: str) -> str | None:
-        """The dense layer that reads a layer's neurons, where both can be changed."""
-        following = network.next_layer(first) if isinstance(network.operator(first), MatMul) else None
-        free = all(network.layers[name].calls == 1 and not network.stays(name) for name in (first, following) if name)
-        return following if free and following in network.order else None
+    def obstacle(self, network: Network, name: str) -> str:
+        return super().obstacle(network, name) or network.apart(name)
+
+    def reader(self, network: Network, first: str) -> str | None:
+        """The layer that reads a layer's outputs, where both can be changed."""
+        following = network.next_layer(first)
+        names = [name for name in (first, following) if name]
+        free = all(network.layers[name].calls == 1 and not network.stays(name) for name in names)
+        treated = free and all(self.treats(network.operator(name)) for name in names)
+        return following if treated and following in network.order else None
 
 
 class ChainedSettings(RemovalSettings):
@@ -64,14 +68,18 @@ class ChainedSettings(RemovalSettings):
     def eligible(self, network: Network) -> tuple[str, ...]:
         return tuple(name for name in super().eligible(network) if network.chain(network.next_layer(name) or ""))
 
+    def obstacle(self, network: Network, name: str) -> str:
+        return super().obstacle(network, name) or "no chain of dense layers leads from what reads it to the outputs"
+
 
 class Seen(NamedTuple):
-    """A reading layer in one batch: its inputs (p x m), outputs (p x n), weight (m x n), and what follows it."""
+    """A reading layer in one batch: its inputs (p x m) of so many channels, outputs (p x n), weight (m x n), and what follows it."""
 
     x: Tensor
     y: Tensor
     weight: Tensor
     chain: Chain
+    channels: int
 
 
 def averages(
@@ -96,7 +104,7 @@ def averages(
                     f"what follows layer '{following}' is not the same for all of this data; choose another criterion, like 'apoz'"
                 )
             x, y = (rows_of(value).to(chain.scale) for value in (x, y))
-            seen = Seen(x, y, problem.weight(following).to(x), chain)
+            seen = Seen(x, y, problem.weight(following).to(x), chain, network.shape(first)[1])
             total = terms(seen, flow.batch.targets).sum(0, dtype=torch.float64)
             sums[first] = sums[first] + total if first in sums else total
     return {first: total / samples for first, total in sums.items()}
@@ -134,15 +142,18 @@ def removal(name: str, settings: type[RemovalSettings], score: Score) -> Method:
 
     Args:
         score: takes the problem, the layers whose neurons are scored, each with the layer that reads them, and the
-            settings; gives a score (n,) for every layer's neurons, larger is more relevant.
+            settings; gives a score (n,) for every layer's neurons, or one for each row that reads them, larger is more relevant.
     """
 
     def decide(problem: Problem, layers: tuple[str, ...], chosen: RemovalSettings) -> Iterator[Decision]:
         network = problem.network
         pairs = {first: following for first in layers if (following := chosen.reader(network, first)) is not None}
-        kept = {first: most_relevant(found, chosen.keep) for first, found in score(problem, pairs, chosen).items()}
-        read = {pairs[first]: mask for first, mask in kept.items()}
-        made = {first: mask for first, mask in kept.items() if network.feeds_directly(first) == pairs[first]}
+        kept, read = dict[str, Tensor](), dict[str, Tensor]()
+        for first, found in score(problem, pairs, chosen).items():
+            rows, count = network.shape(pairs[first])[0], network.shape(first)[1]
+            kept[first] = most_relevant(by_channel(found, count), chosen.keep)
+            read[pairs[first]] = kept[first].repeat_interleave(rows // count)
+        made = {first: mask for first, mask in kept.items() if network.junction(first)}
 
         def method(layer: str) -> CalibratedMethod:
             fit = partial(narrowed, rows=read.get(layer), columns=made.get(layer))

@@ -15,7 +15,7 @@ from slrprop.losses import LossName
 from slrprop.methods.base import Decision, Method, Problem, SVDBasedSettings
 from slrprop.plan import LayerPlan, unpack
 from slrprop.relevance.cost import Baseline, CostScores
-from slrprop.relevance.simple import Scores, combined
+from slrprop.relevance.simple import Scores, by_channel, combined
 
 CRITERIA = ("weight", "activation", "cost", "cost+weight", "cost+activation")
 
@@ -90,6 +90,11 @@ def cost_of(
     )
 
 
+def channels_of(problem: Problem, name: str) -> int:
+    """How many channels a layer reads: inputs of a dense one."""
+    return problem.network.shape(name)[0] // problem.network.operator(name).unit
+
+
 def kept_of(problem: Problem, name: str, settings: ShortenSettings, scores: Scores) -> tuple[Tensor, Tensor]:
     """Masks of a layer's inputs (m,), in whole channels, and outputs (n,) that keep the full rank."""
     rows, columns = (kept(side, settings.sparsity_rate) for side in scores)
@@ -114,11 +119,8 @@ def scores_of(
             cost = cost_of(problem, name, settings, compressed)
             parts.append(Scores(cost.rows, cost.columns))
         else:
-            found, unit = (
-                problem.weight_scores(name) if part == "weight" else problem.activation_scores(name),
-                problem.network.operator(name).unit,
-            )
-            parts.append(found if unit == 1 else Scores(found.rows.unflatten(0, (-1, unit)).sum(1), found.columns))
+            found = problem.weight_scores(name) if part == "weight" else problem.activation_scores(name)
+            parts.append(Scores(by_channel(found.rows, channels_of(problem, name)), found.columns))
     return parts[0] if len(parts) == 1 else combined(*parts)
 
 

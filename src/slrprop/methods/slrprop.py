@@ -1,6 +1,6 @@
 """SLRProp: sparse low rank with relevance propagated from the final response layer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,17 +9,17 @@ from torch import Tensor
 from slrprop.errors import SlrpropError
 from slrprop.factors import Factors
 from slrprop.methods.base import Decision, Method, Problem
-from slrprop.methods.slr import ShortenSettings, build, cost_of, shortened
+from slrprop.methods.slr import ShortenSettings, build, channels_of, cost_of, shortened
 from slrprop.network.base import Network
-from slrprop.operators import MatMul
-from slrprop.relevance.simple import Scores, propagated
+from slrprop.operators import Operator
+from slrprop.relevance.simple import Scores, by_channel, propagated
 
 
 @dataclass(frozen=True, kw_only=True)
 class SLRPropSettings(ShortenSettings):
     """SLRProp: costs at the final response layer, propagated back to the inputs of the layers before it.
 
-    The final response layer (FRL) is the last dense layer before the classifier's own.
+    The final response layer (FRL) is the last layer before the classifier's own. Of a convolution, neurons are its channels.
 
     Args:
         frl: the FRL's name; None finds it.
@@ -32,24 +32,27 @@ class SLRPropSettings(ShortenSettings):
     source: ClassVar[str] = "Garmendia-Orbegozo, Nunez-Gonzalez, Anton, Sensors 23(5):2718, 2023"
 
     def eligible(self, network: Network) -> tuple[str, ...]:
-        return tuple(name for name in response_layers(network, self.frl) if self.treats(network.operator(name)))
+        return response_layers(network, self.frl, self.treats)
+
+    def obstacle(self, network: Network, name: str) -> str:
+        leads = network.next_layer(name) or network.is_last(name)
+        return super().obstacle(network, name) or ("" if leads else network.apart(name))
 
 
-def response_layers(network: Network, frl: str | None) -> tuple[str, ...]:
-    """The FRL and the dense layers that lead to it through element-wise functions and batch norm, in order.
+def response_layers(network: Network, frl: str | None, treats: Callable[[Operator], bool]) -> tuple[str, ...]:
+    """The FRL and the layers that lead to it, of kinds that are treated, through functions of each channel alone, in order.
 
     Raises:
         SlrpropError: the FRL is not named and can't be found.
     """
-    dense = (name for name in network.order if isinstance(network.operator(name), MatMul) and network.next_layer(name))
-    before = {network.next_layer(name): name for name in dense}
+    before = {network.next_layer(name): name for name in network.order if treats(network.operator(name))}
     if frl is None:
         last = next((name for name in network.order if network.is_last(name)), None)
         frl = before.get(last) if last else None
         if frl is None:
             raise SlrpropError(
-                "no final response layer was found: no dense layer leads straight to the one that makes the outputs "
-                f"(traced dense layers: {', '.join(network.order) or 'none'}); name it with frl='...', or use method='slr'"
+                "no final response layer was found: no layer leads straight to the one that makes the outputs "
+                f"(traced layers: {', '.join(network.order) or 'none'}); name it with frl='...', or use method='slr'"
             )
     network.require(frl)
     names = [frl]
@@ -64,6 +67,7 @@ def decide(problem: Problem, layers: tuple[str, ...], settings: SLRPropSettings)
     compressed: dict[str, Factors] = {}
     relevance: Tensor | None = None  # of the current layer's outputs
     for name in reversed(path[path.index(layers[0]) :]):
+        settings = settings.at(problem.network.operator(name), problem.network.shape(name))
         if relevance is None or name in layers:
             rows, columns, _ = cost_of(problem, name, settings, compressed, inputs=relevance is None)
         if relevance is not None:
@@ -71,7 +75,8 @@ def decide(problem: Problem, layers: tuple[str, ...], settings: SLRPropSettings)
             if settings.propagate == "truncated":
                 svd = problem.svd(name, min(settings.rank, *weight.shape), settings.solver)
                 weight = svd.left @ svd.vt
-            rows = propagated(weight, relevance)
+            rows = propagated(weight, by_channel(relevance, weight.shape[1]))
+            rows = by_channel(rows, channels_of(problem, name))
         relevance = rows
         if name in layers:
             decision = shortened(problem, name, settings, Scores(rows, columns))

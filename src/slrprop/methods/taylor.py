@@ -47,7 +47,7 @@ def taylor_terms(problem: Problem, pairs: Mapping[str, str], settings: TaylorSet
         y = seen.y.detach().requires_grad_()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(loss_of(seen.chain.values(y)[-1], targets), y)
-        found = (gradient @ seen.weight.T) * seen.x
+        found = ((gradient @ seen.weight.T) * seen.x).unflatten(1, (seen.channels, -1)).sum(2)  # of all its places
         return found.abs() if settings.absolute == "sample" else found
 
     return {first: functional.normalize(mean.abs(), dim=0) for first, mean in averages(problem, pairs, terms).items()}

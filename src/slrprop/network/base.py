@@ -1,7 +1,6 @@
 """What every network offers, wherever its layers come from: names, order, what follows a layer, streams of data."""
 
 import hashlib
-import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,10 +15,11 @@ from slrprop.errors import SlrpropError
 from slrprop.factors import Dense, Fit
 from slrprop.losses import IGNORED, LossName, pick_loss, rows_of
 from slrprop.network.chain import ACTIVATIONS, Affine, Chain, Element, Linear, Path
+from slrprop.network.junction import Junction
 from slrprop.network.layer import Layer
 from slrprop.network.reading import Raised, Reading, class_axis, embedding
 from slrprop.network.samples import Sampled
-from slrprop.operators import MatMul, Operator
+from slrprop.operators import Lookup, Operator
 
 Changing = Callable[[Tensor, Tensor], Tensor]  # (what a layer reads, candidate) -> what it makes
 
@@ -203,23 +203,31 @@ class Network(Sampled):
         return self._chains.get(name) if self.reading is None or self.reading.axis == -1 else None
 
     def next_layer(self, name: str) -> str | None:
-        """The dense layer that takes this one's output through element-wise functions and batch norm only."""
+        """The layer that alone takes this one's output, through functions of each channel alone."""
         return next((element.name for element in self._elements(name) if isinstance(element, Linear)), None)
 
-    def feeds_directly(self, name: str) -> str | None:
-        """Like :meth:`next_layer`, where nothing between tells features apart (no batch norm), counts or reads them."""
-        between = itertools.takewhile(lambda element: not isinstance(element, Linear), self._elements(name))
-        dense = isinstance(
-            self.layers[name].operator, MatMul
-        )  # channels of maps are not counted by what comes behind them
-        if (
-            not dense
-            or name not in self._paths
-            or not self._paths[name].private
-            or any(isinstance(e, Affine) for e in between)
-        ):
+    def apart(self, name: str) -> str:
+        """Why a layer's outputs and the next layer's inputs are no junction, in words; empty where they are one."""
+        reader = self.next_layer(name)
+        for layer in (name, reader) if reader else (name,):
+            operator, calls = self.operator(layer), self.layers[layer].calls
+            kind = operator.bits_only or ("an embedding" if isinstance(operator, Lookup) else "")
+            told = self.stays(layer) or (kind and f"it is {kind}") or (calls != 1 and f"it is called {calls} times")
+            if told:
+                return f"layer '{layer}' must stay as it is: {told}"
+        return self._paths[name].stop if name in self._paths else "it was not followed, for want of data"
+
+    def junction(self, name: str) -> Junction | None:
+        """What a layer makes, as far as it can be cut or put in another order together with what reads it."""
+        reader = self.next_layer(name)
+        if reader is None or self.apart(name):
             return None
-        return self.next_layer(name)
+        return Junction((name,), self._paths[name].carriers, {reader: self.shape(reader)[0] // self.shape(name)[1]})
+
+    def junctions(self, wanted: Collection[str]) -> tuple[Junction, ...]:
+        """Those that layers of these names make or read."""
+        found = (self.junction(name) for name in self.order)
+        return tuple(junction for junction in found if junction and not set(wanted).isdisjoint(junction.layers))
 
     def is_last(self, name: str) -> bool:
         """Whether the network's output is this layer's output, element-wise functions and a final softmax aside."""
@@ -233,7 +241,7 @@ class Network(Sampled):
     def activation(self, name: str) -> str | None:
         """The activation that takes a layer's output, None where it is not known."""
         after = next((element for element in self._elements(name) if not isinstance(element, Affine)), None)
-        return after if isinstance(after, str) else None
+        return after if isinstance(after, str) and after in ACTIVATIONS else None
 
     def gradients(self, names: tuple[str, ...], data: Data, probes: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Batch by batch, along one direction after the other (numbered in the batch): the outputs' gradients by layer.
@@ -287,12 +295,9 @@ class Network(Sampled):
     def activated(self, name: str, y: Tensor) -> Tensor:
         """A layer's output (p x n) after the batch norm and activation that follow it."""
         for element in self._elements(name):
-            if isinstance(element, Linear):
-                break
-            if isinstance(element, Affine):
-                y = y * element.scale + element.shift
-            else:
-                return ACTIVATIONS[element](y)
+            if not isinstance(element, Affine):
+                return ACTIVATIONS[element](y) if isinstance(element, str) and element in ACTIVATIONS else y
+            y = y * element.scale + element.shift
         return y
 
     def _elements(self, name: str) -> list[Element]:

@@ -1,4 +1,4 @@
-"""What follows a dense layer, where that is a chain of dense layers with element-wise functions between."""
+"""What follows a layer, as long as every channel goes its own way, and where that is a chain of dense layers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,38 +61,84 @@ class Chain:
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """``z * scale + shift`` per feature."""
+    """``z * scale + shift`` per feature; ``name`` of the batch norm, where it has numbers for these features alone."""
 
     scale: Tensor
     shift: Tensor
+    name: str | None = None
+
+    @classmethod
+    def of(
+        cls, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, name: str | None = None
+    ) -> "Affine":
+        """What a batch norm does in evaluation mode."""
+        scale = (var + eps).rsqrt() * (1 if weight is None else weight.detach())
+        return cls(scale, (0 if bias is None else bias.detach()) - mean * scale, name)
 
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """``a @ weight + bias``."""
+    """``a @ weight + bias``; of a convolution, ``a`` are patches."""
 
     weight: Tensor
     bias: Tensor
     name: str | None
 
 
-Element = Affine | Linear | str  # a str names an activation
+Element = Affine | Linear | str  # a str names an activation, or another function of each channel alone
 
 
 class Path(NamedTuple):
     """What happens to a layer's output, as far as it can be followed.
 
-    ``whole``: up to the network's main output, a final softmax aside. ``private``: nobody else sees the values before
-    the next dense layer, and nothing before it knows how many there are.
+    ``whole``: up to the network's main output, a final softmax aside. ``stop``: why the values before the next layer must stay as
+    many as they are, in words; empty where nobody else sees them, and nothing but ``carriers`` before it knows how many there are.
     """
 
     elements: list[Element]
     whole: bool
-    private: bool
+    stop: str
+    carriers: tuple[str, ...] = ()
+
+
+class Walk:
+    """A path while it is followed: ``width`` channels, which are on axis 1 of ``maps``, else on the last."""
+
+    def __init__(self, width: int, maps: bool) -> None:
+        self.elements: list[Element] = []
+        self.carriers: list[str] = []
+        self.width, self.maps, self.from_maps, self.read, self.stop = width, maps, maps, False, ""
+
+    def hold(self, why: str) -> None:
+        """Let nothing change the channels before the next layer."""
+        self.stop = self.stop or ("" if self.read else why)
+
+    def carry(self, name: str) -> None:
+        """Let this change together with the channels before the next layer."""
+        self.carriers += [] if self.read else [name]
+
+    def take(self, element: Element) -> None:
+        """Go on over an element; ``"same"`` changes nothing."""
+        if isinstance(element, Affine) and element.name:
+            self.carry(element.name)
+        elif isinstance(element, Affine):
+            self.hold("a batch norm behind it has other uses, or more numbers than one a channel")
+        if isinstance(element, Linear):
+            self.read, self.width = True, element.weight.shape[1]
+        self.elements += [] if element == "same" else [element]
+
+    @property
+    def ended(self) -> bool:
+        """Whether the rest is of no use: what convolutions lead to is not computed from their outputs."""
+        return self.read and self.from_maps
+
+    def end(self, whole: bool, why: str = "no layer reads its outputs") -> Path:
+        self.hold(why)
+        return Path(self.elements, whole, self.stop, tuple(self.carriers))
 
 
 def fold(elements: list[Element], like: Tensor) -> Chain | None:
-    """The elements as a chain; None where two activations stand in a row or one stands at the end.
+    """The elements as a chain; None where two activations stand in a row or one stands at the end, or another function anywhere.
 
     Args:
         like: any tensor of the layer's output width n, on its device, in the dtype to compute with.
@@ -119,7 +165,7 @@ def fold(elements: list[Element], like: Tensor) -> Chain | None:
                 weight, bias = pending[0][:, None] * weight, bias + pending[1] @ weight
             steps.append(Step(activation or "identity", weight.contiguous(), bias, element.name))
             activation = None
-        elif activation is not None:
+        elif activation is not None or element not in ACTIVATIONS:
             return None
         else:
             activation = element

@@ -119,11 +119,11 @@ class OnnxNetwork(Network):
     def chain(self, name: str) -> Chain | None:
         """See :meth:`Network.chain`; the numbers of one chain at a time are kept."""
         if name not in self._chains:
-            elements, whole, _ = self._paths[name]
+            elements, whole = self._paths[name][:2]
+            dense = whole and isinstance(self.operator(name), MatMul)
             with reading(self.file.path):
-                real = [self.graph.linear(e.name) if isinstance(e, Linear) and e.name else e for e in elements]
+                real = [self.graph.linear(e.name) if isinstance(e, Linear) and e.name else e for e in elements if dense]
                 like = torch.ones(self.shape(name)[1], dtype=self.dtype(name))
-                dense = whole and isinstance(self.operator(name), MatMul)
                 self._chains = {name: fold(real, like) if dense else None}
         return super().chain(name)
 

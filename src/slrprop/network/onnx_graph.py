@@ -1,26 +1,30 @@
 """The graph of an ONNX model: its constants, its layers, and what follows a tensor."""
 
+import math
 from collections import defaultdict
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto, TensorProto
 
 from slrprop.errors import SlrpropError
-from slrprop.network.chain import ACTIVATIONS, Affine, Element, Linear, Path
+from slrprop.network.chain import ACTIVATIONS, Affine, Element, Linear, Path, Walk
 from slrprop.network.onnx_constants import attribute, constants_of, standard, tensor_of
 from slrprop.network.onnx_file import FLOATS, OnnxFile, node_reads
 from slrprop.network.onnx_places import Finder, Place
-from slrprop.operators import MatMul
+from slrprop.network.onnx_torch import OPS
+from slrprop.operators import Convolution
 
 ACTIVATION_OPS = {"Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid"}
-ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Neg", "Erf", "Exp", "Max", "Min", "Clip", "Cast", "Identity"} | {
-    *ACTIVATION_OPS
+POOLS = {"MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"}
+ELEMENTWISE = {
+    "Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Neg", "Erf", "Exp", "Max", "Min", "Clip", "Cast", "Identity", "Gelu", "Abs", "LeakyRelu",
+    "Elu", "Selu", "Celu", "Mish", "HardSigmoid", "HardSwish", "Softplus", "Softsign", *ACTIVATION_OPS,
 }  # fmt: skip
 MAX_REGION = 16  # nodes that one activation may be made of
-PROBE = np.linspace(-6, 6, 121)
+PROBE = torch.linspace(-6, 6, 121, dtype=torch.float64)[:, None]
 
 
 class Graph:
@@ -167,46 +171,74 @@ class Graph:
         return kind
 
     def follow(self, layer: Place) -> Path:
-        """What happens to a layer's output, as long as it is element-wise or dense and its only use.
+        """What happens to a layer's output, as long as each channel goes its own way, or is read by a layer, and has no other use.
 
-        The dense layers on the path are named; their numbers are not read (see :meth:`linear`).
+        The layers on the path are named; their numbers are not read (see :meth:`linear`).
         """
-        elements: list[Element] = []
-        private, maps = True, not isinstance(layer.operator, MatMul)
-        tensor, width, flat = layer.y, layer.shape[1], standard(self.nodes[layer.index]) == "Gemm"
+        walk, tensor = Walk(layer.shape[1], isinstance(layer.operator, Convolution)), layer.y
+        flat, axes = standard(self.nodes[layer.index]) == "Gemm", 1 - layer.operator.axis
         for _ in self.nodes:  # a path is not longer, unless a broken graph goes in circles
             if tensor == self.main:
-                return Path(elements, True, private)
-            private = private and (tensor not in self.outputs or any(isinstance(e, Linear) for e in elements))
+                return walk.end(True)
+            if walk.ended:
+                break
+            if tensor in self.outputs:
+                walk.hold("the network returns what it makes")
             readers = self.readers[tensor]
+            told = f"what it makes has {len(readers)} uses" if len(readers) > 1 else "no layer reads its outputs"
             if len(readers) == 1:
-                node, name = self.nodes[readers[0]], self.by_index.get(readers[0])
+                node, name = self.nodes[readers[0]], self.by_index.get(readers[0], "")
+                told = f"'{node.op_type}' stands behind it"
                 if self.ending and self.maker[self.main] == readers[0]:
-                    return Path(elements, self.ends_last, private)
-                dense = name is not None and not maps and isinstance(self.layers[name].operator, MatMul)
-                if name is not None and dense and self.layers[name].x == tensor and self.layers[name].shape[0] == width:
-                    if self.layers[name].trans_a:
-                        break
-                    m, n = self.layers[name].shape
-                    elements.append(Linear(torch.empty(m, n, device="meta"), torch.empty(n, device="meta"), name))
-                    tensor, width = self.layers[name].y, self.layers[name].shape[1]
+                    return walk.end(self.ends_last)
+                reader = self.layers.get(name)
+                if reader is not None and self._reads(reader, tensor, walk):
+                    m, n = reader.shape
+                    walk.take(Linear(torch.empty(m, n, device="meta"), torch.empty(n, device="meta"), name))
+                    tensor = reader.y
                     continue
-                found = self._element(node, tensor, width, flat, maps)
+                found = self._over_maps(node, tensor, walk, axes) if walk.maps else None
+                found = found or self._element(node, tensor, walk, flat)
                 if found is not None:
-                    elements += [found] if found != "same" else []
-                    private = private and (not self._sized(node) or any(isinstance(e, Linear) for e in elements))
+                    walk.take(found)
                     tensor = node.output[0]
                     continue
             region = self._activation(tensor)
             if region is None:
-                break
-            elements.append(region[0])
+                return walk.end(False, told)
+            walk.take(region[0])
             tensor = region[1]
-        return Path(elements, False, private)
+        return walk.end(False)
 
-    def _sized(self, node: NodeProto) -> bool:
-        """Whether a node that changes nothing holds the number of features."""
-        return standard(node) == "Reshape" and self.constants[node.input[1]].load().tolist() != [0, -1]
+    def _reads(self, reader: Place, tensor: str, walk: Walk) -> bool:
+        """Whether a layer reads the channels of a tensor, each in as many rows."""
+        over_maps, grouped = isinstance(reader.operator, Convolution), bool(reader.operator.bits_only)
+        fits = over_maps == walk.maps and (grouped or reader.shape[0] % walk.width == 0)
+        return fits and reader.x == tensor and not reader.trans_a
+
+    def _over_maps(self, node: NodeProto, tensor: str, walk: Walk, axes: int) -> Element | None:
+        """The node as an element of maps of so many axes, where it goes over the places of a map, or lays them one after the other."""
+        op, sides = standard(node), self.sides(tensor)
+        if op in POOLS and len(node.output) == 1:
+            return op
+        if op == "Flatten" and attribute(node, "axis", 1) == 1:
+            walk.maps = False
+            return "same"
+        second = self.constants.get(node.input[1]) if len(node.input) > 1 else None
+        target = None if second is None else second.load().tolist()
+        if op == "ReduceMean":
+            along = attribute(node, "axes", target) or [0]
+            walk.maps = bool(attribute(node, "keepdims", 1))
+            return op if all(axis % axes > 1 for axis in along) else None
+        if op == "Reshape" and target is not None and len(target) == 2:
+            places = math.prod(sides[1:]) if len(sides) == axes else 0
+            if target[0] not in (0, *sides[:1]) and not (target[0] == -1 and target[1] == places > 0):
+                return None
+            if target[1] != -1:
+                walk.carry(node.output[0])
+            walk.maps = False
+            return "same"
+        return None
 
     def linear(self, name: str) -> Linear:
         """A layer as an element of a path, its numbers read."""
@@ -214,47 +246,44 @@ class Graph:
         weight, bias = tensor_of(self.weight(layer)), self.bias(layer)
         return Linear(weight, weight.new_zeros(layer.shape[1]) if bias is None else tensor_of(bias), name)
 
-    def _element(self, node: NodeProto, tensor: str, width: int, flat: bool, maps: bool) -> Element | None:
+    def _element(self, node: NodeProto, tensor: str, walk: Walk, flat: bool) -> Element | None:
         """The node as an element, ``"same"`` where it changes nothing, None where it is neither."""
         op = standard(node)
         if not node.input or node.input[0] != tensor:
             return None
         if op in ACTIVATION_OPS:
             return ACTIVATION_OPS[op]
-        if op == "Gelu":
-            return "gelu_tanh" if attribute(node, "approximate", b"none") == b"tanh" else "gelu"
         if op == "Identity":
             return "same"
         if op == "Dropout":
             training = node.input[2] if len(node.input) > 2 else ""
             off = not training or (training in self.constants and not self.constants[training].load().any())
             return "same" if off and not any(self.readers[name] for name in node.output[1:]) else None
-        two_axes = flat or self.rank(tensor) == 2
+        two_axes = flat or (walk.from_maps and not walk.maps) or self.rank(tensor) == 2
         if op == "Flatten" and two_axes and attribute(node, "axis", 1) == 1:
             return "same"
         if op == "Reshape" and two_axes and len(node.input) > 1 and node.input[1] in self.constants:
-            return (
-                "same" if self.constants[node.input[1]].load().tolist() in ([-1, width], [0, width], [0, -1]) else None
-            )
-        if (
-            op == "BatchNormalization"
-            and (two_axes or maps)
-            and len(node.input) == 5
-            and not attribute(node, "training_mode", 0)
-        ):
-            if any(name not in self.constants for name in node.input[1:]) or len(node.output) > 1:
+            sides, width = self.constants[node.input[1]].load().tolist(), walk.width
+            if sides not in ([-1, width], [0, width], [0, -1]):
                 return None
+            if sides[1] != -1:
+                walk.carry(node.output[0])
+            return "same"
+        norm = op == "BatchNormalization" and len(node.input) == 5 and len(node.output) == 1 and (two_axes or walk.maps)
+        if norm and not attribute(node, "training_mode", 0) and all(name in self.constants for name in node.input[1:]):
             gain, shift, mean, var = (tensor_of(self.constants[name].load()) for name in node.input[1:])
-            scale = gain * (var + attribute(node, "epsilon", 1e-5)).rsqrt()
-            return Affine(scale, shift - mean * scale)
+            name = node.output[0] if mean.numel() == walk.width and not walk.stop else None
+            return Affine.of(mean, var, attribute(node, "epsilon", 1e-5), gain, shift, name)
         return None
 
     def _activation(self, start: str) -> tuple[str, str] | None:
         """An activation that is written as several element-wise nodes of one tensor, and the tensor it gives.
 
-        Recognised by its values: whatever the nodes are, they are compared with the known functions on [-6, 6].
+        Recognised by its values: whatever the nodes are, they are compared with the known functions on [-6, 6]; an unknown one is
+        called ``element-wise``.
         """
         region: list[int] = []
+        unknown: tuple[str, str] | None = None
         inside = {start}
         for index in sorted(self.after({start})):
             node = self.nodes[index]
@@ -265,7 +294,7 @@ class Graph:
             if standard(node) not in ELEMENTWISE or not scalar or len(region) == MAX_REGION:
                 if inside.isdisjoint(self.reads[index]):
                     continue
-                return None
+                return unknown
             region.append(index)
             inside.update(node.output)
             end = node.output[0]
@@ -274,31 +303,23 @@ class Graph:
                 name = self._named(start, end, region)
                 if name is not None:
                     return name, end
-        return None
+                unknown = "element-wise", end
+        return unknown
 
     def _named(self, start: str, end: str, region: list[int]) -> str | None:
-        dtype = next(
-            (c.dtype for i in region for name in self.nodes[i].input if (c := self.constants.get(name)) is not None),
-            np.dtype(np.float32),
-        )
-        if dtype not in FLOATS.values():
-            return None
-        probe = PROBE.astype(dtype)[:, None]
-        value = helper.make_tensor_value_info(start, helper.np_dtype_to_tensor_dtype(dtype), [None, None])
-        constant = {
-            self.maker[name]
-            for i in region
-            for name in self.nodes[i].input
-            if name in self.constants and name in self.maker
-        }
-        needed = constant | {i for index in constant for i in self.before(self.nodes[index].output[0])}
+        values, tolerance = {start: PROBE}, 1e-5
         try:
-            got = self.file.session([end], [value], {*region, *needed}).run({start: probe})[end]
-        except Exception:  # not what it looked like
+            for node in (self.nodes[index] for index in region):
+                numbers = {name: self.constants[name] for name in node.input if name in self.constants}
+                tolerance = max(tolerance, *(1e-2 * (number.dtype == np.float16) for number in numbers.values()), 0)
+                known = values | {name: tensor_of(number.load()) for name, number in numbers.items()}
+                values[node.output[0]] = OPS[standard(node)](
+                    node, [known[name] if name else None for name in node.input]
+                )
+        except (RuntimeError, TypeError, ValueError, LookupError):  # not what it looked like
             return None
-        tolerance = 1e-5 if dtype != np.float16 else 1e-2
         for name, function in ACTIVATIONS.items():
-            want = function(torch.from_numpy(probe).double()).numpy()
-            if name != "identity" and got.shape == want.shape and np.allclose(got, want, tolerance, tolerance):
+            got, want = values[end].double(), function(PROBE)
+            if name != "identity" and got.shape == want.shape and torch.allclose(got, want, tolerance, tolerance):
                 return name
         return None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from onnx import TensorProto
+from torch import Tensor
 
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
@@ -48,6 +49,7 @@ def write(
     network: OnnxNetwork,
     fits: Mapping[str, Fit],
     moved: Mapping[str, Fit],
+    orders: Mapping[str, Tensor],
     path: str | Path,
     data: Data | None,
     integers: bool = False,
@@ -56,7 +58,7 @@ def write(
 
     Args:
         fits: what the layers are given, in the original order of neurons.
-        moved: what is written, neighbours included, in another order.
+        moved, orders: what is written, neighbours included, in another order; that of carriers.
         data: what to compare on, its first samples; made-up inputs without it.
         integers: see :func:`slrprop.network.onnx_rewrite.rewritten`.
 
@@ -97,7 +99,7 @@ def write(
             if isinstance(want[name], np.ndarray):
                 found[name] = _difference(name, want[name], got[name], tolerance)
 
-    rewritten(network.file, network.graph, moved, integers).save(path, check)
+    rewritten(network.file, network.graph, moved, integers, orders).save(path, check)
     return Parity(found, tolerance)
 
 

@@ -149,11 +149,18 @@ def _column(writer: Writer, bias: str) -> str:
     return writer.add("Reshape", [bias, writer.tensor(np.array([-1, *[1] * (-1 - writer.operator.axis)]))])
 
 
-def rewritten(file: OnnxFile, layers: Graph, fits: Mapping[str, Fit], integers: bool = False) -> OnnxFile:
+def rewritten(
+    file: OnnxFile,
+    layers: Graph,
+    fits: Mapping[str, Fit],
+    integers: bool = False,
+    orders: Mapping[str, Tensor] | None = None,
+) -> OnnxFile:
     """The model with the layers' forms in the place of their weights, and their new biases; the rest stays as it is.
 
     Args:
         integers: let the runtime multiply whole numbers in large layers of few bits.
+        orders: for carriers whose channels go or move, by what they make, the places of those that they have then.
 
     Raises:
         SlrpropError: ``integers``, and the file's operator set has no whole numbers of 4 bits.
@@ -167,7 +174,7 @@ def rewritten(file: OnnxFile, layers: Graph, fits: Mapping[str, Fit], integers: 
         name: (layers.layers[name], fit, layers.constants[layers.layers[name].weight].dtype)
         for name, fit in fits.items()
     }
-    return _edited(file, layers, items, integers)
+    return _edited(file, layers, items, integers, orders or {})
 
 
 def placed(file: OnnxFile, modules: Sequence[FactoredLayer]) -> OnnxFile:
@@ -180,7 +187,7 @@ def placed(file: OnnxFile, modules: Sequence[FactoredLayer]) -> OnnxFile:
             fit = module.fit()
             kind = next((value.dtype for value in fit.form.matrices().values()), torch.float32)
             items[node.output[0]] = (place, fit, np.dtype(str(kind).removeprefix("torch.")))
-    found = _edited(file, graph, items, False)
+    found = _edited(file, graph, items, False, {})
     domains = [domain for domain in found.proto.opset_import if domain.domain != OWN]
     del found.proto.opset_import[:]
     found.proto.opset_import.extend(domains)
@@ -192,6 +199,7 @@ def _edited(
     layers: Graph,
     items: Mapping[str, tuple[Place, Fit, np.dtype[Any]]],
     integers: bool,
+    orders: Mapping[str, Tensor],
 ) -> OnnxFile:
     def edit(graph: GraphProto) -> dict[str, np.ndarray]:
         additions = Additions(graph, file.opset)
@@ -214,6 +222,15 @@ def _edited(
                     added.input[list(added.input).index(place.bias or "")] = writer.bias_tensor(bias)
                 nodes[adder] = [*writer.nodes[count:], added]
                 del writer.nodes[count:]
+        for made, order in orders.items():
+            node = NodeProto.FromString(layers.nodes[layers.maker[made]].SerializeToString())
+            arrays = [np.array([0, -1])]  # a reshape to samples and what each has
+            if node.op_type == "BatchNormalization":
+                arrays = [layers.constants[name].load()[order.numpy()] for name in node.input[1:]]
+            else:
+                del node.attribute[:]
+            node.input[1:] = map(additions.tensor, arrays)
+            nodes[layers.maker[made]] = [node]
         first = [] if writer is None else writer.first()
         unnamed = [node for written in nodes.values() for node in written if not node.name]
         if unnamed and not is_own(graph):

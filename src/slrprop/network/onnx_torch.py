@@ -6,7 +6,7 @@ before a node that is not in ``OPS`` has no gradient; in a graph whose output is
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from slrprop.network.onnx_constants import attribute, standard, tensor_of
-from slrprop.network.onnx_graph import Graph
 from slrprop.network.onnx_places import Place
 from slrprop.operators.convolution import CONVOLVED, TRANSPOSED, same
+
+if TYPE_CHECKING:
+    from slrprop.network.onnx_graph import Graph
 
 MAX_POOLS = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
 AVERAGE_POOLS = {1: functional.avg_pool1d, 2: functional.avg_pool2d, 3: functional.avg_pool3d}
@@ -322,7 +324,7 @@ def _computable(node: NodeProto, opset: int) -> bool:
     return True
 
 
-def foreign_nodes(graph: Graph) -> list[str]:
+def foreign_nodes(graph: "Graph") -> list[str]:
     """The operators on the way from the inputs to the main output that can't be computed here, each once."""
     varying = graph.after({value.name for value in graph.inputs}) & graph.before(graph.main)
     nodes = (graph.nodes[index] for index in sorted(varying))
@@ -335,7 +337,7 @@ class Behind:
     ``watched`` are these tensors and their names, ``reads`` the tensors that are to come from ONNX Runtime. ``ops`` computes the nodes.
     """
 
-    def __init__(self, graph: Graph, tensors: Mapping[str, str], ops: Mapping[str, Op] = OPS) -> None:
+    def __init__(self, graph: "Graph", tensors: Mapping[str, str], ops: Mapping[str, Op] = OPS) -> None:
         self._ops = ops
         self.main, leading = graph.main, graph.before(graph.main)
         foreign = {index for index in leading if not _computable(graph.nodes[index], graph.file.opset)}

@@ -21,7 +21,7 @@ from slrprop.factors import Fit
 from slrprop.layers import layer_from
 from slrprop.losses import rows_of
 from slrprop.network.base import Changing, Flow, Network, gradients_along, require_finite
-from slrprop.network.chain import fold
+from slrprop.network.chain import Affine, fold
 from slrprop.network.layer import Layer
 from slrprop.network.reading import LAST, Raised, Reading
 from slrprop.network.torch_modules import (
@@ -30,6 +30,7 @@ from slrprop.network.torch_modules import (
     device_of,
     elsewhere,
     evaluating,
+    is_norm,
     layer_modules,
     named_modules,
     operator_of,
@@ -37,9 +38,7 @@ from slrprop.network.torch_modules import (
     weight_and_bias,
 )
 from slrprop.network.trace import Held, Trace
-from slrprop.operators import MatMul
-
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+from slrprop.operators import Lookup, MatMul
 
 
 @contextmanager
@@ -207,18 +206,14 @@ class TorchNetwork(Network):
             positions = max(1, count // max(1, calls * batch.samples))
             self.layers[name] = replace(self.layers[name], calls=calls, positions=positions)
         self.order = tuple(sorted((name for name in made if self.layers[name].calls), key=lambda name: made[name][0]))
-        means = {
-            id(module.running_mean): key
-            for key, module in named_modules(self.model).items()
-            if isinstance(module, NORMS)
-        }
+        norms = trace.norms({key: module for key, module in named_modules(self.model).items() if is_norm(module)})
         for name in self.order:
             if len(made[name]) == 1:
                 start = made[name][0]
-                mean = trace.norm_behind(start)
-                if mean is not None and id(mean) in means and not self.stays(name):
-                    self.norms[name] = means[id(mean)]
-                self._paths[name] = path = trace.follow(start, result, output)
+                self._paths[name] = path = trace.follow(start, result, output, norms)
+                norm = path.elements[0] if path.elements and not isinstance(self.operator(name), Lookup) else None
+                if isinstance(norm, Affine) and norm.name and not self.stays(name):
+                    self.norms[name] = norm.name
                 y = trace.calls[start].result
                 if path.whole and y.ndim < 2:
                     raise SlrpropError(

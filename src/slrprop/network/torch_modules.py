@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from slrprop.errors import SlrpropError, first_line
 from slrprop.operators import Convolution, Lookup, MatMul, Operator
 
 COMPUTING = (BasePruningMethod, WeightNorm, SpectralNorm)  # hooks that write a weight or bias before each call
+NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 TRANSPOSED = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 _USUAL = {"weight", "bias", "original_shape"}.union(
@@ -130,6 +132,12 @@ def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
         and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
         and type(module._parameters.get("weight")) in (nn.Parameter, type(None))  # others compute in their own way
     }
+
+
+def is_norm(module: nn.Module | None) -> TypeGuard[nn.BatchNorm1d]:
+    """Whether that is a batch norm with statistics which computes as torch's own does."""
+    own = isinstance(module, NORMS) and type(module).forward is nn.BatchNorm1d.forward and "forward" not in vars(module)
+    return own and module.running_mean is not None  # type: ignore[union-attr]
 
 
 def layer_class(module: nn.Module) -> type[nn.Module] | None:

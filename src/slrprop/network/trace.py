@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from slrprop.network.chain import Affine, Element, Linear, Path
+from slrprop.network.chain import Affine, Element, Linear, Path, Walk
 
 _RELU: list[Any] = [torch.relu, torch.relu_, functional.relu, functional.relu_, Tensor.relu, Tensor.relu_]
 _TANH: list[Any] = [torch.tanh, torch.tanh_, functional.tanh, Tensor.tanh, Tensor.tanh_]
@@ -32,6 +32,13 @@ _WEIGHED = {functional.linear, functional.embedding, *_CONVOLUTIONS}
 _SIZED = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.squeeze, torch.squeeze}  # may name a size, or need one
 PLAIN = (Tensor, nn.Parameter)
 _SAME = {torch.flatten, Tensor.flatten, Tensor.contiguous, *_SIZED}
+_POOLING = {
+    getattr(functional, f"{kind}_pool{axes}d") for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for axes in (1, 2, 3)
+}  # fmt: skip
+_ALONE = {
+    "leaky_relu", "elu", "selu", "celu", "silu", "mish", "hardtanh", "relu6", "hardswish", "hardsigmoid", "softplus", "softsign",
+    "log_sigmoid", "clamp", "abs", "neg", "exp", "square", "add", "sub", "mul", "div", "pow",
+}  # fmt: skip
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -117,49 +124,50 @@ class Trace(TorchFunctionMode):
             return None
         return "softmax" if last.function in _SOFTMAX else "log_softmax" if last.function in _LOG_SOFTMAX else None
 
-    def norm_behind(self, start: int) -> Tensor | None:
-        """The running mean of the batch norm that alone takes the result of a call; None where there is none."""
-        users = [call for call in self.calls[start + 1 :] if id(self.calls[start].result) in call.reads]
-        if len(users) != 1 or users[0].function is not functional.batch_norm or users[0].argument(5, "training", False):
-            return None
-        found: Tensor | None = users[0].argument(1, "running_mean")
-        return found
+    def norms(self, modules: Mapping[str, nn.Module]) -> dict[int, str]:
+        """The names of these batch norms that are called once, by the ids of their means."""
+        means = [id(call.argument(1, "running_mean")) for call in self.calls if call.function is functional.batch_norm]
+        return {key: name for name, module in modules.items() if means.count(key := id(module.running_mean)) == 1}
 
-    def follow(self, start: int, result: Any, output: Tensor) -> Path:
-        """What happens to the result of call ``start``, as long as it is element-wise or dense and its only use.
+    def follow(self, start: int, result: Any, output: Tensor, norms: Mapping[int, str]) -> Path:
+        """What happens to the result of call ``start``, as long as each channel goes its own way, or is read by a layer, and has no other use.
 
         Args:
             result: everything the network returned; a tensor in there is used by the caller.
             output: the main output among it.
+            norms: see :meth:`norms`.
         """
-        elements: list[Element] = []
-        private = True
         names = {position: name for name, positions in self.made.items() for position in positions}
         attributes = vars(result) if hasattr(result, "__dict__") else {}
         returned = {id(tensor) for tensor in [*_tensors(result), *_tensors(attributes)]}
         here, tensor, maps = start, self.calls[start].result, self.calls[start].function in _CONVOLUTIONS
-        while True:
+        if maps and tensor.ndim != self.calls[start].argument(1, "weight").ndim:
+            return Path([], False, "its maps have no axis of samples")
+        walk = Walk(tensor.shape[1 if maps else -1] if tensor.ndim else 0, maps)
+        while not walk.ended:
             users = [i for i in range(here + 1, len(self.calls)) if id(tensor) in self.calls[i].reads]
             if not users:
-                return Path(elements, tensor is output, private)
-            private = private and (id(tensor) not in returned or any(isinstance(e, Linear) for e in elements))
+                return walk.end(tensor is output)
+            if id(tensor) in returned:
+                walk.hold("the network returns what it makes")
             call = self.calls[users[0]]
-            in_place = call.result is tensor
-            if (
-                (len(users) > 1 and not in_place)
-                or not isinstance(call.result, Tensor)
-                or call.argument(0, "input") is not tensor
-            ):
-                return Path(elements, False, private)
+            told = f"'{_name(call.function)}' stands behind it"
+            if len(users) > 1 and call.result is not tensor:
+                return walk.end(False, f"what it makes has {len(users)} uses")
+            if not isinstance(call.result, Tensor) or call.argument(0, "input") is not tensor:
+                return walk.end(False, told)
             if (call.function in _SOFTMAX or call.function in _LOG_SOFTMAX) and call.result is output:
-                last_axis = call.argument(1, "dim") in (-1, tensor.ndim - 1)
-                return Path(elements, last_axis, private)
-            element = _element(call, tensor, names.get(users[0]), maps)
-            if element is None or (maps and isinstance(element, Linear)):  # that reads the last axis, not channels
-                return Path(elements, False, private)
-            elements += [element] if element != "same" else []
-            private = private and (call.function not in _SIZED or any(isinstance(e, Linear) for e in elements))
+                return walk.end(call.argument(1, "dim") in (-1, tensor.ndim - 1))
+            element = _element(call, tensor, names.get(users[0]), walk, norms)
+            if element is None:
+                return walk.end(False, told)
+            sides = call.args[1] if call.args[1:] and isinstance(call.args[1], (tuple, list)) else call.args[1:]
+            if call.function in _SIZED and ("squeeze" in told or sides[-1:] not in ((-1,), [-1])):
+                walk.hold(f"'{_name(call.function)}' behind it says how many channels there are")
+            walk.take(element)
+            walk.maps = walk.maps and call.result.ndim > 2
             here, tensor = users[0], call.result
+        return walk.end(False)
 
 
 class Held(TorchDispatchMode):
@@ -185,9 +193,20 @@ class Held(TorchDispatchMode):
         self.alive -= size
 
 
-def _element(call: _Call, tensor: Tensor, name: str | None, maps: bool) -> Element | None:
-    """The call as an element (of ``maps``, which have their channels on axis 1), ``"same"`` where it changes nothing, None where it is neither."""
-    function = call.function
+def _name(function: Any) -> str:
+    return str(getattr(function, "__name__", function)).removeprefix("__").rstrip("_")
+
+
+def _element(call: _Call, tensor: Tensor, name: str | None, walk: Walk, norms: Mapping[int, str]) -> Element | None:
+    """The call as an element, ``"same"`` where it changes nothing, None where it is neither."""
+    function, maps, shape = call.function, walk.maps, call.result.shape
+    if maps and (function in _POOLING or function in _SAME or _name(function) == "mean"):
+        axes = call.argument(1, "dim") if _name(function) == "mean" else 2
+        axes = axes if isinstance(axes, (tuple, list)) else (axes,)
+        over = all(isinstance(axis, int) and axis % tensor.ndim > 1 for axis in axes) and len(axes) > 0
+        laid = len(shape) == 2 and shape[0] == len(tensor) and shape[1] % walk.width == 0
+        kind = "same" if function in _SAME else _name(function)
+        return kind if over and (laid or shape[:2] == tensor.shape[:2]) else None
     if function in _ACTIVATIONS:
         return _ACTIVATIONS[function]
     if function is functional.gelu:
@@ -196,13 +215,15 @@ def _element(call: _Call, tensor: Tensor, name: str | None, maps: bool) -> Eleme
         return "same"
     if function in _SAME and call.result.shape == tensor.shape:
         return "same"
-    if function is functional.linear:
+    if (function in _CONVOLUTIONS and name) if maps else function is functional.linear:
         weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
         zero = weight.new_zeros(weight.shape[0])
-        return Linear(weight.detach().T, zero if bias is None else bias.detach(), name)
+        return Linear(weight.detach().flatten(1).T, zero if bias is None else bias.detach(), name)
+    if _name(function) in _ALONE and call.reads == {id(tensor)}:
+        return _name(function)
     if function is functional.batch_norm and (maps or tensor.ndim == 2) and not call.argument(5, "training", False):
         mean, var = call.argument(1, "running_mean"), call.argument(2, "running_var")
-        weight, bias = call.argument(3, "weight"), call.argument(4, "bias")
-        scale = (var + call.argument(7, "eps", 1e-5)).rsqrt() * (1 if weight is None else weight.detach())
-        return Affine(scale, (0 if bias is None else bias.detach()) - mean * scale)
+        weight, bias, eps = call.argument(3, "weight"), call.argument(4, "bias"), call.argument(7, "eps", 1e-5)
+        own = not walk.stop and mean.numel() == walk.width
+        return Affine.of(mean, var, eps, weight, bias, norms.get(id(mean)) if own else None)
     return None

@@ -28,6 +28,11 @@ def combined(first: Scores, second: Scores) -> Scores:
     return Scores(scaled(first.rows) + scaled(second.rows), scaled(first.columns) + scaled(second.columns))
 
 
+def by_channel(scores: Tensor, count: int) -> Tensor:
+    """Scores of so many channels (count,) from those of rows, which stand in a block for each."""
+    return scores.unflatten(0, (count, -1)).sum(1)
+
+
 def propagated(weight: Tensor, scores: Tensor) -> Tensor:
     """``|W| @ scores``: scores of a layer's inputs (m,) from those of its outputs (n,), W being m x n.
 

@@ -15,6 +15,7 @@ from slrprop.factors import Dense
 from slrprop.methods import METHODS, Method, Problem, Settings, find_method
 from slrprop.methods.base import ranks_for
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
+from slrprop.network.junction import Junction
 from slrprop.operators import Lookup, times
 from slrprop.plan import LayerPlan, Plan
 from slrprop.quantize import TooLargeError
@@ -239,8 +240,8 @@ def frontier(candidates: list[Candidate]) -> list[tuple[Candidate, float]]:
 
 
 def path_of(
-    candidates: Mapping[str, list[Candidate]], sensitivity: Mapping[str, float], feeds: dict[str, str], rest: int
-) -> list[Point]:
+    candidates: Mapping[str, list[Candidate]], sensitivity: Mapping[str, float], junctions: tuple[Junction, ...], rest: int
+) -> list[Point]:  # fmt: skip
     """Plans from the original to the smallest, one layer moving one step along its frontier at a time.
 
     Args:
@@ -253,7 +254,7 @@ def path_of(
         chosen = {name: steps[name][at][0] for name, at in place.items()}
         layers = tuple(candidate.layer for candidate in chosen.values() if candidate.layer is not None)
         planned = {layer.name for layer in layers}
-        near = {first: second for first, second in feeds.items() if first in planned or second in planned}
+        near = tuple(junction for junction in junctions if not planned.isdisjoint(junction.layers))
         damage = sum(sensitivity[name] * candidate.error for name, candidate in chosen.items())
         return Point(Plan(layers, {}, near), rest + sum(c.bytes for c in chosen.values()), damage)
 

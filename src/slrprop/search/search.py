@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from slrprop.api import feeds_between
 from slrprop.plan import Plan
 from slrprop.search.check import LOOKS, Check, Look
 from slrprop.search.path import MANY_LAYERS, Evaluation, Point, path_of
@@ -31,7 +30,7 @@ class Search:
     def _make_path(self) -> None:
         network, names = self.shares.problem.network, tuple(self.shares.curves)
         rest = self.trials.size(Plan(())) - sum(curve[0].bytes for curve in self.shares.curves.values())
-        self.points = path_of(self.shares.curves, self.shares.sensitivity, feeds_between(network, names), rest)
+        self.points = path_of(self.shares.curves, self.shares.sensitivity, network.junctions(names), rest)
 
     def leave_slower_dense(self, at: int) -> bool:
         """Take from the path every layer whose form at this point runs slower alone than the original network."""

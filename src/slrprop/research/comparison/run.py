@@ -16,6 +16,7 @@ from slrprop.export import export_onnx
 from slrprop.files import scratch
 from slrprop.latency import latencies
 from slrprop.network import OnnxNetwork
+from slrprop.network.junction import Junction
 from slrprop.network.onnx_file import OnnxFile
 from slrprop.parallel import each
 from slrprop.plan import Plan, wording
@@ -108,7 +109,14 @@ class Compared(Bench):
         moved = replace(
             plan,
             layers=tuple(replace(layer, name=of[layer.name]) for layer in plan.layers),
-            feeds={of[first]: of[second] for first, second in plan.feeds.items()},
+            junctions=tuple(
+                Junction(
+                    tuple(of[name] for name in junction.makers),
+                    (),
+                    {of[name]: rows for name, rows in junction.readers.items()},
+                )
+                for junction in plan.junctions
+            ),
         )
         small = path.with_name("small.onnx")
         made = realised(path, moved)
