@@ -1,6 +1,7 @@
 """The graph of an ONNX model: its constants, its layers, and what follows a tensor."""
 
 from collections import defaultdict
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from onnx import NodeProto, TensorProto, helper
 from slrprop.errors import SlrpropError
 from slrprop.network.chain import ACTIVATIONS, Affine, Element, Linear, Path
 from slrprop.network.onnx_constants import attribute, constants_of, standard, tensor_of
-from slrprop.network.onnx_file import FLOATS, OnnxFile, node_reads
+from slrprop.network.onnx_file import FLOATS, OnnxFile, Session, node_reads
 from slrprop.network.onnx_places import Finder, Place
 from slrprop.operators import MatMul
 
@@ -47,6 +48,7 @@ class Graph:
         self.layers = Finder(self).places()
         self.by_index = {layer.index: name for name, layer in self.layers.items()}
         self.ending = self._ending()
+        self.fingerprints: dict[str, str] = {}  # of layers' weights, those that were asked for
 
     def _main_output(self) -> str:
         """The tensor that quality is judged by: the output called ``logits``, or the first that holds real numbers."""
@@ -147,6 +149,21 @@ class Graph:
                 found.add(index)
                 open_names += self.reads[index]
         return found
+
+    def between(self, name: str) -> set[int]:
+        """The nodes by which a tensor reaches the main output."""
+        return self.after({name}) & self.before(self.main)
+
+    def needs(self, nodes: Collection[int]) -> set[str]:
+        """The tensors that some nodes read and none of them makes."""
+        made = {name for index in nodes for name in self.nodes[index].output}
+        return {name for index in nodes for name in self.reads[index]} - made
+
+    def part(self, nodes: Collection[int], fed: Mapping[str, int], outputs: Collection[str]) -> Session:
+        """Some nodes alone, with those that make the constants they read; ``fed`` are element types of tensors by name."""
+        constant = {index for name in self.needs(nodes) - fed.keys() for index in self.before(name)}
+        inputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in fed.items()]
+        return self.file.session(outputs, inputs, {*nodes, *constant})
 
     def feature_axis(self, index: int) -> int | None:
         """On which axis of its result a product of real numbers has its units; None for other nodes."""
@@ -284,16 +301,8 @@ class Graph:
         if dtype not in FLOATS.values():
             return None
         probe = PROBE.astype(dtype)[:, None]
-        value = helper.make_tensor_value_info(start, helper.np_dtype_to_tensor_dtype(dtype), [None, None])
-        constant = {
-            self.maker[name]
-            for i in region
-            for name in self.nodes[i].input
-            if name in self.constants and name in self.maker
-        }
-        needed = constant | {i for index in constant for i in self.before(self.nodes[index].output[0])}
         try:
-            got = self.file.session([end], [value], {*region, *needed}).run({start: probe})[end]
+            got = self.part(region, {start: helper.np_dtype_to_tensor_dtype(dtype)}, [end]).run({start: probe})[end]
         except Exception:  # not what it looked like
             return None
         tolerance = 1e-5 if dtype != np.float16 else 1e-2

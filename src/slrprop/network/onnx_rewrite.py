@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from slrprop.network.onnx_constants import attribute
 from slrprop.network.onnx_file import OnnxFile
 from slrprop.network.onnx_graph import Graph
 from slrprop.network.onnx_places import Place
+from slrprop.network.onnx_tensors import refill
 from slrprop.network.onnx_writer import FOUR_BITS, Additions, Number, Writer
 from slrprop.operators import Lookup
 
@@ -31,7 +31,7 @@ INTEGER_FACTORS = 1_000_000  # the same of low-rank layers
 
 
 class LayerWriter(Writer):
-    """With what ONNX Runtime does better in another way than the form says."""
+    """The :class:`slrprop.factors.expression.Builder` of files, with what ONNX Runtime does better in another way than the form says."""
 
     def merged(self, form: SparseLowRank, x: str) -> str | None:
         few, ranks = form.merged_zeros <= MERGED + GATHERED * form.gathered, sum(left.shape[1] for left in form.left)
@@ -176,26 +176,17 @@ def rewritten(
 
 def placed(file: OnnxFile, modules: Sequence[FactoredLayer]) -> OnnxFile:
     """An exported model with the nodes of factored layers, in the places that hold their numbers among ``modules``."""
-    graph, items = Graph(file), {}
+    graph, items = file.graph, {}
     for index, node in enumerate(graph.nodes):
         if node.domain == OWN:
             module = modules[attribute(node, "index")]
-            form, place = (
-                module.factors(),
-                Place(index, node.input[0], node.output[0], "", (0, 0), operator=module.operator),
-            )
+            form = module.factors()
+            place = Place(index, node.input[0], node.output[0], "", form.shape, operator=module.operator)
             kind = next((value.dtype for value in form.matrices().values()), torch.float32)
             bias = form.bias if isinstance(form, Quantized) and form.bias is not None else module.bias
-            items[node.output[0]] = (
-                replace(place, shape=form.shape),
-                form,
-                bias,
-                np.dtype(str(kind).removeprefix("torch.")),
-            )
+            items[node.output[0]] = (place, form, bias, np.dtype(str(kind).removeprefix("torch.")))
     found = _edited(file, graph, items, False)
-    domains = [domain for domain in found.proto.opset_import if domain.domain != OWN]
-    del found.proto.opset_import[:]
-    found.proto.opset_import.extend(domains)
+    refill(found.proto.opset_import, [domain for domain in found.proto.opset_import if domain.domain != OWN])
     return found
 
 
@@ -231,9 +222,7 @@ def _edited(
         if unnamed and not is_own(graph):
             unnamed[0].name = OWN  # so that the file is known again: in float a form looks like any two layers
         result = [new_node for i, node in enumerate(graph.node) for new_node in nodes.get(i, [node])]
-        copies = [NodeProto.FromString(node.SerializeToString()) for node in (*first, *result)]
-        del graph.node[:]
-        graph.node.extend(copies)
+        refill(graph.node, [NodeProto.FromString(node.SerializeToString()) for node in (*first, *result)])
         return additions.tensors
 
     return file.edited(edit)
