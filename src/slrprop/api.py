@@ -17,7 +17,7 @@ from slrprop.factors import Dense, Factors, Quantized, stored_bytes
 from slrprop.files import together
 from slrprop.layers import FactoredLayer, layer_from, note_shape, original_shape
 from slrprop.methods import METHODS, Decision, Method, Problem, Settings, find_method
-from slrprop.network import open_network
+from slrprop.network import folded, open_network
 from slrprop.network.base import Network, fingerprint
 from slrprop.network.onnx import OnnxNetwork
 from slrprop.network.onnx_census import forms_of
@@ -25,7 +25,6 @@ from slrprop.network.onnx_file import OnnxFile
 from slrprop.network.onnx_parity import Parity, write
 from slrprop.network.onnx_rewrite import is_own, rewritten
 from slrprop.network.torch import swapped
-from slrprop.network.torch_fold import folded
 from slrprop.network.torch_modules import computed_arrays, layer_modules, operator_of, weight_and_bias
 from slrprop.plan import LayerPlan, Plan, pack
 from slrprop.quantize import quantised, with_bias
@@ -269,9 +268,10 @@ def apply(
         return _apply_module(model, plan)
     if output is None:
         raise SlrpropError("an ONNX file was given, so apply needs the path of the file to write")
-    network = OnnxNetwork(model, None)
-    with together(*network.file.files, ("the data", data)) as outputs:
-        network.file.places(output, outputs)
+    file = OnnxFile.open(model)
+    with together(*file.files, ("the data", data)) as outputs:
+        file.places(output, outputs)
+        network = OnnxNetwork(folded(file, plan.folded), None)
         done = _file_forms(network, plan)
         samples = None if data is None else open_data(data, batch_axis=batch_axis)
         return write(network, done.forms, done.biases, done.moved, done.moved_biases, output, samples, integer_products)
@@ -293,7 +293,8 @@ def realised(
     """
     if isinstance(model, nn.Module):
         return _apply_module(model, plan, sharing)
-    network = OnnxNetwork(model, None)
+    file = model if isinstance(model, OnnxFile) else OnnxFile.open(model)
+    network = OnnxNetwork(folded(file, plan.folded), None)
     done = _file_forms(network, plan)
     return rewritten(network.file, network.graph, done.moved, done.moved_biases, integer_products)
 
@@ -308,11 +309,6 @@ class _Done(NamedTuple):
 
 
 def _file_forms(network: OnnxNetwork, plan: Plan) -> _Done:
-    if plan.folded:
-        raise SlrpropError(
-            "the plan folds batch norms of a torch module, and an ONNX file was given; it was made for another model"
-        )
-
     def dense(name: str) -> Dense:
         if name not in network.names:
             raise _foreign(name, network.names)
@@ -334,7 +330,7 @@ def _foreign(name: str, names: Collection[str]) -> SlrpropError:
 
 
 def _apply_module(model: nn.Module, plan: Plan, sharing: bool = False) -> nn.Module:
-    model = folded(model, plan.folded) if plan.folded else model
+    model = folded(model, plan.folded)
     modules = layer_modules(model)
 
     def dense(name: str) -> Dense:

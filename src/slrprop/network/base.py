@@ -48,6 +48,7 @@ class Network(Sampled):
     def __init__(self, layers: dict[str, Layer]) -> None:
         super().__init__()
         self.layers, self.order = layers, tuple(layers)
+        self.norms: dict[str, str] = {}  # batch norms that alone take what a layer makes, by the layer's name
         self.ending: str | None = None
         self.reading: Reading | None = None  # of the main output, once data was seen
         self._reads: dict[str, Any] = {}  # by layer, what tells apart the tensors that they read
@@ -300,6 +301,13 @@ class Network(Sampled):
 
     def _elements(self, name: str) -> list[Element]:
         return self._paths[name].elements if name in self._paths else []
+
+
+def not_folded(norm: str, name: str) -> SlrpropError:
+    """What a plan is told whose batch norm does not stand behind the layer."""
+    return SlrpropError(
+        f"the plan folds the batch norm '{norm}' into '{name}', which this model does not have; it was made for another model"
+    )
 
 
 def directions(output: Tensor, probes: int, random: torch.Generator, real_valued: bool = False) -> Iterator[Tensor]:

@@ -21,6 +21,7 @@ from slrprop.network.onnx_constants import tensor_of
 from slrprop.network.onnx_cut import Cut
 from slrprop.network.onnx_feed import Feed, Part, input_dtype, unpadded
 from slrprop.network.onnx_file import OnnxFile, Session
+from slrprop.network.onnx_fold import norms_of
 from slrprop.network.onnx_places import Place
 from slrprop.network.onnx_rewrite import rewritten
 from slrprop.network.onnx_tensors import reading
@@ -52,6 +53,11 @@ class OnnxNetwork(Network):
                 }
             )
             self.ending, self.classes = self.graph.ending, self.graph.classes()
+            self.norms = {
+                name: self.graph.label(index)
+                for name, (index, _) in norms_of(self.graph).items()
+                if not self.stays(name)
+            }
             self._paths = {name: self.graph.follow(layer) for name, layer in self.graph.layers.items()}
             self._reads = {name: layer.x for name, layer in self.graph.layers.items()}
         self._cut: Cut | None = None

@@ -102,15 +102,16 @@ class Graph:
                 uses[constant.root].append(-1)
             uses[constant.root] += [i for i in self.readers[name] if self.nodes[i].output[0] not in self.constants]
 
-        def label(index: int) -> str:
-            if index < 0:
-                return "an output of the model"
-            return self.by_index.get(index) or self.nodes[index].name or self.nodes[index].output[0]
-
         return {
-            name: tuple(label(index) for index in uses[self.constants[layer.weight].root] if index != layer.index)
+            name: tuple(self.label(index) for index in uses[self.constants[layer.weight].root] if index != layer.index)
             for name, layer in self.layers.items()
         }
+
+    def label(self, index: int) -> str:
+        """What a node is called; -1 is an output of the model."""
+        if index < 0:
+            return "an output of the model"
+        return self.by_index.get(index) or self.nodes[index].name or self.nodes[index].output[0]
 
     def rank(self, name: str) -> int | None:
         """How many axes a tensor has, where that can be known without data."""
@@ -253,18 +254,17 @@ class Graph:
             return (
                 "same" if self.constants[node.input[1]].load().tolist() in ([-1, width], [0, width], [0, -1]) else None
             )
-        if (
-            op == "BatchNormalization"
-            and (two_axes or maps)
-            and len(node.input) == 5
-            and not attribute(node, "training_mode", 0)
-        ):
-            if any(name not in self.constants for name in node.input[1:]) or len(node.output) > 1:
-                return None
-            gain, shift, mean, var = (tensor_of(self.constants[name].load()) for name in node.input[1:])
-            scale = gain * (var + attribute(node, "epsilon", 1e-5)).rsqrt()
-            return Affine(scale, shift - mean * scale)
-        return None
+        return self.affine(node) if two_axes or maps else None
+
+    def affine(self, node: NodeProto) -> Affine | None:
+        """What a batch norm of constants computes of each feature on axis 1; None for other nodes."""
+        if standard(node) != "BatchNormalization" or len(node.input) != 5 or len(node.output) > 1:
+            return None
+        if attribute(node, "training_mode", 0) or any(name not in self.constants for name in node.input[1:]):
+            return None
+        gain, shift, mean, var = (tensor_of(self.constants[name].load()) for name in node.input[1:])
+        scale = gain * (var + attribute(node, "epsilon", 1e-5)).rsqrt()
+        return Affine(scale, shift - mean * scale)
 
     def _activation(self, start: str) -> tuple[str, str] | None:
         """An activation that is written as several element-wise nodes of one tensor, and the tensor it gives.

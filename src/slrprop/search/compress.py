@@ -17,9 +17,8 @@ from slrprop.errors import SlrpropError
 from slrprop.files import together
 from slrprop.measure import file_bytes
 from slrprop.methods import Problem, find_method
-from slrprop.network import TorchNetwork, open_network
+from slrprop.network import folded, open_network
 from slrprop.network.onnx_file import OnnxFile
-from slrprop.network.torch_fold import folded
 from slrprop.plan import Plan
 from slrprop.search.check import Check
 from slrprop.search.judge import LONGEST, Door, Judge, Log
@@ -30,7 +29,6 @@ from slrprop.search.search import Search
 from slrprop.search.shares import Shares
 from slrprop.search.trials import Trials
 from slrprop.selection import treated
-from slrprop.storage import size_of
 from slrprop.tune import TuneSettings, require_tunable
 
 CHOOSING = 3  # the part of the search's samples that only chooses: one of so many, where others are fitted to
@@ -109,8 +107,8 @@ def compress(
             can't be. Bytes are those of the file of this name. Without it they are those of the longest name there is, where
             tensors are kept beside the file (250 bytes too many for each at most); no other file holds its own name.
         batch_axis: where samples stand in the data, see :class:`slrprop.data.Data`.
-        keep_batch_norm: leave a module's batch norms where they are. Else those right behind a layer are put into it first, which changes
-            nothing that is computed; exporters of ONNX files do so themselves.
+        keep_batch_norm: leave batch norms where they are. Else those right behind a layer are put into it first, which changes
+            nothing that is computed.
 
     Raises:
         BudgetError: the budget can't be met; it carries the nearest compression found, or none where bytes were asked for that no plan
@@ -133,8 +131,8 @@ def compress(
     warn_if_compressed(source)
     opened = open_data(data, class_axis, ignore_label, batch_axis)
     network = open_network(source, opened)  # where its samples stand shows before it is cut
-    norms = {} if keep_batch_norm or not isinstance(network, TorchNetwork) else network.norms
-    source = folded(model, norms) if norms else source
+    norms = {} if keep_batch_norm else network.norms
+    source = folded(source, norms)
     search_part, check_part = parts_of(opened, data, check, seed, class_axis, ignore_label, batch_axis)
     fitting_part, choosing_part = search_part, search_part
     tuned = (tuning or TuneSettings()) if level == "tuned" else None
@@ -146,7 +144,7 @@ def compress(
     door = Door(source, fitting_part, integer_products, LONGEST if output is None else name)
     problem = Problem(open_network(source, fitting_part), fitting_part)
     names, _ = treated(problem.network, "dense", find_method("dense").settings(bits=8), layers)
-    original_bytes = file_bytes(problem.network) if not norms else size_of(model)
+    original_bytes = file_bytes(network)
     most_bytes = None if max_bytes is None else parse_size(max_bytes, original_bytes, "max_bytes")
     written = min(original_bytes, door.size(door.realise(Plan(()), sharing=True)))  # what no graph reads is not copied
     reach = reach_of(problem.network, names, choices + narrow, written)
