@@ -303,13 +303,6 @@ class Network(Sampled):
         return self._paths[name].elements if name in self._paths else []
 
 
-def not_folded(norm: str, name: str) -> SlrpropError:
-    """What a plan is told whose batch norm does not stand behind the layer."""
-    return SlrpropError(
-        f"the plan folds the batch norm '{norm}' into '{name}', which this model does not have; it was made for another model"
-    )
-
-
 def directions(output: Tensor, probes: int, random: torch.Generator, real_valued: bool = False) -> Iterator[Tensor]:
     """Directions (p, c), one after the other, in the space of outputs (p, c): see :meth:`Network.gradients`.
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from onnx import GraphProto, helper
 
-from slrprop.network.base import not_folded
+from slrprop.errors import SlrpropError
 from slrprop.network.chain import Affine
 from slrprop.network.onnx_constants import tensor_of
 from slrprop.network.onnx_file import OnnxFile
@@ -41,7 +41,9 @@ def folded(file: OnnxFile, norms: Mapping[str, str]) -> OnnxFile:
     graph, known = file.graph, norms_of(file.graph)
     for name, norm in norms.items():
         if name not in known or graph.label(known[name][0]) != norm:
-            raise not_folded(norm, name)
+            raise SlrpropError(
+                f"the plan folds the batch norm '{norm}' into '{name}', which this model does not have; it was made for another model"
+            )
 
     def edit(proto: GraphProto) -> dict[str, np.ndarray]:
         additions, gone = Additions(proto, file.opset), set[int | None]()

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from slrprop.errors import SlrpropError
 from slrprop.factors import Dense
 from slrprop.layers import layer_from, note_shape
-from slrprop.network.base import not_folded
 from slrprop.network.torch import NORMS, swapped
 from slrprop.network.torch_modules import named_modules, operator_of, weight_and_bias
 
@@ -27,7 +27,7 @@ def folded(model: nn.Module, norms: Mapping[str, str]) -> nn.Module:
     for name, norm_name in norms.items():
         layer, norm = modules.get(name), modules.get(norm_name)
         if layer is None or not isinstance(norm, NORMS) or norm.running_mean is None:
-            raise not_folded(norm_name, name)
+            raise SlrpropError(f"the plan folds the batch norm '{norm_name}' into '{name}', which this model does not have; it was made for another model")  # fmt: skip
         (weight, bias), operator = weight_and_bias(layer), operator_of(layer)
         parts: tuple[Tensor | None, ...] = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)  # type: ignore[assignment]
         with torch.no_grad():
