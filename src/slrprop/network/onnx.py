@@ -1,6 +1,7 @@
 """ONNX models: stream what flows through them on ONNX Runtime, run what follows a layer on changed outputs."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ class OnnxNetwork(Network):
             batch = next(iter(data))
             self.feed(batch)
             self.look(data)
+            self._count(batch)
             if self.reading is None and (batch.targets is None or self.graph.rank(self.graph.main) != 2):
                 self._read(next(self.parts(batch)), data)
 
@@ -75,6 +77,17 @@ class OnnxNetwork(Network):
         if any(item.array is not None for item in self.file.stored.values()):
             raise TypeError("an edited ONNX network has no file that it could be opened from")
         return OnnxNetwork, (self.file.path.absolute(), None, self.reading)
+
+    def _count(self, batch: Batch) -> None:
+        """How often one sample is multiplied by each layer's weight."""
+        size, made = self.fixed_batch(batch) or 1, sorted({place.y for place in self.graph.layers.values()})
+        try:
+            found = self.run(self.file.session(made), self.feed(batch.take([0] * size)))
+        except SlrpropError:  # it takes no sample alone
+            return
+        for name, place in self.graph.layers.items():
+            count = found[place.y].size // (place.shape[1] * size)
+            self.layers[name] = replace(self.layers[name], positions=max(1, count))
 
     def _read(self, part: Part, data: Data) -> None:
         """See :meth:`Network.read`."""
@@ -259,10 +272,8 @@ class OnnxNetwork(Network):
             yield from super().gradients(names, data, probes)
             return
         fed = {value.name for value in self.graph.inputs}
-        session, random = (
-            self.file.session(sorted((behind.reads | {self.graph.main}) - fed)),
-            torch.Generator().manual_seed(0),
-        )
+        session = self.file.session(sorted((behind.reads | {self.graph.main}) - fed))
+        random = torch.Generator().manual_seed(0)
         for place, part in enumerate(part for batch in data for part in self.parts(batch)):
             found = {**part.feed, **self.run(session, part.feed)}
             made = behind.run(found)

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from onnx import GraphProto, NodeProto
+from onnx import GraphProto, NodeProto, TensorProto, helper
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
@@ -18,7 +19,7 @@ from slrprop.network.onnx_graph import Graph
 from slrprop.network.onnx_places import Place
 from slrprop.network.onnx_tensors import refill
 from slrprop.network.onnx_writer import FOUR_BITS, Additions, Number, Writer
-from slrprop.operators import Lookup
+from slrprop.operators import Lookup, Operator
 
 OWN = "slrprop"
 MERGED = 40_000  # zeros that may be multiplied to save nodes: python -m benchmarks.quantisation
@@ -188,6 +189,18 @@ def placed(file: OnnxFile, modules: Sequence[FactoredLayer]) -> OnnxFile:
     found = _edited(file, graph, items, False)
     refill(found.proto.opset_import, [domain for domain in found.proto.opset_import if domain.domain != OWN])
     return found
+
+
+def layer_file(form: Factors, operator: Operator, shape: Sequence[int], integers: bool = False) -> OnnxFile:
+    """A model of one layer without a bias in a form, for inputs of one shape in float32."""
+    fed, made = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, sides) for name, sides in (("x", shape), ("y", None))
+    )
+    graph = helper.make_graph([helper.make_node("Layer", ["x"], ["y"], OWN, domain=OWN)], OWN, [fed], [made])
+    opsets = [helper.make_opsetid("", FOUR_BITS)]
+    file = OnnxFile(Path(), helper.make_model(graph, opset_imports=opsets, ir_version=10), {})
+    place = Place(0, "x", "y", "", form.shape, operator=operator)
+    return _edited(file, file.graph, {"y": (place, form, None, np.dtype(np.float32))}, integers)
 
 
 def _edited(
