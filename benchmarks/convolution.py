@@ -2,8 +2,8 @@
 
     python -m benchmarks.convolution [--channels 64 128 256 512] [--sides 4 8 16 32] [--batches 1 32] [--turns 15]
 
-One 3 x 3 convolution with as many channels in as out, on maps of side x side, one thread, medians of interleaved runs; values do not
-matter for speed. *half*, *quarter*: of the dense layer's numbers (Tucker: channels so chosen), in whole blocks of 16 channels; *half the
+One 3 x 3 convolution with as many channels in as out, on maps of side x side, one thread, medians of that thread's time over interleaved
+runs; values do not matter for speed. *half*, *quarter*: of the dense layer's numbers (Tucker: channels so chosen), in whole blocks of 16 channels; *half the
 channels*: half as many on both sides, a quarter of the numbers. *int8*: what onnxruntime.quantization writes (QDQ, uint8 inputs, int8 weights by
 channel), alone and of the spatial form. Times faster than dense; above 1 is faster.
 """
@@ -91,8 +91,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--turns", type=int, default=15)
     args = parser.parse_args()
-    header("channels", "side", "batch", "dense, ms", "times as fast")
     torch.manual_seed(0)
+    shown: list[str] = []
     for channels in args.channels:
         for side in args.sides:
             for batch in args.batches:
@@ -104,10 +104,11 @@ def main() -> None:
                     pair = latencies({"dense": made["dense"]}, [x.numpy()], args.turns)
                     half = latencies({"half": narrow}, [x[:, : channels // 2].numpy()], args.turns)
                 times["half the channels"] = times["dense"] * half["half"] / pair["dense"]
-                told = ", ".join(
-                    f"{name} {times['dense'] / taken:.2f}" for name, taken in times.items() if name != "dense"
-                )
-                print(f"| {channels} | {side} | {batch} | {1e3 * times['dense']:.3f} | {told} |", flush=True)
+                if not shown:
+                    shown = [name for name in times if name != "dense"]
+                    header("channels", "side", "batch", *shown)
+                faster = " | ".join(f"{times['dense'] / times[name]:.2f}" for name in shown)
+                print(f"| {channels} | {side} | {batch} | {faster} |", flush=True)
 
 
 if __name__ == "__main__":

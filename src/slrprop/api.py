@@ -17,14 +17,14 @@ from slrprop.files import together
 from slrprop.inspection import Inspection, LayerInfo, Model, inspect, warn_if_compressed
 from slrprop.layers import layer_from, note_shape, original_shape
 from slrprop.methods import METHODS, Decision, Method, Problem, Settings, find_method
-from slrprop.network import open_network
+from slrprop.network import folded, open_network
 from slrprop.network.base import Network, fingerprint
 from slrprop.network.onnx import OnnxNetwork
 from slrprop.network.onnx_file import OnnxFile
 from slrprop.network.onnx_parity import Parity, write
 from slrprop.network.onnx_rewrite import rewritten
 from slrprop.network.torch import swapped
-from slrprop.network.torch_fold import carried, folded
+from slrprop.network.torch_fold import carried
 from slrprop.network.torch_modules import computed_arrays, layer_modules, operator_of, weight_and_bias
 from slrprop.plan import LayerPlan, Plan, pack
 from slrprop.quantize import bias_in_few_bits, quantised
@@ -198,9 +198,10 @@ def apply(
         return _apply_module(model, plan)
     if output is None:
         raise SlrpropError("an ONNX file was given, so apply needs the path of the file to write")
-    network = OnnxNetwork(model, None)
-    with together(*network.file.files, ("the data", data)) as outputs:
-        network.file.places(output, outputs)
+    file = OnnxFile.open(model)
+    with together(*file.files, ("the data", data)) as outputs:
+        file.places(output, outputs)
+        network = OnnxNetwork(folded(file, plan.folded), None)
         done = _file_forms(network, plan)
         samples = None if data is None else open_data(data, batch_axis=batch_axis)
         return write(network, *done, output, samples, integer_products)
@@ -222,7 +223,8 @@ def realised(
     """
     if isinstance(model, nn.Module):
         return _apply_module(model, plan, sharing)
-    network = OnnxNetwork(model, None)
+    file = model if isinstance(model, OnnxFile) else OnnxFile.open(model)
+    network = OnnxNetwork(folded(file, plan.folded), None)
     done = _file_forms(network, plan)
     return rewritten(network.file, network.graph, done.moved, integer_products, done.orders)
 
@@ -236,11 +238,6 @@ class _Done(NamedTuple):
 
 
 def _file_forms(network: OnnxNetwork, plan: Plan) -> _Done:
-    if plan.folded:
-        raise SlrpropError(
-            "the plan folds batch norms of a torch module, and an ONNX file was given; it was made for another model"
-        )
-
     def dense(name: str) -> Dense:
         if name not in network.names:
             raise _foreign(name, network.names)
@@ -262,7 +259,7 @@ def _foreign(name: str, names: Collection[str]) -> SlrpropError:
 
 
 def _apply_module(model: nn.Module, plan: Plan, sharing: bool = False) -> nn.Module:
-    model = folded(model, plan.folded) if plan.folded else model
+    model = folded(model, plan.folded)
     modules = layer_modules(model)
 
     def dense(name: str) -> Dense:

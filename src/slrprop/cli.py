@@ -250,6 +250,10 @@ def compress(
     cluster: Cluster = None,
     integer_products: IntegerProducts = False,
     batch_axis: BatchAxis = None,
+    keep_batch_norm: Annotated[
+        bool, typer.Option(help="Leave batch norms where they are; else layers take in those right behind them.")
+    ] = False,
+    block: Annotated[int, typer.Option(help="Ranks under a budget on latency are multiples of it; 1: free.")] = 16,
     as_json: Json = False,
 ) -> None:
     """Compress an ONNX file within a budget, checked on data the search did not see.
@@ -280,6 +284,7 @@ def compress(
             metric=metric, class_axis=class_axis, ignore_label=ignore_label, level=level, methods="auto" if method == ["auto"] else [(name, search.QUICK.get(name, {})) for name in method],
             size_only=size_only, layers=layers or None, confident=confident, seed=seed, run_dir=run_dir,
             workers=workers, cluster=cluster, integer_products=integer_products, output=output, batch_axis=axes_of(batch_axis),
+            keep_batch_norm=keep_batch_norm, block=block,
         )  # fmt: skip
     except search.BudgetError as error:
         if report is not None and error.best is not None:

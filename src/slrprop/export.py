@@ -19,9 +19,9 @@ from slrprop.errors import SlrpropError, first_line
 from slrprop.factors import Dense
 from slrprop.files import replacing, scratch
 from slrprop.layers import FactoredLayer, in_place_of_layers
-from slrprop.network.onnx_file import OnnxFile, bare
+from slrprop.network.onnx_file import OnnxFile
 from slrprop.network.onnx_rewrite import OWN, placed
-from slrprop.network.onnx_tensors import no_model
+from slrprop.network.onnx_tensors import bare, no_model
 from slrprop.network.torch import swapped
 from slrprop.network.torch_modules import device_of, evaluating
 

@@ -1,12 +1,15 @@
 """Networks: find layers, stream their inputs, run what follows a layer, swap weights."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from torch import nn
 
 import slrprop.network.onnx_shared
 import slrprop.network.onnx_sparse  # noqa: F401  (these register their nodes)
 from slrprop.data import Data
+from slrprop.network import onnx_fold, torch_fold
 from slrprop.network.base import Flow, Network
 from slrprop.network.chain import Chain, Step
 from slrprop.network.lockstep import Lockstep
@@ -17,7 +20,20 @@ from slrprop.network.reading import Reading
 from slrprop.network.torch import TorchNetwork
 from slrprop.network.torch_lockstep import TorchLockstep
 
-__all__ = ["Chain", "Flow", "Lockstep", "Network", "OnnxNetwork", "Step", "TorchNetwork", "in_lockstep", "open_network"]
+__all__ = [
+    "Chain",
+    "Flow",
+    "Lockstep",
+    "Network",
+    "OnnxNetwork",
+    "Step",
+    "TorchNetwork",
+    "folded",
+    "in_lockstep",
+    "open_network",
+]
+
+Model = TypeVar("Model", bound=nn.Module | OnnxFile)
 
 
 def open_network(
@@ -27,6 +43,17 @@ def open_network(
     if isinstance(model, (str, Path, OnnxFile)):
         return OnnxNetwork(model, data, reading)
     return TorchNetwork(model, data, reading)  # which refuses anything else
+
+
+def folded(model: Model, norms: Mapping[str, str]) -> Model:
+    """The model whose batch norms are folded into the layers before them, by these layers' names.
+
+    Raises:
+        SlrpropError: the model has no such layer or no such batch norm.
+    """
+    if not norms:
+        return model
+    return onnx_fold.folded(model, norms) if isinstance(model, OnnxFile) else torch_fold.folded(model, norms)  # type: ignore[return-value]
 
 
 def in_lockstep(network: Network, data: Data) -> Lockstep:

@@ -48,6 +48,7 @@ class Network(Sampled):
     def __init__(self, layers: dict[str, Layer]) -> None:
         super().__init__()
         self.layers, self.order = layers, tuple(layers)
+        self.norms: dict[str, str] = {}  # batch norms that alone take what a layer makes, by the layer's name
         self.ending: str | None = None
         self.reading: Reading | None = None  # of the main output, once data was seen
         self._reads: dict[str, Any] = {}  # by layer, what tells apart the tensors that they read

@@ -1,13 +1,13 @@
 """ONNX models: stream what flows through them on ONNX Runtime, run what follows a layer on changed outputs."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from onnx import ValueInfoProto, helper
+from onnx import helper
 from torch import Tensor
 
 from slrprop.data import Batch, Data
@@ -19,9 +19,10 @@ from slrprop.network.chain import Chain, Linear, fold
 from slrprop.network.layer import Layer
 from slrprop.network.onnx_census import elsewhere
 from slrprop.network.onnx_constants import tensor_of
+from slrprop.network.onnx_cut import Cut
 from slrprop.network.onnx_feed import Feed, Part, input_dtype, unpadded
 from slrprop.network.onnx_file import OnnxFile, Session
-from slrprop.network.onnx_graph import Graph
+from slrprop.network.onnx_fold import norms_of
 from slrprop.network.onnx_places import Place
 from slrprop.network.onnx_rewrite import rewritten
 from slrprop.network.onnx_tensors import reading
@@ -34,25 +35,6 @@ MOST_AT_ONCE = 1 << 20  # samples of a batch whose size is fixed
 STACKED = 1 << 22  # numbers of a layer's changed outputs that are run at once
 
 
-@dataclass(eq=False)
-class Cut:
-    """The graph behind a layer's output, and what it must be fed beside it.
-
-    ``crossing`` are the tensors made before the layer that are read behind it; ``stretch`` says how each grows with
-    the batch: along axis 0 (True), in the marked entries of its value (a mask), or not at all (False); None where candidates
-    can't be stacked.
-    """
-
-    before: Session
-    behind: Session
-    crossing: tuple[str, ...]
-    stretch: dict[str, bool | np.ndarray] | None = None
-    tried: bool = False
-    flow: Flow | None = None
-    part: Part | None = None
-    tensors: dict[str, np.ndarray] | None = None
-
-
 class OnnxNetwork(Network):
     """An ONNX model and what one batch of data shows of it.
 
@@ -63,8 +45,7 @@ class OnnxNetwork(Network):
     def __init__(self, model: str | Path | OnnxFile, data: Data | None, reading_of: Reading | None = None) -> None:
         self.file = model if isinstance(model, OnnxFile) else OnnxFile.open(model)
         with reading(self.file.path):
-            self.graph: Graph = self.file.known.setdefault("graph", None) or Graph(self.file)
-            self.file.known["graph"] = self.graph
+            self.graph = self.file.graph
             tied = self.graph.tied()
             super().__init__(
                 {
@@ -73,15 +54,21 @@ class OnnxNetwork(Network):
                 }
             )
             self.ending, self.classes = self.graph.ending, self.graph.classes()
+            self.norms = {
+                name: self.graph.label(index)
+                for name, (index, _) in norms_of(self.graph).items()
+                if not self.stays(name)
+            }
             self._paths = {name: self.graph.follow(layer) for name, layer in self.graph.layers.items()}
             self._reads = {name: layer.x for name, layer in self.graph.layers.items()}
-        self._cuts: dict[str, Cut] = {}
+        self._cut: Cut | None = None
         self.pieces: dict[str, Any] = {}  # of the graph, by the layer that they lead to (:mod:`onnx_lockstep`)
         self.reading = reading_of
         if data is not None:
             batch = next(iter(data))
             self.feed(batch)
             self.look(data)
+            self._count(batch)
             if self.reading is None and (batch.targets is None or self.graph.rank(self.graph.main) != 2):
                 self._read(next(self.parts(batch)), data)
 
@@ -90,6 +77,17 @@ class OnnxNetwork(Network):
         if any(item.array is not None for item in self.file.stored.values()):
             raise TypeError("an edited ONNX network has no file that it could be opened from")
         return OnnxNetwork, (self.file.path.absolute(), None, self.reading)
+
+    def _count(self, batch: Batch) -> None:
+        """How often one sample is multiplied by each layer's weight."""
+        size, made = self.fixed_batch(batch) or 1, sorted({place.y for place in self.graph.layers.values()})
+        try:
+            found = self.run(self.file.session(made), self.feed(batch.take([0] * size)))
+        except SlrpropError:  # it takes no sample alone
+            return
+        for name, place in self.graph.layers.items():
+            count = found[place.y].size // (place.shape[1] * size)
+            self.layers[name] = replace(self.layers[name], positions=max(1, count))
 
     def _read(self, part: Part, data: Data) -> None:
         """See :meth:`Network.read`."""
@@ -128,11 +126,9 @@ class OnnxNetwork(Network):
         return super().chain(name)
 
     def fingerprint(self, name: str) -> str:
-        key = f"fingerprint of {name}"
-        if key not in self.file.known:
-            self.file.known[key] = super().fingerprint(name)
-        found: str = self.file.known[key]
-        return found
+        if name not in self.graph.fingerprints:
+            self.graph.fingerprints[name] = super().fingerprint(name)
+        return self.graph.fingerprints[name]
 
     def with_file(self, file: OnnxFile) -> "OnnxNetwork":
         """The same for a file of other layers with the same inputs and outputs, which is only to be run whole."""
@@ -273,10 +269,8 @@ class OnnxNetwork(Network):
             yield from super().gradients(names, data, probes)
             return
         fed = {value.name for value in self.graph.inputs}
-        session, random = (
-            self.file.session(sorted((behind.reads | {self.graph.main}) - fed)),
-            torch.Generator().manual_seed(0),
-        )
+        session = self.file.session(sorted((behind.reads | {self.graph.main}) - fed))
+        random = torch.Generator().manual_seed(0)
         for place, part in enumerate(part for batch in data for part in self.parts(batch)):
             found = {**part.feed, **self.run(session, part.feed)}
             made = behind.run(found)
@@ -293,110 +287,24 @@ class OnnxNetwork(Network):
     def outputs_with(self, name: str, flow: Flow, layer: Changing, candidates: Tensor) -> Tensor:
         """Candidates stand one after the other on the batch axis; one at a time where the graph can't be stretched so."""
         dense = self.layer(name)
-        if dense.y != self.graph.main and not self._behind_nodes(dense):
+        if dense.y != self.graph.main and not self.graph.between(dense.y):
             return flow.output.expand(len(candidates), *flow.output.shape)  # the layer makes another output
-        cut = self._cut(name, flow)
-        assert cut.tensors is not None and cut.part is not None
+        if self._cut is None or self._cut.layer is not dense:
+            self._cut = Cut(self, dense)  # the last one only: it holds a batch
+        cut = self._cut
+        cut.take(flow)
         x = layer_input(dense, cut.tensors)
-        whole = tensor_of(cut.tensors[dense.y]).numel()
-        at_once = max(1, STACKED // max(whole, 1)) if cut.stretch is not None else 1
+        at_once = max(1, STACKED // max(cut.tensors[dense.y].size, 1)) if cut.stretch is not None else 1
         found = []
         for chosen in candidates.split(at_once):
             y = torch.vmap(lambda candidate: layer(x, candidate))(chosen)
-            output = self._behind(cut, dense, y.flatten(0, 1), len(chosen)).unflatten(0, (len(chosen), -1))
+            output = cut.output(y.flatten(0, 1), len(chosen)).unflatten(0, (len(chosen), -1))
             found += [self.classes_last(self._samples_first(one, cut.part)) for one in output]
         return torch.stack(found)
 
     def _samples_first(self, output: Tensor, part: Part) -> Tensor:
         """The main output without padding, its samples on the first axis."""
         return unpadded(output.movedim(self.place(part.batch), 0), part._replace(batch=part.batch._replace(axes={})))
-
-    def _behind(self, cut: Cut, dense: Place, y: Tensor, copies: int) -> Tensor:
-        """The main output for ``copies`` batches of the layer's output, stacked on axis 0."""
-        assert cut.tensors is not None
-        kind = cut.tensors[dense.y].dtype
-        feed = {dense.y: np.ascontiguousarray(y.numpy(), kind)}
-        for name in cut.crossing:
-            value, how = cut.tensors[name], cut.stretch[name] if cut.stretch is not None and copies > 1 else False
-            if how is True:
-                value = np.concatenate([value] * copies)
-            elif how is not False:
-                value = np.where(how, value * copies, value).astype(value.dtype)
-            feed[name] = value
-        return tensor_of(self.run(cut.behind, feed)[self.graph.main])
-
-    def _cut(self, name: str, flow: Flow) -> Cut:
-        """The graph cut behind a layer, with the tensors of this batch."""
-        if name not in self._cuts:
-            self._cuts = {name: self._make_cut(self.layer(name))}  # the last one only: it holds a batch
-        cut, dense = self._cuts[name], self.layer(name)
-        if cut.flow is not flow:
-            (part,) = self.parts(flow.batch)
-            cut.flow, cut.part = flow, part
-            cut.tensors = {**part.feed, **self.run(cut.before, part.feed)}
-        if not cut.tried:
-            cut.tried = True
-            cut.stretch = self._stretch(cut, dense)
-        return cut
-
-    def _behind_nodes(self, dense: Place) -> set[int]:
-        return self.graph.after({dense.y}) & self.graph.before(self.graph.main)
-
-    def _make_cut(self, dense: Place) -> Cut:
-        graph = self.graph
-        behind = self._behind_nodes(dense)
-        fed = {value.name for value in graph.inputs}
-        varying = graph.after(fed)
-        made = {name for index in behind for name in graph.nodes[index].output}
-        reads = {name for index in behind for name in graph.reads[index]} - made - {dense.y}
-        crossing = tuple(sorted(name for name in reads if name in fed or graph.maker.get(name) in varying))
-        constant = {i for name in reads if name not in crossing for i in graph.before(name)}
-        inputs = [ValueInfoProto(name=name) for name in (dense.y, *crossing)]
-        before = self.file.session(sorted({dense.x, dense.y, *crossing} - fed))
-        example = {value.name: value for value in graph.inputs}
-        for value in inputs:
-            value.type.tensor_type.elem_type = (
-                example[value.name].type.tensor_type.elem_type
-                if value.name in example
-                else before.element_type(value.name)
-            )
-        return Cut(before, self.file.session([graph.main], inputs, behind | constant), crossing)
-
-    def _stretch(self, cut: Cut, dense: Place) -> dict[str, bool | np.ndarray] | None:
-        """How crossing tensors grow with the batch, found on a batch and its double; proved on two stacked batches."""
-        assert cut.tensors is not None and cut.part is not None
-        found: dict[str, bool | np.ndarray] = {}
-        batch = cut.part.batch
-        size = self.fixed_batch(batch)
-        if size is None:
-            rows = list(range(min(2, cut.part.size)))
-            try:
-                feeds = (self.feed(batch.take(some)) for some in (rows, rows * 2))
-                one, two = ({**feed, **self.run(cut.before, feed)} for feed in feeds)
-            except SlrpropError:  # the inputs do not all have the samples on their first axis
-                return None
-            for name in cut.crossing:
-                a, b = one[name], two[name]
-                if a.shape == b.shape:
-                    found[name] = (b == 2 * a) & (a != b) if a.dtype.kind in "iu" else False
-                elif a.ndim == b.ndim and b.shape == (2 * len(a), *a.shape[1:]):
-                    found[name] = True
-                else:
-                    return None
-        else:
-            for name in cut.crossing:
-                found[name] = cut.tensors[name].ndim > 0 and len(cut.tensors[name]) == size
-        y = tensor_of(cut.tensors[dense.y])
-        other = y.roll(1, -1) * 0.5  # another batch, so that samples that see each other are noticed
-        want = torch.cat([self._behind(cut, dense, one_y, 1) for one_y in (y, other)])
-        cut.stretch = found
-        try:
-            got = self._behind(cut, dense, torch.cat([y, other]), 2)
-        except SlrpropError:
-            return None
-        tolerance = 1e-5 if cut.tensors[dense.y].dtype != np.float16 else 1e-2
-        room = tolerance * max(1.0, float(want.abs().max()))
-        return found if got.shape == want.shape and bool(((got - want).abs() <= room).all()) else None
 
 
 def layer_input(layer: Place, found: Feed) -> Tensor:

@@ -12,8 +12,9 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import ml_dtypes
@@ -33,6 +34,7 @@ from slrprop.network.onnx_tensors import (
     OURS,
     RAW_DATA,
     Stored,
+    bare,
     copy,
     external,
     graphs_of,
@@ -40,10 +42,14 @@ from slrprop.network.onnx_tensors import (
     no_data,
     no_model,
     reading,
+    refill,
     refuse_hidden_external,
     split,
 )
 from slrprop.network.wire import around, head
+
+if TYPE_CHECKING:
+    from slrprop.network.onnx_graph import Graph
 
 INITIALIZERS_ALONE = 4  # the IR version from which initializers need not be listed as inputs
 PAGE = 4096  # external tensors of many pages start at one, the others at a cache line
@@ -73,9 +79,6 @@ class OnnxFile:
     proto: ModelProto
     stored: dict[str, Stored]
     _read: "WeakValueDictionary[Stored, np.ndarray]" = field(default_factory=WeakValueDictionary)
-    known: dict[str, Any] = field(
-        default_factory=dict
-    )  # what was found out of it once: its graph, digests of its weights
 
     @classmethod
     def open(cls, path: str | Path) -> "OnnxFile":
@@ -114,6 +117,13 @@ class OnnxFile:
                 if tensor.name in stored:
                     mark(tensor, stored[tensor.name])
         return cls(path, proto, stored)
+
+    @cached_property
+    def graph(self) -> "Graph":
+        """Who makes and reads each tensor."""
+        from slrprop.network.onnx_graph import Graph  # which stands on files
+
+        return Graph(self)
 
     @property
     def opset(self) -> int:
@@ -169,12 +179,8 @@ class OnnxFile:
         bare(proto.graph)
         _drop_unread(proto.graph, before)
         gone = {tensor.name for tensor in proto.graph.initializer} & (before - _read_names(proto.graph))
-        kept = [tensor for tensor in proto.graph.initializer if tensor.name not in gone]
-        del proto.graph.initializer[:]
-        proto.graph.initializer.extend(kept)
-        inputs = [value for value in proto.graph.input if value.name not in gone]
-        del proto.graph.input[:]
-        proto.graph.input.extend(inputs)
+        for part in (proto.graph.initializer, proto.graph.input):
+            refill(part, [item for item in part if item.name not in gone])
         stored = {name: item for name, item in self.stored.items() if name not in gone}
         external = any(item.external for item in self.stored.values())
         for name, array in new.items():
@@ -206,20 +212,15 @@ class OnnxFile:
         proto.CopyFrom(self.proto)
         graph = proto.graph
         if nodes is not None:
-            kept = [node for index, node in enumerate(graph.node) if index in nodes]
-            del graph.node[:]
-            graph.node.extend(kept)
+            refill(graph.node, [node for index, node in enumerate(graph.node) if index in nodes])
         if inputs is not None:
-            del graph.input[:], graph.value_info[:]
-            graph.input.extend(inputs)
+            refill(graph.value_info, ())
+            refill(graph.input, inputs)
         known = {value.name: value for value in graph.output}
         wanted = list(dict.fromkeys(outputs))
-        del graph.output[:]
-        graph.output.extend(known.get(name, onnx.ValueInfoProto(name=name)) for name in wanted)
+        refill(graph.output, [known.get(name, onnx.ValueInfoProto(name=name)) for name in wanted])
         needed = _read_names(graph)
-        tensors = [tensor for tensor in graph.initializer if tensor.name in needed]
-        del graph.initializer[:]
-        graph.initializer.extend(tensors)
+        refill(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in needed])
         return Session(self, proto, wanted)
 
     def flaw(self) -> str:
@@ -231,8 +232,7 @@ class OnnxFile:
         for tensor in proto.graph.initializer:
             if tensor.name in self.stored and tensor.name not in declared:
                 proto.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-        del proto.graph.initializer[:]
-        proto.graph.initializer.extend(small)
+        refill(proto.graph.initializer, small)
         try:
             onnx.checker.check_model(proto, full_check=True)
         except Exception as error:
@@ -374,16 +374,6 @@ def _read_names(graph: GraphProto) -> set[str]:
     return {name for node in graph.node for name in node_reads(node)} | {value.name for value in graph.output}
 
 
-def bare(graph: GraphProto) -> None:
-    """Take out what means nothing to a runtime: exporters' notes on nodes and tensors (stack traces, paths) and the shapes between nodes."""
-    del graph.value_info[:]
-    for part in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
-        part.ClearField("doc_string")
-        part.ClearField("metadata_props")
-    for body in (body for node in graph.node for body in graphs_of(node)):
-        bare(body)
-
-
 def _drop_unread(graph: GraphProto, before: set[str]) -> None:
     """Take out nodes whose outputs were read ``before`` and are no longer: constants that a weight was made of."""
     reads = Counter(name for node in graph.node for name in set(node_reads(node)))
@@ -395,5 +385,4 @@ def _drop_unread(graph: GraphProto, before: set[str]) -> None:
         else:
             reads.subtract(set(node_reads(node)))
     if len(kept) < len(graph.node):
-        del graph.node[:]
-        graph.node.extend(reversed(kept))
+        refill(graph.node, reversed(kept))

@@ -2,17 +2,19 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto, TensorProto, helper
 
 from slrprop.errors import SlrpropError
 from slrprop.network.chain import ACTIVATIONS, Affine, Element, Linear, Path, Walk
 from slrprop.network.onnx_constants import attribute, constants_of, standard, tensor_of
-from slrprop.network.onnx_file import FLOATS, OnnxFile, node_reads
+from slrprop.network.onnx_file import FLOATS, OnnxFile, Session, node_reads
 from slrprop.network.onnx_places import Finder, Place
 from slrprop.network.onnx_torch import OPS
 from slrprop.operators import Convolution
@@ -51,6 +53,7 @@ class Graph:
         self.layers = Finder(self).places()
         self.by_index = {layer.index: name for name, layer in self.layers.items()}
         self.ending = self._ending()
+        self.fingerprints: dict[str, str] = {}  # of layers' weights, those that were asked for
 
     def _main_output(self) -> str:
         """The tensor that quality is judged by: the output called ``logits``, or the first that holds real numbers."""
@@ -104,15 +107,16 @@ class Graph:
                 uses[constant.root].append(-1)
             uses[constant.root] += [i for i in self.readers[name] if self.nodes[i].output[0] not in self.constants]
 
-        def label(index: int) -> str:
-            if index < 0:
-                return "an output of the model"
-            return self.by_index.get(index) or self.nodes[index].name or self.nodes[index].output[0]
-
         return {
-            name: tuple(label(index) for index in uses[self.constants[layer.weight].root] if index != layer.index)
+            name: tuple(self.label(index) for index in uses[self.constants[layer.weight].root] if index != layer.index)
             for name, layer in self.layers.items()
         }
+
+    def label(self, index: int) -> str:
+        """What a node is called; -1 is an output of the model."""
+        if index < 0:
+            return "an output of the model"
+        return self.by_index.get(index) or self.nodes[index].name or self.nodes[index].output[0]
 
     def rank(self, name: str) -> int | None:
         """How many axes a tensor has, where that can be known without data."""
@@ -151,6 +155,21 @@ class Graph:
                 found.add(index)
                 open_names += self.reads[index]
         return found
+
+    def between(self, name: str) -> set[int]:
+        """The nodes by which a tensor reaches the main output."""
+        return self.after({name}) & self.before(self.main)
+
+    def needs(self, nodes: Collection[int]) -> set[str]:
+        """The tensors that some nodes read and none of them makes."""
+        made = {name for index in nodes for name in self.nodes[index].output}
+        return {name for index in nodes for name in self.reads[index]} - made
+
+    def part(self, nodes: Collection[int], fed: Mapping[str, int], outputs: Collection[str]) -> Session:
+        """Some nodes alone, with those that make the constants they read; ``fed`` are element types of tensors by name."""
+        constant = {index for name in self.needs(nodes) - fed.keys() for index in self.before(name)}
+        inputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in fed.items()]
+        return self.file.session(outputs, inputs, {*nodes, *constant})
 
     def feature_axis(self, index: int) -> int | None:
         """On which axis of its result a product of real numbers has its units; None for other nodes."""
@@ -269,12 +288,18 @@ class Graph:
             if sides[1] != -1:
                 walk.carry(node.output[0])
             return "same"
-        norm = op == "BatchNormalization" and len(node.input) == 5 and len(node.output) == 1 and (two_axes or walk.maps)
-        if norm and not attribute(node, "training_mode", 0) and all(name in self.constants for name in node.input[1:]):
-            gain, shift, mean, var = (tensor_of(self.constants[name].load()) for name in node.input[1:])
-            name = node.output[0] if mean.numel() == walk.width and not walk.stop else None
-            return Affine.of(mean, var, attribute(node, "epsilon", 1e-5), gain, shift, name)
-        return None
+        affine = self.affine(node) if two_axes or walk.maps else None
+        name = node.output[0] if affine is not None and affine.scale.numel() == walk.width and not walk.stop else None
+        return None if affine is None else replace(affine, name=name)
+
+    def affine(self, node: NodeProto) -> Affine | None:
+        """What a batch norm of constants computes of each feature on axis 1; None for other nodes."""
+        if standard(node) != "BatchNormalization" or len(node.input) != 5 or len(node.output) > 1:
+            return None
+        if attribute(node, "training_mode", 0) or any(name not in self.constants for name in node.input[1:]):
+            return None
+        gain, shift, mean, var = (tensor_of(self.constants[name].load()) for name in node.input[1:])
+        return Affine.of(mean, var, attribute(node, "epsilon", 1e-5), gain, shift)
 
     def _activation(self, start: str) -> tuple[str, str] | None:
         """An activation that is written as several element-wise nodes of one tensor, and the tensor it gives.

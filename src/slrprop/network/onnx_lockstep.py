@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from onnx import ValueInfoProto, helper
+from onnx import helper
 from torch import Tensor
 
 from slrprop.data import Data
@@ -96,17 +96,13 @@ class OnnxLockstep(Lockstep):
         if not nodes:
             return Piece(frozenset(), (), None)
         made = {output for index in nodes for output in graph.nodes[index].output if output}
-        read = {name for index in nodes for name in graph.reads[index]} - made
         known = self._tensors[0]
-        fed = tuple(sorted(read & known.keys()))
-        constant = {index for name in read - known.keys() for index in graph.before(name)}
+        kinds = {
+            name: helper.np_dtype_to_tensor_dtype(known[name].dtype)
+            for name in sorted(graph.needs(nodes) & known.keys())
+        }
         ahead = {tensor for tensor in made if not (self._done | nodes).issuperset(graph.readers.get(tensor, ()))}
-        inputs = [ValueInfoProto(name=name) for name in fed]
-        for value in inputs:
-            value.type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(known[value.name].dtype)
-        return Piece(
-            frozenset(nodes), fed, self.network.file.session(sorted(ahead | {target}), inputs, nodes | constant)
-        )
+        return Piece(frozenset(nodes), tuple(kinds), graph.part(nodes, kinds, sorted(ahead | {target})))
 
     def close(self) -> None:
         self._tensors, self._inputs = [], []

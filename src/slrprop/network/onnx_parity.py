@@ -83,12 +83,13 @@ def write(
         else max((TOLERANCE.get(dtype, FLOAT_TOLERANCE) for dtype in dtypes.values()), default=FLOAT_TOLERANCE)
     )
     found: dict[str, float] = {}
-    flaw = network.file.flaw()  # the runtime takes models that the checker does not
+    original = OnnxFile.open(network.file.path)
+    flaw = original.flaw()  # the runtime takes models that the checker does not
 
     def check(file: OnnxFile) -> None:
-        if moved and file.bytes > network.file.bytes:
+        if moved and file.bytes > original.bytes:
             raise SlrpropError(
-                f"the new file would take {file.bytes:,} bytes, and the original takes {network.file.bytes:,}; nothing was "
+                f"the new file would take {file.bytes:,} bytes, and the original takes {original.bytes:,}; nothing was "
                 f"written: plan fewer layers ({', '.join(moved)} now), or others"
             )
         new_flaw = file.flaw()

@@ -70,8 +70,9 @@ class Finder:
             "Gather": self._lookup,
         }
         for index, node in enumerate(self.graph.nodes):
-            op = standard(node)
-            layer = finders[op](index, node) if op in finders else None
+            op, given = standard(node), list(node.input)
+            reads = op in finders and len(given) > 1 and given[op == "Gather"] not in self.graph.constants
+            layer = finders[op](index, node) if reads else None
             if layer is not None:
                 name = node.name if node.name and node.name not in found else layer.y
                 found[name if name not in found else f"{name}#{index}"] = layer
@@ -83,11 +84,8 @@ class Finder:
         return found if known else None
 
     def _gemm(self, index: int, node: NodeProto) -> Place | None:
-        if (
-            len(node.input) < 2
-            or node.input[0] in self.graph.constants
-            or (weight := self._matrix(node.input[1])) is None
-        ):
+        weight = self._matrix(node.input[1])
+        if weight is None:
             return None
         trans_b = bool(attribute(node, "transB", 0))
         m, n = weight.shape[::-1] if trans_b else weight.shape
@@ -101,11 +99,8 @@ class Finder:
         )
 
     def _matmul(self, index: int, node: NodeProto) -> Place | None:
-        if (
-            len(node.input) != 2
-            or node.input[0] in self.graph.constants
-            or (weight := self._matrix(node.input[1])) is None
-        ):
+        weight = self._matrix(node.input[1])
+        if weight is None:
             return None
         m, n = weight.shape
         y, bias, adder = node.output[0], None, None
@@ -121,13 +116,8 @@ class Finder:
         return Place(index, node.input[0], y, node.input[1], (m, n), bias, adder)
 
     def _convolution(self, index: int, node: NodeProto) -> Place | None:
-        weight = self.graph.constants.get(node.input[1]) if len(node.input) > 1 else None
-        if (
-            weight is None
-            or node.input[0] in self.graph.constants
-            or weight.dtype not in FLOATS.values()
-            or min(weight.shape) < 1
-        ):
+        weight = self.graph.constants.get(node.input[1])
+        if weight is None or weight.dtype not in FLOATS.values() or min(weight.shape) < 1:
             return None
         turned, count = node.op_type == "ConvTranspose", len(weight.shape) - 2
         if not 1 <= count <= 3:
@@ -154,9 +144,7 @@ class Finder:
         )
 
     def _lookup(self, index: int, node: NodeProto) -> Place | None:
-        weight = (
-            self._matrix(node.input[0]) if len(node.input) == 2 and node.input[1] not in self.graph.constants else None
-        )
+        weight = self._matrix(node.input[0])
         if weight is None or attribute(node, "axis", 0) not in (0, -2):
             return None
         m, n = weight.shape

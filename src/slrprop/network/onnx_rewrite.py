@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from onnx import GraphProto, NodeProto
+from onnx import GraphProto, NodeProto, TensorProto, helper
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
@@ -16,8 +17,9 @@ from slrprop.network.onnx_constants import attribute
 from slrprop.network.onnx_file import OnnxFile
 from slrprop.network.onnx_graph import Graph
 from slrprop.network.onnx_places import Place
+from slrprop.network.onnx_tensors import refill
 from slrprop.network.onnx_writer import FOUR_BITS, Additions, Number, Writer
-from slrprop.operators import Lookup
+from slrprop.operators import Lookup, Operator
 
 OWN = "slrprop"
 MERGED = 40_000  # zeros that may be multiplied to save nodes: python -m benchmarks.quantisation
@@ -30,7 +32,7 @@ INTEGER_FACTORS = 1_000_000  # the same of low-rank layers
 
 
 class LayerWriter(Writer):
-    """With what ONNX Runtime does better in another way than the form says."""
+    """The :class:`slrprop.factors.expression.Builder` of files, with what ONNX Runtime does better in another way than the form says."""
 
     def merged(self, form: SparseLowRank, x: str) -> str | None:
         few, ranks = form.merged_zeros <= MERGED + GATHERED * form.gathered, sum(left.shape[1] for left in form.left)
@@ -179,7 +181,7 @@ def rewritten(
 
 def placed(file: OnnxFile, modules: Sequence[FactoredLayer]) -> OnnxFile:
     """An exported model with the nodes of factored layers, in the places that hold their numbers among ``modules``."""
-    graph, items = Graph(file), {}
+    graph, items = file.graph, {}
     for index, node in enumerate(graph.nodes):
         if node.domain == OWN:
             module = modules[attribute(node, "index")]
@@ -188,10 +190,20 @@ def placed(file: OnnxFile, modules: Sequence[FactoredLayer]) -> OnnxFile:
             kind = next((value.dtype for value in fit.form.matrices().values()), torch.float32)
             items[node.output[0]] = (place, fit, np.dtype(str(kind).removeprefix("torch.")))
     found = _edited(file, graph, items, False, {})
-    domains = [domain for domain in found.proto.opset_import if domain.domain != OWN]
-    del found.proto.opset_import[:]
-    found.proto.opset_import.extend(domains)
+    refill(found.proto.opset_import, [domain for domain in found.proto.opset_import if domain.domain != OWN])
     return found
+
+
+def layer_file(form: Factors, operator: Operator, shape: Sequence[int], integers: bool = False) -> OnnxFile:
+    """A model of one layer without a bias in a form, for inputs of one shape in float32."""
+    fed, made = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, sides) for name, sides in (("x", shape), ("y", None))
+    )
+    graph = helper.make_graph([helper.make_node("Layer", ["x"], ["y"], OWN, domain=OWN)], OWN, [fed], [made])
+    opsets = [helper.make_opsetid("", FOUR_BITS)]
+    file = OnnxFile(Path(), helper.make_model(graph, opset_imports=opsets, ir_version=10), {})
+    place = Place(0, "x", "y", "", form.shape, operator=operator)
+    return _edited(file, file.graph, {"y": (place, Fit(form), np.dtype(np.float32))}, integers, {})
 
 
 def _edited(
@@ -236,9 +248,7 @@ def _edited(
         if unnamed and not is_own(graph):
             unnamed[0].name = OWN  # so that the file is known again: in float a form looks like any two layers
         result = [new_node for i, node in enumerate(graph.node) for new_node in nodes.get(i, [node])]
-        copies = [NodeProto.FromString(node.SerializeToString()) for node in (*first, *result)]
-        del graph.node[:]
-        graph.node.extend(copies)
+        refill(graph.node, [NodeProto.FromString(node.SerializeToString()) for node in (*first, *result)])
         return additions.tensors
 
     return file.edited(edit)

@@ -2,7 +2,7 @@
 
 import contextlib
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -186,3 +186,20 @@ def no_data(path: Path) -> str:
                 if buffer.find(path.name.encode()) >= 0:
                     return f"is read by '{other.name}' too"
     return ""
+
+
+def bare(graph: GraphProto) -> None:
+    """Take out what means nothing to a runtime: exporters' notes on nodes and tensors (stack traces, paths) and the shapes between nodes."""
+    del graph.value_info[:]
+    for part in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")
+    for body in (body for node in graph.node for body in graphs_of(node)):
+        bare(body)
+
+
+def refill(part: Any, items: Iterable[Any]) -> None:
+    """Leave these items alone in a repeated field."""
+    items = list(items)
+    del part[:]
+    part.extend(items)

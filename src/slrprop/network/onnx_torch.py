@@ -6,6 +6,7 @@ before a node that is not in ``OPS`` has no gradient; in a graph whose output is
 
 import math
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -344,54 +345,55 @@ class Behind:
         behind = {name: graph.after({tensor}) & leading for name, tensor in tensors.items()}
         self.watched = {tensors[name]: name for name, nodes in behind.items() if not nodes & foreign}
         chosen = set[int]().union(*(behind[name] for name in self.watched.values()))
-        self._numbered = [(index, graph.nodes[index]) for index in sorted(chosen)]
-        self._nodes = [node for _, node in self._numbered]
-        made = {name for node in self._nodes for name in node.output}
-        read = {name for node in self._nodes for name in node.input if name} | {self.main, *self.watched}
+        self._nodes = [(index, graph.nodes[index]) for index in sorted(chosen)]
+        made = {name for _, node in self._nodes for name in node.output}
+        read = {name for _, node in self._nodes for name in node.input if name} | {self.main, *self.watched}
         self._constants = {name: graph.constants[name] for name in read - made if name in graph.constants}
         self.reads = read - made - self._constants.keys()
-        self._loaded: dict[str, Tensor] = {}
+
+    @cached_property
+    def _loaded(self) -> dict[str, Tensor]:
+        return {name: tensor_of(value.load()) for name, value in self._constants.items()}
 
     def forward(self, given: Mapping[str, Tensor], layers: Mapping[Place, Callable[[Tensor], Tensor]]) -> Tensor:
         """The main output for the model's inputs, differentiable in what stands in the place of layers."""
-        self._loaded = self._loaded or {name: tensor_of(value.load()) for name, value in self._constants.items()}
-        values: dict[str, Any] = self._loaded | dict(given)
+        return self._computed(given, layers, lambda name, value: value)
+
+    def run(self, given: Mapping[str, np.ndarray]) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """The main output, and the watched tensors, which its gradient can be asked for; None where an operation takes other values here."""
+        seen: dict[str, Tensor] = {}
+
+        def watched(name: str, value: Tensor) -> Tensor:
+            if name in self.watched:
+                value = seen[self.watched[name]] = value if value.requires_grad else value.detach().requires_grad_()
+            return value
+
+        try:
+            with torch.enable_grad():
+                return self._computed({name: tensor_of(given[name]) for name in self.reads}, {}, watched), seen
+        except (RuntimeError, TypeError, ValueError, LookupError):
+            return None
+
+    def _computed(
+        self,
+        given: Mapping[str, Tensor],
+        layers: Mapping[Place, Callable[[Tensor], Tensor]],
+        handed_on: Callable[[str, Tensor], Tensor],
+    ) -> Tensor:
+        """The main output; what is read of each tensor is what ``handed_on`` makes of it."""
+        values: dict[str, Any] = self._loaded | {name: handed_on(name, value) for name, value in given.items()}
         inside = {place.index: (place, layer) for place, layer in layers.items()}
-        adders = {place.adder for place in layers} - {place.index for place in layers}
-        for index, node in self._numbered:
+        adders = {place.adder for place in layers} - inside.keys()
+        for index, node in self._nodes:
             if index in adders:  # the layer has the bias
                 continue
             if index in inside:
                 place, layer = inside[index]
                 x = values[place.x]
-                values[place.y] = layer(x.T if place.trans_a else x)
-                continue
-            result = self._ops[standard(node)](node, [values[name] if name else None for name in node.input])
-            values |= zip(node.output, result if isinstance(result, list) else [result], strict=False)
+                made = {place.y: layer(x.T if place.trans_a else x)}
+            else:
+                result = self._ops[standard(node)](node, [values[name] if name else None for name in node.input])
+                made = dict(zip(node.output, result if isinstance(result, list) else [result], strict=False))
+            values |= {name: handed_on(name, value) for name, value in made.items()}
         output: Tensor = values[self.main]
         return output
-
-    def run(self, given: Mapping[str, np.ndarray]) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """The main output, and the watched tensors, which its gradient can be asked for; None where an operation takes other values here."""
-        try:
-            return self._run(given)
-        except (RuntimeError, TypeError, ValueError, LookupError):
-            return None
-
-    def _run(self, given: Mapping[str, np.ndarray]) -> tuple[Tensor, dict[str, Tensor]]:
-        self._loaded = self._loaded or {name: tensor_of(value.load()) for name, value in self._constants.items()}
-        values, seen = self._loaded | {name: tensor_of(given[name]) for name in self.reads}, dict[str, Tensor]()
-
-        def keep(name: str, value: Tensor) -> None:
-            if name in self.watched:
-                value = seen[self.watched[name]] = value if value.requires_grad else value.detach().requires_grad_()
-            values[name] = value
-
-        with torch.enable_grad():
-            for name in self.reads & self.watched.keys():
-                keep(name, values[name])
-            for node in self._nodes:
-                result = self._ops[standard(node)](node, [values[name] if name else None for name in node.input])
-                for name, value in zip(node.output, result if isinstance(result, list) else [result], strict=False):
-                    keep(name, value)
-        return values[self.main], seen

@@ -14,7 +14,7 @@ from onnx import GraphProto, NodeProto, helper
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Bias, Factors, Index, Quantized, SparseLowRank
+from slrprop.factors import Bias, Factors, Index, Quantized
 from slrprop.network.onnx_graph import Graph
 from slrprop.network.onnx_places import Place
 from slrprop.network.onnx_tensors import graphs_of
@@ -77,7 +77,7 @@ def attributes_of(operator: Convolution) -> dict[str, Any]:
 
 
 class Writer:
-    """Nodes and initializers that take the place of one layer: the :class:`slrprop.factors.expression.Builder` of files.
+    """Nodes and initializers that take the place of one layer: see :class:`slrprop.network.onnx_rewrite.LayerWriter`.
 
     Args:
         dtype: of the layer's numbers.
@@ -168,9 +168,6 @@ class Writer:
             left = right.replace("right", "left")  # both scales of a component at once; float16 does not reach so far
             self.scales[left] = self.scales[left].float() * self.scales.pop(right).flatten().float()
         return self, form.codes
-
-    def merged(self, form: SparseLowRank, x: str) -> str | None:
-        return None
 
     def add_up(self, one: str, other: str) -> str:
         return self.add("Add", [one, other])

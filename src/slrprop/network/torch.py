@@ -161,7 +161,6 @@ class TorchNetwork(Network):
             m, n = operator.matrix(self.arrays[name][0]).shape
             layers[name] = Layer(name, operator, (m, n), tied=tied[name], held=binding(module))
         super().__init__(layers)
-        self.norms: dict[str, str] = {}  # batch norms that alone take what a layer makes, by the layer's name
         self.device, self.reading = device_of(model), reading
         for name, arrays in self.arrays.items():
             if not all(torch.isfinite(array).all() for array in arrays if array is not None):

@@ -98,6 +98,14 @@ class Convolution(Operator):
             for side, around, reach, places, step in zip(sides, self.padding, self.dilation, self.kernel, self.stride, strict=True)
         )  # fmt: skip
 
+    def read(self, made: Sides) -> Sides:
+        """The least sides of a map that one of these sides is made of."""
+        axes = zip(made, self.padding, self.dilation, self.kernel, self.stride, strict=True)
+        return tuple(
+            max(1, step * (side - 1) + reach * (places - 1) + 1 - sum(around))
+            for side, around, reach, places, step in axes
+        )
+
     def inputs(self, x: Tensor, first: int = 0) -> Tensor:
         """Patches at ``POSITIONS`` of each sample's map, each from a stretch of its own; the same for a sample whenever it comes."""
         x = x[None] if x.ndim == -self.axis else x

@@ -11,27 +11,27 @@ from typing import Any, Literal
 from torch import nn
 
 from slrprop.api import no_integers, settings_of
-from slrprop.checks import require_choice, require_flag
+from slrprop.checks import require_choice, require_count, require_flag
 from slrprop.data import Axes, Data, open_data
 from slrprop.errors import SlrpropError
 from slrprop.files import together
 from slrprop.inspection import warn_if_compressed
 from slrprop.measure import file_bytes
 from slrprop.methods import Problem, find_method
-from slrprop.network import TorchNetwork, open_network
+from slrprop.network import folded, open_network
 from slrprop.network.onnx_file import OnnxFile
-from slrprop.network.torch_fold import folded
 from slrprop.plan import Plan
+from slrprop.search.blocks import BLOCK
 from slrprop.search.check import Check
 from slrprop.search.judge import LONGEST, Door, Judge, Log
-from slrprop.search.path import LEVELS, SIZE_ONLY, Choice
+from slrprop.search.path import BYTES, LEVELS, SIZE_ONLY, Choice
 from slrprop.search.reach import reach_of
 from slrprop.search.result import Budget, BudgetError, Compression, parse_size
 from slrprop.search.search import Search
 from slrprop.search.shares import Shares
+from slrprop.search.times import Times, cost_of
 from slrprop.search.trials import Trials
 from slrprop.selection import treated
-from slrprop.storage import size_of
 from slrprop.tune import TuneSettings, require_tunable
 
 CHOOSING = 3  # the part of the search's samples that only chooses: one of so many, where others are fitted to
@@ -66,6 +66,7 @@ def compress(
     output: str | Path | None = None,
     batch_axis: Axes = None,
     keep_batch_norm: bool = False,
+    block: int = BLOCK,
 ) -> Compression:
     """The network that meets a budget, its promise checked on data that the search did not see.
 
@@ -110,8 +111,10 @@ def compress(
             can't be. Bytes are those of the file of this name. Without it they are those of the longest name there is, where
             tensors are kept beside the file (250 bytes too many for each at most); no other file holds its own name.
         batch_axis: where samples stand in the data, see :class:`slrprop.data.Data`.
-        keep_batch_norm: leave a module's batch norms where they are. Else those right behind a layer are put into it first, which changes
-            nothing that is computed; exporters of ONNX files do so themselves.
+        keep_batch_norm: leave batch norms where they are. Else those right behind a layer are put into it first, which changes
+            nothing that is computed.
+        block: with a budget on latency, ranks that are tried are multiples of so many, where a layer has twice as many channels on both
+            sides: numbers that a processor multiplies at once (16 with AVX-512, 8 with AVX2 and NEON). 1 leaves them free.
 
     Raises:
         BudgetError: the budget can't be met; it carries the nearest compression found, or none where bytes were asked for that no plan
@@ -124,6 +127,7 @@ def compress(
     ):
         raise SlrpropError(f"max_drop must be a finite number of points from 0, got {max_drop!r}")
     require_choice("level", level, LEVELS)
+    block = require_count("block", block, least=1)
     choices, narrow = choices_of(methods, level), size_only_of(methods, level, size_only)
     source = OnnxFile.open(model) if isinstance(model, (str, Path)) else model
     if output is not None:
@@ -134,8 +138,8 @@ def compress(
     warn_if_compressed(source)
     opened = open_data(data, class_axis, ignore_label, batch_axis)
     network = open_network(source, opened)  # where its samples stand shows before it is cut
-    norms = {} if keep_batch_norm or not isinstance(network, TorchNetwork) else network.norms
-    source = folded(model, norms) if norms else source
+    norms = {} if keep_batch_norm else network.norms
+    source = folded(source, norms)
     search_part, check_part = parts_of(opened, data, check, seed, class_axis, ignore_label, batch_axis)
     fitting_part, choosing_part = search_part, search_part
     tuned = (tuning or TuneSettings()) if level == "tuned" else None
@@ -147,7 +151,7 @@ def compress(
     door = Door(source, fitting_part, integer_products, LONGEST if output is None else name)
     problem = Problem(open_network(source, fitting_part), fitting_part)
     names, _ = treated(problem.network, "dense", find_method("dense").settings(bits=8), layers)
-    original_bytes = file_bytes(problem.network) if not norms else size_of(model)
+    original_bytes = file_bytes(network)
     most_bytes = None if max_bytes is None else parse_size(max_bytes, original_bytes, "max_bytes")
     written = min(original_bytes, door.size(door.realise(Plan(()), sharing=True)))  # what no graph reads is not copied
     reach = reach_of(problem.network, names, choices + narrow, written)
@@ -163,15 +167,18 @@ def compress(
         raise SlrpropError(
             "confident needs an interval, which a measure has only where it gives one value a sample; let evaluate give an array"
         )
-    shares = Shares(trials, problem, choices, tuned, workers, cluster, narrow, in_file=True)
     budget = Budget(max_drop, most_bytes, trials.latency_limit(max_latency_ms, max_latency), judge.change)
+    block = 1 if budget.max_latency is None else block
+    shares = Shares(trials, problem, choices, tuned, workers, cluster, narrow, in_file=True, block=block)
     if not str(budget):
         raise SlrpropError("no budget was given; state max_drop, max_bytes or max_latency")
     shares.explore(layers)
-    run = Search(shares, confident)
+    cost = BYTES
+    if budget.max_latency is not None:
+        shares.time(Times(problem.network, trials.log, integer_products))
+        cost = cost_of(budget, original_bytes)
+    run = Search(shares, confident, cost)
     at, _ = run.choose(budget)
-    if budget.max_latency is not None and run.leave_slower_dense(at):
-        at, _ = run.choose(budget)
     checked = Check(check_judge, door, budget, confident)
     at, feasible, look = run.promised(at, budget, checked, original_bytes)
     evaluations, plan_now = trials.evaluations + checked.looks + 1, run.final_at(at)

@@ -2,8 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from slrprop.network.junction import Junction
 from slrprop.operators import Lookup, times
 from slrprop.plan import LayerPlan, Plan
 from slrprop.quantize import TooLargeError
+from slrprop.search.blocks import in_blocks
 
 Choice = tuple[str, dict[str, Any]]  # a method and settings of it
 FEW_BITS: tuple[dict[str, Any], ...] = ({"bits": 8}, {"bits": 4})
@@ -53,11 +55,19 @@ CALIBRATION_ROWS = 512  # inputs of each layer that predictions are made from
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layer under one method and rank; ``layer`` None leaves it dense. ``error`` is relative, squared."""
+    """One layer under one method and rank; ``layer`` None leaves it dense. ``error`` is relative, squared.
+
+    ``seconds`` are those of one sample in ONNX Runtime (NaN: not timed, where latency is no goal).
+    """
 
     bytes: int
     error: float
     layer: LayerPlan | None = None
+    seconds: float = math.nan
+
+
+Cost = Callable[[Candidate], float]  # what a candidate takes of a budget
+BYTES: Cost = attrgetter("bytes")
 
 
 @dataclass(frozen=True)
@@ -110,10 +120,12 @@ def candidates_of(
     choices: Mapping[str, Sequence[Choice]],
     most: float = math.inf,
     every: int = 1,
+    block: int = 1,
 ) -> list[Candidate]:
     """All candidates of a layer, the dense one first; none whose numbers alone take more than ``most`` bytes.
 
-    ``inputs`` are rows of what every layer reads, ``choices`` what is tried for it. Of each method's ladder the largest step and every ``every``-th below it are made.
+    ``inputs`` are rows of what every layer reads, ``choices`` what is tried for it. Of each method's ladder the largest step and every ``every``-th below it are made, with a ``block`` all of
+    :func:`slrprop.search.blocks.in_blocks`.
 
     ``error`` is of the layer's outputs there, weighed by what they do to the network's where that is known and any of
     the methods is calibrated.
@@ -148,7 +160,8 @@ def candidates_of(
             )
         if name not in kind(**given).eligible(problem.network):
             continue  # for example a layer that SLRProp's chain does not reach
-        for step in kind.ladder(m, n)[::-every]:  # from the largest: the components of lower ranks are part of its
+        steps = in_blocks(kind.ladder(m, n), problem.network.operator(name), (m, n), block)
+        for step in steps[:: -every if block == 1 else -1]:  # the components of lower ranks are part of the largest's
             settings = kind(**{**step, **given}).at(problem.network.operator(name), (m, n))
             if (
                 settings.refusal(m, n)
@@ -201,53 +214,53 @@ def fitted(problem: Problem, plan: Plan, sequential: bool) -> Plan:
     return finished(problem.network, layers, plan.left_dense)
 
 
-def hull(candidates: list[Candidate]) -> list[Candidate]:
-    """The lower convex hull of (bytes, error), from the largest (dense) to the smallest candidate."""
+def hull(candidates: list[Candidate], cost: Cost = BYTES) -> list[Candidate]:
+    """The lower convex hull of (cost, error), from the largest (dense) to the smallest candidate."""
     kept: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (-c.bytes, c.error)):
-        while kept and kept[-1].bytes == candidate.bytes:
+    for candidate in sorted(candidates, key=lambda c: (-cost(c), c.error)):
+        while kept and cost(kept[-1]) == cost(candidate):
             candidate = min(kept.pop(), candidate, key=lambda c: c.error)
-        while len(kept) >= 2 and _slope(kept[-2], kept[-1]) >= _slope(kept[-2], candidate):
+        while len(kept) >= 2 and _slope(kept[-2], kept[-1], cost) >= _slope(kept[-2], candidate, cost):
             kept.pop()
         kept.append(candidate)
     return kept
 
 
-def _slope(larger: Candidate, smaller: Candidate) -> float:
-    """Error taken on per byte saved."""
-    return (smaller.error - larger.error) / (larger.bytes - smaller.bytes)
+def _slope(larger: Candidate, smaller: Candidate, cost: Cost) -> float:
+    """Error taken on per byte, or what else counts, saved."""
+    return (smaller.error - larger.error) / (cost(larger) - cost(smaller))
 
 
-def frontier(candidates: list[Candidate]) -> list[tuple[Candidate, float]]:
-    """All candidates that none beats in both bytes and error, from the dense one down, each with its hull edge's slope.
+def frontier(candidates: list[Candidate], cost: Cost = BYTES) -> list[tuple[Candidate, float]]:
+    """All candidates that none beats in both cost and error, from the dense one down, each with its hull edge's slope.
 
     The slopes order the layers' moves; the points between two corners of the hull make the steps small.
     """
-    corners = hull(candidates)
+    corners = hull([c for c in candidates if c.layer is None or cost(c) < cost(candidates[0])], cost)
     found = [(corners[0], 0.0)]
     for larger, smaller in itertools.pairwise(corners):
-        between = [c for c in candidates if smaller.bytes < c.bytes < larger.bytes]
-        best: list[Candidate] = []
-        for candidate in sorted(between, key=lambda c: (c.bytes, c.error)):
-            if candidate.error < (best[-1].error if best else smaller.error):
-                best.append(candidate)
-        gap, slope = corners[0].bytes // 50, _slope(larger, smaller)
-        for candidate in reversed(best):
-            if found[-1][0].bytes - candidate.bytes >= gap <= candidate.bytes - smaller.bytes:
+        best = undominated([smaller, *(c for c in candidates if cost(smaller) < cost(c) < cost(larger))], cost)[:-1]
+        gap, slope = cost(corners[0]) / 50, _slope(larger, smaller, cost)
+        for candidate in best:
+            if cost(found[-1][0]) - cost(candidate) >= gap <= cost(candidate) - cost(smaller):
                 found.append((candidate, slope))
         found.append((smaller, slope))
     return found
 
 
 def path_of(
-    candidates: Mapping[str, list[Candidate]], sensitivity: Mapping[str, float], junctions: tuple[Junction, ...], rest: int
-) -> list[Point]:  # fmt: skip
-    """Plans from the original to the smallest, one layer moving one step along its frontier at a time.
+    candidates: Mapping[str, list[Candidate]],
+    sensitivity: Mapping[str, float],
+    junctions: tuple[Junction, ...],
+    rest: int,
+    cost: Cost = BYTES,
+) -> list[Point]:
+    """Plans from the original to the one of least cost, one layer moving one step along its frontier at a time.
 
     Args:
         rest: bytes of everything but these layers' weights.
     """
-    steps = {name: frontier(found) for name, found in candidates.items()}
+    steps = {name: frontier(found, cost) for name, found in candidates.items()}
     place = dict.fromkeys(steps, 0)
 
     def point() -> Point:
@@ -278,10 +291,10 @@ def group_of(candidate: Candidate) -> tuple[str, int, str]:
     return candidate.layer.method, settings["bits"], settings.get("metric", "")
 
 
-def undominated(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates that none beats in both bytes and error, from the largest to the smallest."""
+def undominated(candidates: Sequence[Candidate], cost: Cost = BYTES) -> list[Candidate]:
+    """The candidates that none beats in both cost and error, from the largest to the smallest."""
     best: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (c.bytes, c.error)):
+    for candidate in sorted(candidates, key=lambda c: (cost(c), c.error)):
         if not best or candidate.error < best[-1].error:
             best.append(candidate)
     return best[::-1]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from slrprop.plan import Plan
 from slrprop.search.check import LOOKS, Check, Look
-from slrprop.search.path import MANY_LAYERS, Evaluation, Point, path_of
+from slrprop.search.path import BYTES, MANY_LAYERS, Cost, Evaluation, Point, path_of
 from slrprop.search.result import Budget, most_evaluations
 from slrprop.search.shares import LIKELY, Shares
 
@@ -21,31 +21,15 @@ class Search:
     Args:
         shares: explored; the path is made of its candidates.
         confident: the upper end of a drop's interval counts.
+        cost: what the path saves at each step.
     """
 
-    def __init__(self, shares: Shares, confident: bool = False) -> None:
-        self.shares, self.trials, self.confident = shares, shares.trials, confident
-        self._make_path()
-
-    def _make_path(self) -> None:
+    def __init__(self, shares: Shares, confident: bool = False, cost: Cost = BYTES) -> None:
+        self.shares, self.trials, self.confident, self.cost = shares, shares.trials, confident, cost
         network, names = self.shares.problem.network, tuple(self.shares.curves)
         rest = self.trials.size(Plan(())) - sum(curve[0].bytes for curve in self.shares.curves.values())
-        self.points = path_of(self.shares.curves, self.shares.sensitivity, network.junctions(names), rest)
-
-    def leave_slower_dense(self, at: int) -> bool:
-        """Take from the path every layer whose form at this point runs slower alone than the original network."""
-        plan = self.points[at].plan
-        alone = {
-            layer.name: replace(plan, layers=(layer,)) for layer in plan.layers if layer.name in self.shares.curves
-        }
-        times = self.trials.latencies(plan, alone)
-        slower = [name for name in alone if times[name] > times[""]]
-        for name in slower:
-            told = f"its form ran {times[name] / times['']:.2f} times as long as the original network"
-            self.shares.leave_dense(name, told)
-        if slower:
-            self._make_path()
-        return bool(slower)
+        junctions = network.junctions(names)
+        self.points = path_of(self.shares.curves, self.shares.sensitivity, junctions, rest, self.cost)
 
     def timed(self, at: int) -> float:
         """The point's latency, measured if it is missing."""
@@ -97,7 +81,7 @@ class Search:
         if budget.max_drop is not None:
             allowed = float(budget.max_drop)
             at = self._edge(allowed)
-            at = self._between(at, allowed) if at < last else at
+            at = self._between(at, allowed) if at < last and budget.max_latency is None else at
             return at, self.fits(at, budget)
         at = 0
         if budget.max_bytes is not None:
@@ -105,7 +89,7 @@ class Search:
             at = next((i for i in range(last + 1) if self.points[i].predicted_bytes <= limit), last)
             while at < last and self.size_at(at) > limit:
                 at += 1
-            at = self._within_file(at, limit)
+            at = self._within_file(at, limit) if budget.max_latency is None else at
             last = len(self.points) - 1
         if budget.max_latency is not None:
             slow = self._bisect(

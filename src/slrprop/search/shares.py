@@ -28,6 +28,7 @@ from slrprop.search.path import (
     neighbours,
     undominated,
 )
+from slrprop.search.times import Times
 from slrprop.search.trials import Trials
 from slrprop.selection import treated
 from slrprop.tune import TuneSettings, distilled
@@ -44,6 +45,7 @@ class Shares:
         narrow: more of them for layers of at most ``WIDEST`` neurons on a side, being slow on others.
         tuning: tune every plan that is measured; None does not.
         workers: processes, and ``cluster`` a Ray cluster, that share the layers' candidates (:func:`slrprop.parallel.each`).
+        block: of ranks, see :func:`slrprop.search.blocks.in_blocks`.
         in_file: whether bytes are those of the file, names and shapes of the arrays included, or of the numbers alone.
     """
 
@@ -57,11 +59,12 @@ class Shares:
         cluster: str | None = None,
         narrow: tuple[Choice, ...] = (),
         in_file: bool = False,
+        block: int = 1,
     ) -> None:
         self.trials, self.problem, self.tuning = trials, problem, tuning
         self.methods, self.narrow = methods, narrow
         self.workers, self.cluster = workers, cluster
-        self.in_file = in_file
+        self.in_file, self.block = in_file, block
         self._headers: dict[tuple[str, ...], list[tuple[LayerPlan, int]]] = {}
         all_methods = methods + narrow
         self.calibrated = any("inputs" in find_method(name).settings(**given).needs() for name, given in all_methods)
@@ -82,7 +85,7 @@ class Shares:
         every = SPARSELY if len(names) > MANY_LAYERS else 1
         narrow = {name for name in names if max(self.problem.network.shape(name)) <= WIDEST}
         methods = {name: self.methods + (self.narrow if name in narrow else ()) for name in names}
-        shared = self.problem, inputs, methods, most, every
+        shared = self.problem, inputs, methods, most, every, self.block
         made = each(candidates_of, names, shared, self.workers, self.cluster)
         found = dict(tqdm(made, total=len(names), desc="candidates", unit="layer", disable=None))
         self.left_dense = left_dense | {name: "no form of it is smaller" for name in names if len(found[name]) < 2}
@@ -103,6 +106,13 @@ class Shares:
         if math.isinf(most) and all(len(curve) < 2 for curve in self.curves.values()):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.left_dense.items())
             raise SlrpropError(f"no layer can be made smaller ({reasons})")
+
+    def time(self, times: Times) -> None:
+        """Measure what the candidates take in time; a layer with no faster one stays as it is."""
+        for name, curve in self.curves.items():
+            self.curves[name] = times.of(name, curve)
+            if len(curve) > 1 and all(math.isnan(candidate.seconds) for candidate in self.curves[name][1:]):
+                self.leave_dense(name, "no form of it runs faster")
 
     def _alone(self, candidate: Candidate) -> float:
         """The divergence of the network that has this form of one layer; infinite for the layer itself."""

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
 from numbers import Real
@@ -79,10 +78,6 @@ class Trials:
         if not plan.layers:
             return times["original"]
         return self.latency(Plan(())) * times["plan"] / times["original"]
-
-    def latencies(self, plan: Plan, each: Mapping[str, Plan]) -> dict[str, float]:
-        """Seconds for one sample of the original ("") and of parts of a plan, in one interleaved run."""
-        return self.log.get(self._key("layers", plan), lambda: self.door.latencies({"": Plan(()), **each}))
 
     def latency_limit(self, milliseconds: float | None, share: str | None) -> float | None:
         """The stricter of both, in seconds."""
