@@ -1,12 +1,13 @@
-"""Networks of today, compressed to shares of their linear layers' bytes: a MiniLM sentence encoder and a small vision transformer.
+"""Networks of today, compressed to shares of their layers' bytes: a MiniLM sentence encoder, a small one of words, a vision transformer.
 
     pip install 'slrprop[encoder]'
-    python -m benchmarks.encoder [--network minilm vit] [--shares 60 40 25] [--max-drop 1] [--doors torch onnx] [--workers 2] [--unweighted]
+    python -m benchmarks.encoder [--network minilm news vit] [--shares 60 40 25] [--max-drop 1] [--doors torch onnx] [--workers 2] [--unweighted]
 
 *minilm*: all-MiniLM-L6-v2 (6 layers, 384 wide, dense 384 x 1536; Wang et al. 2020; the published weights, checked by their SHA-256),
 mean pooling and a linear head, fitted by logistic regression to the embeddings of 4 000 training rows of AG News (``agnews_clean12k.tsv``
 or ``.tsv.xz`` in ``--data`` or $SLRPROP_DATA: columns split, class, text). *vit*: 4 blocks, 128 wide, patches of 7 x 7 pixels, trained
-here on MNIST (``--epochs``; kept in ``--run-dir``). Both have separate linear layers for queries, keys and values.
+here on MNIST (``--epochs``; kept in ``--run-dir``). *news*: 2 such blocks on a table of the 5 000 most frequent words of AG News' training rows,
+trained here too. All have separate linear layers for queries, keys and values; embeddings are layers.
 
 ``auto`` (level ``calibrated``), truncated SVD and whitened SVD, each searched by ``slrprop.compress`` within the same bytes of the file or the
 same drop, half of the unlabelled samples for the search, half for its check; accuracy and agreement with the original on other rows. *Times as fast*: one
@@ -21,6 +22,7 @@ import lzma
 import os
 import tempfile
 import time
+from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +46,7 @@ SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 LENGTH = 48  # word pieces of a text
 REPETITIONS = 30  # of each timing
 TRAIN, TEST = 4000, 2000
+KEPT = 1024  # rows that the encoder of words is not trained on
 METHODS = {
     "auto": {"methods": "auto"},
     "auto, integer products": {"methods": "auto", "integer_products": True},  # of ONNX files
@@ -112,6 +115,21 @@ class ViT(nn.Module):
         return self.head(self.norm(self.blocks(self.patches(patches) + self.places)).mean(1))
 
 
+class News(nn.Module):
+    """Numbers of words (p x 48; 0 behind a text's end, 1 for rare ones) to class scores (p x 4)."""
+
+    def __init__(self, words: int = 5000, wide: int = 128, depth: int = 2, heads: int = 4) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(words, wide), nn.Parameter(0.02 * torch.randn(LENGTH, wide))
+        self.blocks = nn.Sequential(*(Block(wide, heads) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(wide), nn.Linear(wide, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        there = (ids > 0).unsqueeze(-1).to(self.places.dtype)
+        vectors = self.norm(self.blocks(self.words(ids) + self.places)) * there
+        return self.head(vectors.sum(1) / there.sum(1))
+
+
 def outputs(model: object, inputs: dict[str, Tensor]) -> Tensor:
     """Outputs (p x c) of a module or an ONNX model, in batches."""
     data = Data(inputs, 128)
@@ -136,9 +154,8 @@ def bert() -> tuple[nn.Module, Any]:
     return encoder, tokenizer
 
 
-def minilm(args: argparse.Namespace) -> Case:
-    """The published encoder, and news to sort."""
-    encoder, tokenizer = bert()
+def news_rows(args: argparse.Namespace) -> dict[str, list[tuple[str, int]]]:
+    """Texts of AG News and their classes, of the splits ``train`` and ``test``."""
     path = next(
         args.data / f"agnews_clean12k.tsv{end}"
         for end in ("", ".xz")
@@ -148,6 +165,12 @@ def minilm(args: argparse.Namespace) -> Case:
     with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
         for split, label, text in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
             rows[split].append((text, int(label)))
+    return rows
+
+
+def minilm(args: argparse.Namespace) -> Case:
+    """The published encoder, and news to sort."""
+    (encoder, tokenizer), rows = bert(), news_rows(args)
 
     def inputs(chosen: list[tuple[str, int]]) -> dict[str, Tensor]:
         encoded = tokenizer.encode_batch([text for text, _ in chosen])
@@ -173,28 +196,52 @@ def vit(args: argparse.Namespace) -> Case:
     """A small vision transformer, trained here unless it was before."""
     data = mnist(args.data)
     train, test = (x[..., 2:30, 2:30].contiguous() for x in (data.x_train, data.x_test))
+    model = trained(ViT, train, data.y_train, args.run_dir / f"vit-mnist-{args.epochs}.safetensors", args.epochs)
+    drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: args.samples]
+    return Case(model, {"images": train[drawn]}, {"images": test[:TEST]}, data.y_test[:TEST])
+
+
+def trained(kind: type[nn.Module], x: Tensor, y: Tensor, path: Path, epochs: int) -> nn.Module:
+    """A network of this kind, trained on samples and labels unless it was before."""
     torch.manual_seed(0)
-    model, path = ViT(), args.run_dir / f"vit-mnist-{args.epochs}.safetensors"
+    model = kind()
     if path.exists():
         model.load_state_dict(load_file(path))
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-        steps = -(-len(train) // 128)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps * args.epochs)
-        for _ in trange(args.epochs, desc="training", unit="epoch"):
-            for chosen in torch.randperm(len(train)).split(128):
-                loss = nn.functional.cross_entropy(model(train[chosen]), data.y_train[chosen])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-        args.run_dir.mkdir(parents=True, exist_ok=True)
-        save_file(model.state_dict(), path)
-    drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: args.samples]
-    return Case(model.eval(), {"images": train[drawn]}, {"images": test[:TEST]}, data.y_test[:TEST])
+        return model.eval()
+    optimizer, steps = torch.optim.AdamW(model.parameters(), 1e-3), -(-len(x) // 128)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps * epochs)
+    for _ in trange(epochs, desc="training", unit="epoch"):
+        for chosen in torch.randperm(len(x)).split(128):
+            loss = nn.functional.cross_entropy(model(x[chosen]), y[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), path)
+    return model.eval()
 
 
-NETWORKS = {"minilm": minilm, "vit": vit}
+def news(args: argparse.Namespace) -> Case:
+    """A small encoder of words, trained here unless it was before."""
+    rows = news_rows(args)
+    counts = Counter(word for text, _ in rows["train"] for word in text.split())
+    places = {word: place for place, (word, _) in enumerate(counts.most_common(4998), 2)}
+
+    def ids(texts: list[tuple[str, int]]) -> Tensor:
+        found = [[places.get(word, 1) for word in text.split()[:LENGTH]] or [1] for text, _ in texts]
+        return torch.tensor([numbers + [0] * (LENGTH - len(numbers)) for numbers in found])
+
+    x, labels = ids(rows["train"]), torch.tensor([label for _, label in rows["train"]])
+    left, labels_left = x[:-KEPT], labels[:-KEPT]  # the samples to compress by are no part of training
+    model = trained(News, left, labels_left, args.run_dir / f"news-{args.epochs}.safetensors", args.epochs)
+    test = rows["test"]
+    return Case(
+        model, {"ids": x[-KEPT:][: args.samples]}, {"ids": ids(test)}, torch.tensor([label for _, label in test])
+    )
+
+
+NETWORKS = {"minilm": minilm, "news": news, "vit": vit}
 
 
 def times_as_fast(original: Path, model: object, one: tuple[Tensor, ...], folder: Path) -> float:
@@ -217,13 +264,13 @@ def table(name: str, case: Case, args: argparse.Namespace, folder: Path) -> None
     whole = {"torch": file_bytes(open_network(case.model, None)), "onnx": path.stat().st_size}
     accuracy = 100 * float((before.argmax(1) == case.labels).double().mean())
     print(
-        f"\n{name}: {len(layers)} linear layers, {linear / 1e6:.2f} of {whole['torch'] / 1e6:.2f} MB; original {accuracy:.2f} %; {args.samples} samples\n"
+        f"\n{name}: {len(layers)} layers, {linear / 1e6:.2f} of {whole['torch'] / 1e6:.2f} MB; original {accuracy:.2f} %; {args.samples} samples\n"
     )
     header(
         "door",
         "budget",
         "methods",
-        "linear layers",
+        "layers",
         "accuracy, %",
         "agreement, %",
         "times as fast",
