@@ -150,7 +150,10 @@ def test_refusals_in_one_sentence(net, path, ids):
     for door in (net, path):
         with pytest.raises(SlrpropError, match="the model can't take data of shape"):
             slrprop.plan(door, beyond, method="low_rank", rank=4)
-    with pytest.raises(SlrpropError, match="method 'slrprop' treats none of the layers words, places, inner, head"):
+    with pytest.raises(
+        SlrpropError,
+        match=r"treats none of the layers words \(it is an embedding\), places \(.*\), inner \('mean' stands behind it\), head of",
+    ):
         slrprop.plan(net, ids, method="slrprop", frl="words")
     with pytest.raises(SlrpropError, match="method 'nested' can't treat layer 'words'"):
         slrprop.plan(net, ids, method="nested", layers="words")

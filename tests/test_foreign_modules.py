@@ -274,7 +274,7 @@ class Cube(torch.autograd.Function):
 
 def custom_autograd() -> Case:
     net = mlp(lambda net, x: net.last(Cube.apply(net.middle(Cube.apply(net.first(x))))))
-    return Case(net, (features(),), labels())
+    return Case(net, (features(),), labels(), chain=FRL)
 
 
 def branch_by_value() -> Case:
@@ -325,7 +325,7 @@ def weight_norm() -> Case:
 def convolution() -> Case:
     net = mlp(lambda net, x: plain(net, net.conv(x).relu().flatten(1)), conv=nn.Conv2d(2, 6, 3, 2, 1))
     net.first = nn.Linear(6 * 2 * 3, WIDE)
-    return Case(net, (features(2, 4, 5),), labels(), ("conv", *MLP), FRL)
+    return Case(net, (features(2, 4, 5),), labels(), ("conv", *MLP), ("conv", *FRL))
 
 
 def convolution_of_steps() -> Case:

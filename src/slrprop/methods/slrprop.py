@@ -32,7 +32,8 @@ class SLRPropSettings(ShortenSettings):
     source: ClassVar[str] = "Garmendia-Orbegozo, Nunez-Gonzalez, Anton, Sensors 23(5):2718, 2023"
 
     def eligible(self, network: Network) -> tuple[str, ...]:
-        return response_layers(network, self.frl, self.treats)
+        layers = response_layers(network, self.frl, self.treats)
+        return layers if self.treats(network.operator(layers[-1])) else ()
 
     def obstacle(self, network: Network, name: str) -> str:
         leads = network.next_layer(name) or network.is_last(name)

@@ -204,18 +204,22 @@ class Network(Sampled):
         return self._chains.get(name) if self.reading is None or self.reading.axis == -1 else None
 
     def next_layer(self, name: str) -> str | None:
-        """The layer that alone takes this one's output, through functions of each channel alone."""
+        """The layer that alone takes this one's output, through functions of each channel alone, and has a weight for every channel."""
+        reader = self._reader(name)
+        return None if reader is None or self.operator(reader).bits_only else reader
+
+    def _reader(self, name: str) -> str | None:
         return next((element.name for element in self._elements(name) if isinstance(element, Linear)), None)
 
     def apart(self, name: str) -> str:
         """Why a layer's outputs and the next layer's inputs are no junction, in words; empty where they are one."""
-        reader = self.next_layer(name)
+        reader = self._reader(name)
         for layer in (name, reader) if reader else (name,):
             operator, calls = self.operator(layer), self.layers[layer].calls
             kind = operator.bits_only or ("an embedding" if isinstance(operator, Lookup) else "")
             told = self.stays(layer) or (kind and f"it is {kind}") or (calls != 1 and f"it is called {calls} times")
             if told:
-                return f"layer '{layer}' must stay as it is: {told}"
+                return str(told) if layer == name else f"'{layer}', which reads it, must stay as it is: {told}"
         return self._paths[name].stop if name in self._paths else "it was not followed, for want of data"
 
     def junction(self, name: str) -> Junction | None:

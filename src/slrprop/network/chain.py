@@ -102,12 +102,16 @@ class Path(NamedTuple):
 
 
 class Walk:
-    """A path while it is followed: ``width`` channels, which are on axis 1 of ``maps``, else on the last."""
+    """A path while it is followed: ``width`` channels, which are on axis 1 of ``maps``, else on the last.
+
+    ``ended``: the rest is of no use, what convolutions lead to is not computed from their outputs.
+    """
 
     def __init__(self, width: int, maps: bool) -> None:
         self.elements: list[Element] = []
         self.carriers: list[str] = []
-        self.width, self.maps, self.from_maps, self.read, self.stop = width, maps, maps, False, ""
+        self.width, self.maps, self.from_maps, self.stop = width, maps, maps, ""
+        self.read = self.ended = False  # by a layer
 
     def hold(self, why: str) -> None:
         """Let nothing change the channels before the next layer."""
@@ -124,13 +128,8 @@ class Walk:
         elif isinstance(element, Affine):
             self.hold("a batch norm behind it has other uses, or more numbers than one a channel")
         if isinstance(element, Linear):
-            self.read, self.width = True, element.weight.shape[1]
+            self.read, self.ended, self.width = True, self.from_maps, element.weight.shape[1]
         self.elements += [] if element == "same" else [element]
-
-    @property
-    def ended(self) -> bool:
-        """Whether the rest is of no use: what convolutions lead to is not computed from their outputs."""
-        return self.read and self.from_maps
 
     def end(self, whole: bool, why: str = "no layer reads its outputs") -> Path:
         self.hold(why)

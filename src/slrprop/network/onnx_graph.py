@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto, TensorProto
 
 from slrprop.errors import SlrpropError
 from slrprop.network.chain import ACTIVATIONS, Affine, Element, Linear, Path, Walk
@@ -238,26 +238,24 @@ class Graph:
     def _over_maps(self, node: NodeProto, tensor: str, walk: Walk, axes: int) -> Element | None:
         """The node as an element of maps of so many axes, where it goes over the places of a map, or lays them one after the other."""
         op, sides = standard(node), self.sides(tensor)
-        if op in POOLS and len(node.output) == 1:
-            return op
-        if op == "Flatten" and attribute(node, "axis", 1) == 1:
-            walk.maps = False
-            return "same"
+        if op not in POOLS | {"Flatten", "ReduceMean", "Reshape"} or node.input[0] != tensor or len(node.output) > 1:
+            return None
         second = self.constants.get(node.input[1]) if len(node.input) > 1 else None
-        target = None if second is None else second.load().tolist()
+        target = [] if second is None else second.load().tolist()
         if op == "ReduceMean":
-            along = attribute(node, "axes", target) or [0]
+            along = attribute(node, "axes", target)
             walk.maps = bool(attribute(node, "keepdims", 1))
-            return op if all(axis % axes > 1 for axis in along) else None
-        if op == "Reshape" and target is not None and len(target) == 2:
+            return op if along and all(axis % axes > 1 for axis in along) else None
+        if op == "Reshape":
             places = math.prod(sides[1:]) if len(sides) == axes else 0
-            if target[0] not in (0, *sides[:1]) and not (target[0] == -1 and target[1] == places > 0):
+            if len(target) != 2 or not (target[0] in (0, *sides[:1]) or (target[0] == -1 and target[1] == places > 0)):
                 return None
             if target[1] != -1:
                 walk.carry(node.output[0])
-            walk.maps = False
-            return "same"
-        return None
+        elif op in POOLS or attribute(node, "axis", 1) != 1:
+            return op if op in POOLS else None
+        walk.maps = False
+        return "same"
 
     def linear(self, name: str) -> Linear:
         """A layer as an element of a path, its numbers read."""

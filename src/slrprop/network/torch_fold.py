@@ -62,7 +62,7 @@ def carried(model: nn.Module, widths: Mapping[str, int], orders: Mapping[str, Te
             raise SlrpropError(f"the plan says that '{name}' is a batch norm of {width} channels, which it is not in this model; it was made for another model")  # fmt: skip
         if name in orders:
             swaps[name] = new = resized(norm, len(orders[name]))
-            for key in ("weight", "bias", "running_mean", "running_var"):
-                if getattr(norm, key) is not None:
-                    getattr(new, key).data.copy_(getattr(norm, key)[orders[name]])
+            for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                if (value := getattr(norm, key)) is not None:
+                    getattr(new, key).data.copy_(value[orders[name]] if value.ndim else value)
     return swaps
