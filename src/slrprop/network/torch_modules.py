@@ -1,6 +1,5 @@
 """What a torch model is made of: layers, what their weights are computed from, and all other numbers."""
 
-import copy
 import re
 import sys
 from collections import Counter
@@ -15,7 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from slrprop.errors import SlrpropError, first_line
+from slrprop.errors import SlrpropError
 from slrprop.operators import Convolution, Lookup, MatMul, Operator
 
 COMPUTING = (BasePruningMethod, WeightNorm, SpectralNorm)  # hooks that write a weight or bias before each call
@@ -162,30 +161,6 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
                 hook(module, ())
         weight, bias = module.weight, getattr(module, "bias", None)
         return weight.detach(), None if bias is None else bias.detach()  # type: ignore[operator]
-
-
-def give_weight(name: str, module: nn.Module, weight: Tensor) -> None:
-    """Change in place what a layer's weight, as torch stores it, is or is computed from, so that it becomes this one.
-
-    Raises:
-        SlrpropError: the layer computes another one, whatever it is given; it stays as it was.
-    """
-    before, held = copy.deepcopy(module.state_dict()), {**module._parameters, **module._buffers}
-    with torch.no_grad():
-        try:
-            if is_parametrized(module, "weight"):
-                module.weight = weight
-            for stored in (held.get(key) for key in ("weight", "weight_orig", "weight_v")):
-                if stored is not None:
-                    stored.copy_(weight)
-            for hook in module._forward_pre_hooks.values():
-                if isinstance(hook, WeightNorm) and hook.name == "weight":
-                    module.get_parameter("weight_g").copy_(torch.norm_except_dim(weight, 2, hook.dim))
-            if not torch.allclose(weight_and_bias(module)[0], weight, 1e-2, 1e-3 * float(weight.abs().max())):
-                raise ValueError("it comes out as another one")
-        except Exception as error:  # somebody else's parametrisation may have no inverse
-            module.load_state_dict(before)
-            raise SlrpropError(f"layer '{name}' computes its weight, and can't be given another one ({first_line(error)}); take its parametrisation away first") from error  # fmt: skip
 
 
 def _sources(module: nn.Module) -> list[Tensor]:

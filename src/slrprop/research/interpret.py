@@ -4,14 +4,17 @@ The articles' formulas are not available to us: what is here is a reconstruction
 The collapse by gradients (:func:`collapse`, ``by="gradients"``) is ours.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.weight_norm import WeightNorm
 
 from slrprop.checks import require_choice, require_count, require_density
-from slrprop.errors import SlrpropError
-from slrprop.network.torch_modules import give_weight, layer_modules, weight_and_bias
+from slrprop.errors import SlrpropError, first_line
+from slrprop.network.torch_modules import layer_modules, weight_and_bias
 from slrprop.research.likeness import Likeness, References, compare, correlation, effects
 from slrprop.research.matrix import collapse, collapse_alike
 
@@ -46,6 +49,30 @@ def selective_information(weight: Tensor, complement: bool = False) -> float:
 def cost(weight: Tensor) -> float:
     """The sum of ``|w|``."""
     return float(weight.detach().abs().double().sum())
+
+
+def give_weight(name: str, module: nn.Module, weight: Tensor) -> None:
+    """Change in place what a layer's weight, as torch stores it, is or is computed from, so that it becomes this one.
+
+    Raises:
+        SlrpropError: the layer computes another one, whatever it is given; it stays as it was.
+    """
+    before, held = copy.deepcopy(module.state_dict()), {**module._parameters, **module._buffers}
+    with torch.no_grad():
+        try:
+            if is_parametrized(module, "weight"):
+                module.weight = weight
+            for stored in (held.get(key) for key in ("weight", "weight_orig", "weight_v")):
+                if stored is not None:
+                    stored.copy_(weight)
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, WeightNorm) and hook.name == "weight":
+                    module.get_parameter("weight_g").copy_(torch.norm_except_dim(weight, 2, hook.dim))
+            if not torch.allclose(weight_and_bias(module)[0], weight, 1e-2, 1e-3 * float(weight.abs().max())):
+                raise ValueError("it comes out as another one")
+        except Exception as error:  # somebody else's parametrisation may have no inverse
+            module.load_state_dict(before)
+            raise SlrpropError(f"layer '{name}' computes its weight, and can't be given another one ({first_line(error)}); take its parametrisation away first") from error  # fmt: skip
 
 
 class InformationControl:
