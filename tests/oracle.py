@@ -1,4 +1,4 @@
-"""The literal definition of the cost scores: run the whole network once per neuron."""
+"""Literal definitions: of the cost scores, which run the whole network once per neuron, and of neurons in another order."""
 
 from collections.abc import Callable, Sequence
 
@@ -62,3 +62,12 @@ def naive_cost(
     finally:
         layer.weight.copy_(before)
     return torch.tensor(row_scores, dtype=torch.float64), torch.tensor(column_scores, dtype=torch.float64)
+
+
+def permuted_as_the_weight(form, random):
+    """Check a form with its neurons in a random order against its weight; that form, and the order of inputs and outputs."""
+    rows, columns = (torch.tensor(random.sample(range(side), side), dtype=torch.long) for side in form.shape)
+    moved = form.permuted(rows, columns)
+    torch.testing.assert_close(moved.dense(), form.dense()[rows][:, columns])
+    assert moved.numbers == form.numbers
+    return moved, rows, columns

@@ -5,7 +5,6 @@ import itertools
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,6 +24,7 @@ from slrprop.network.torch_modules import operator_of
 from slrprop.operators import Convolution, times
 from slrprop.operators.convolution import POSITIONS
 from slrprop.sides import Sides
+from tests.onnx_models import run
 
 
 @st.composite
@@ -147,10 +147,6 @@ def path(net, images, tmp_path_factory):
     return target
 
 
-def run(file, x: Tensor) -> Tensor:
-    return torch.from_numpy(onnxruntime.InferenceSession(str(file)).run(None, {"x": x.numpy()})[0])
-
-
 FITTED = {
     "svd": {"rank": 5},
     "slr cost": {"rank": 6},
@@ -189,7 +185,8 @@ def test_both_doors_carry_out_the_same_plan(name, net, path, images, tmp_path):
         setattr(parent, layer.name.rpartition(".")[2], twin)
     torch.testing.assert_close(want, dense(images), rtol=1e-3, atol=1e-4)
     assert slrprop.export_onnx(small, tmp_path / "small.onnx", images[:3]) < 1e-4
-    torch.testing.assert_close(run(tmp_path / "small.onnx", images), want, rtol=1e-3, atol=1e-4)
+    (got,) = run(tmp_path / "small.onnx", {"x": images})
+    torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-3, atol=1e-4)
     slrprop.save(small, tmp_path / "small.safetensors")
     assert torch.equal(slrprop.load(net, tmp_path / "small.safetensors")(images), small(images))
     filed = slrprop.plan(path, images, method=method, **given)
@@ -197,9 +194,8 @@ def test_both_doors_carry_out_the_same_plan(name, net, path, images, tmp_path):
     assert max(parity.outputs.values()) < 1e-4
     assert [layer.shape for layer in filed.layers] == [layer.shape for layer in plan.layers]
     if "norm" not in {layer.name for layer in plan.layers} and method in ("svd", "rtn"):
-        torch.testing.assert_close(
-            run(tmp_path / "file.onnx", images), want, rtol=0.2, atol=0.1
-        )  # batch norm was folded
+        (got,) = run(tmp_path / "file.onnx", {"x": images})
+        torch.testing.assert_close(torch.from_numpy(got), want, rtol=0.2, atol=0.1)  # batch norm was folded
 
 
 @pytest.fixture(scope="module")

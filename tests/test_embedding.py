@@ -1,6 +1,5 @@
 """Embeddings through both doors: counts, forms, files, refusals."""
 
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from slrprop.methods import Problem
 from slrprop.network import open_network
 from slrprop.quantize import quantised
 from slrprop.statistics import Counts, moments
+from tests.onnx_models import run
 
 WORDS, LENGTH = 200, 12
 
@@ -50,10 +50,6 @@ def path(net, ids, tmp_path_factory):
     return target
 
 
-def run(file, ids: Tensor) -> Tensor:
-    return torch.from_numpy(onnxruntime.InferenceSession(str(file)).run(None, {"ids": ids.numpy()})[0])
-
-
 @pytest.mark.parametrize(
     ("method", "given"),
     [("svd", {"rank": 6}), ("low_rank", {"rank": 6}), ("low_rank", {"rank": 8, "bits": 4}), ("dense", {"bits": 8}), ("dense", {"bits": 4}), ("rtn", {"bits": 8})],
@@ -66,7 +62,8 @@ def test_both_doors_carry_out_plans(method, given, net, path, ids, tmp_path):
     twin.words = nn.Embedding.from_pretrained(words.detach())
     torch.testing.assert_close(small(ids), twin(ids))
     assert slrprop.export_onnx(small, tmp_path / "small.onnx", ids[:3]) < 1e-4
-    torch.testing.assert_close(run(tmp_path / "small.onnx", ids), small(ids).detach(), rtol=1e-3, atol=1e-4)
+    (got,) = run(tmp_path / "small.onnx", {"ids": ids})
+    torch.testing.assert_close(torch.from_numpy(got), small(ids).detach(), rtol=1e-3, atol=1e-4)
     slrprop.save(small, tmp_path / "small.safetensors")
     assert torch.equal(slrprop.load(net, tmp_path / "small.safetensors")(ids), small(ids))
     name = next(layer.name for layer in slrprop.inspect(path) if layer.shape == (WORDS, 24))

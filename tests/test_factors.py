@@ -10,6 +10,7 @@ from slrprop.layers import layer_from
 from slrprop.linalg import SVD, truncated_svd
 from slrprop.methods.slr import SLRSettings
 from slrprop.operators import MatMul
+from tests.oracle import permuted_as_the_weight
 
 
 @st.composite
@@ -40,12 +41,7 @@ def test_shortened_factors_are_the_articles_cut(case):
 @settings(deadline=None)
 def test_permuted_factors_are_the_permuted_weight(case, random):
     factors, _, _ = case
-    rows, columns = list(range(factors.shape[0])), list(range(factors.shape[1]))
-    random.shuffle(rows)
-    random.shuffle(columns)
-    moved = factors.permuted(torch.tensor(rows), torch.tensor(columns))
-    torch.testing.assert_close(moved.dense(), factors.dense()[rows][:, columns])
-    assert moved.numbers == factors.numbers
+    permuted_as_the_weight(factors, random)
 
 
 def gradients(y, blocks):
