@@ -143,10 +143,7 @@ class Sampled(ABC):
             whole, size = self._tried(batch.take(slice(TRIED)))
             parts = [self._tried(batch.take(slice(*ends)))[0] for ends in ((0, TRIED - 1), (TRIED - 1, TRIED))]
             apart = alike(torch.cat(parts, self.place(batch)), whole)
-        except (
-            SlrpropError,
-            RuntimeError,
-        ):  # for a fixed number of samples, or outputs that can't be joined or compared
+        except (SlrpropError, RuntimeError):  # a fixed number of samples, or outputs that can't be joined or compared
             apart = False
         return max(1, TRIED * bound() // (4 * max(size, 1))) if apart else sys.maxsize
 

@@ -52,7 +52,7 @@ class Operator(ABC):
 
     def outputs(self, y: Tensor, first: int | None = None) -> Tensor:
         """What is made (p x n), at the positions that :meth:`inputs` takes; at all of them for None."""
-        return y.movedim(self.axis, -1).flatten(0, -2)
+        return y.movedim(self.axis, -1).reshape(-1, y.shape[self.axis])
 
     def compute(self, form: Factors, bias: Tensor | None, x: Tensor) -> Tensor:
         """The operation with a form in the place of its weight, and a bias (n,)."""
@@ -74,8 +74,8 @@ class Operator(ABC):
     @abstractmethod
     def enter(self, x: Tensor, weight: Tensor) -> Tensor: ...
 
-    @abstractmethod
-    def product(self, h: Tensor, weight: Tensor) -> Tensor: ...
+    def product(self, h: Tensor, weight: Tensor) -> Tensor:
+        return h @ weight
 
     def some(self, x: Tensor, rows: Index) -> Tensor:
         return rows.every(self.unit).taken(x, self.axis)

@@ -30,11 +30,5 @@ class Lookup(Operator):
     def inputs(self, x: Tensor, first: int = 0) -> Tensor:
         return x.reshape(-1)
 
-    def outputs(self, y: Tensor, first: int | None = None) -> Tensor:
-        return y.reshape(-1, y.shape[-1])
-
     def enter(self, x: Tensor, weight: Tensor) -> Tensor:
         return weight[x]
-
-    def product(self, h: Tensor, weight: Tensor) -> Tensor:
-        return h @ weight

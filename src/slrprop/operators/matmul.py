@@ -31,9 +31,6 @@ class MatMul(Operator):
     def inputs(self, x: Tensor, first: int = 0) -> Tensor:
         return x.reshape(-1, x.shape[-1])
 
-    def outputs(self, y: Tensor, first: int | None = None) -> Tensor:
-        return y.reshape(-1, y.shape[-1])
-
     def compute(self, form: Factors, bias: Tensor | None, x: Tensor) -> Tensor:
         if isinstance(form, Dense) and bias is not None:  # rounded as torch's own layer is
             return functional.linear(x, form.weight.T, bias.to(x))
@@ -41,9 +38,6 @@ class MatMul(Operator):
 
     def enter(self, x: Tensor, weight: Tensor) -> Tensor:
         return x @ weight
-
-    def product(self, h: Tensor, weight: Tensor) -> Tensor:
-        return h @ weight
 
 
 def times(rows: Tensor, form: Factors) -> Tensor:
