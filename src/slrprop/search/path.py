@@ -124,8 +124,8 @@ def candidates_of(
 ) -> list[Candidate]:
     """All candidates of a layer, the dense one first; none whose numbers alone take more than ``most`` bytes.
 
-    ``inputs`` are rows of what every layer reads, ``choices`` what is tried for it. Of each method's ladder the largest step and every ``every``-th below it are made, with a ``block`` all of
-    :func:`slrprop.search.blocks.in_blocks`.
+    ``inputs`` are rows of what every layer reads, ``choices`` what is tried for it. Of each method's ladder the largest step and every ``every``-th below it are made, or
+    all where ranks are cut down to whole blocks (:func:`slrprop.search.blocks.in_blocks`).
 
     ``error`` is of the layer's outputs there, weighed by what they do to the network's where that is known and any of
     the methods is calibrated.
@@ -160,8 +160,10 @@ def candidates_of(
             )
         if name not in kind(**given).eligible(problem.network):
             continue  # for example a layer that SLRProp's chain does not reach
-        steps = in_blocks(kind.ladder(m, n), problem.network.operator(name), (m, n), block)
-        for step in steps[:: -every if block == 1 else -1]:  # the components of lower ranks are part of the largest's
+        ladder = kind.ladder(m, n)
+        steps = in_blocks(ladder, problem.network.operator(name), (m, n), block)
+        # from the largest: the components of lower ranks are part of its
+        for step in steps[:: -every if steps == ladder else -1]:
             settings = kind(**{**step, **given}).at(problem.network.operator(name), (m, n))
             if (
                 settings.refusal(m, n)

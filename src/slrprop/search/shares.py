@@ -110,7 +110,7 @@ class Shares:
     def time(self, times: Times) -> None:
         """Measure what the candidates take in time; a layer with no faster one stays as it is."""
         for name, curve in self.curves.items():
-            self.curves[name] = times.of(name, curve)
+            self.curves[name] = times.of(name, curve) if len(curve) > 1 else curve
             if len(curve) > 1 and all(math.isnan(candidate.seconds) for candidate in self.curves[name][1:]):
                 self.leave_dense(name, "no form of it runs faster")
 
