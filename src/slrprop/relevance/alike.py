@@ -171,8 +171,11 @@ def behind_one_low_rank(z: Tensor, s: Tensor, left: Tensor, right: Tensor, weigh
             if not len(sample):
                 continue
             linear = ((right * (at > 0).to(z)[:, None]).flatten(0, 1) @ weight).unflatten(0, (len(samples), -1))
-            out = z.new_empty(len(sample), c, TILE)
-            _run("one_layer_low_rank", at, right.T, lengths, weight, linear, sample, shares, out)
+            out, none = z.new_empty(len(sample), c, TILE), z.new_empty(len(samples), len(right), 0)
+            _run(
+                "low_rank", at, right.T, lengths, weight, z.new_empty(z.shape[1], 0), none[:, 0], torch.empty(0, dtype=torch.bool), none,
+                none[:, 0], none[:1, 0], z.new_empty(0, c), linear, sample, shares, out,
+            )  # fmt: skip
             yield samples[sample], candidates, out.mT
 
 
@@ -205,7 +208,7 @@ def behind_two(
             linear = (own * second) @ weight
             out = z.new_empty(len(sample), c, TILE)
             _run(
-                "two_layers", at, right.T, lengths, behind, between, at_next, second, own,
+                "low_rank", at, right.T, lengths, behind, between, at_next, second, own,
                 own.square().sum(1).sqrt_(), spans, weight, linear, sample, shares, out,
             )  # fmt: skip
             yield samples[sample], candidates, out.mT

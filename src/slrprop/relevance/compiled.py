@@ -152,31 +152,7 @@ def _flips(share, z, right, lengths, listed, flip):  # type: ignore[no-untyped-d
 
 
 @njit(parallel=True, fastmath=FAST, cache=True)
-def one_layer_low_rank(z, right, lengths, weight, linear, samples, shares, out, threads):  # type: ignore[no-untyped-def]
-    """What follows one ReLU layer changes by, for injections ``right @ shares[t, :, j]`` into it.
-
-    Args:
-        z: pre-activations (b x n).
-        right: n x r; ``lengths``: their norms (n,).
-        weight: outgoing (n x c).
-        linear: the change for each component while no unit flips (b x r x c).
-        samples: of each tile (t,); ``shares``: t x r x TILE.
-        out: the changes (t x c x TILE).
-        threads: each takes every so many tiles.
-    """
-    n, columns, components = z.shape[1], np.arange(weight.shape[1]), np.arange(right.shape[1])
-    for thread in prange(threads):
-        flip, chosen = _rows_of_tiles(n, z.dtype), np.empty(n, np.int64)
-        for tile in range(thread, len(samples), threads):
-            p, share, total = samples[tile], shares[tile], out[tile]
-            count, _ = _flips(share, z[p], right, lengths, chosen, flip)
-            total[:] = 0
-            _add(total, linear[p], components, columns, share)
-            _add(total, weight, chosen[:count], columns, flip)
-
-
-@njit(parallel=True, fastmath=FAST, cache=True)
-def two_layers(  # type: ignore[no-untyped-def]
+def low_rank(  # type: ignore[no-untyped-def]
     z,
     right,
     lengths,
@@ -194,7 +170,7 @@ def two_layers(  # type: ignore[no-untyped-def]
     out,
     threads,
 ):
-    """What follows two ReLU layers changes by, for injections ``right @ shares[t, :, j]`` into the first.
+    """What follows two ReLU layers changes by, for injections ``right @ shares[t, :, j]`` into the first; one layer, where the second has no units.
 
     Args:
         z: pre-activations of the first layer (b x n).
@@ -224,6 +200,8 @@ def two_layers(  # type: ignore[no-untyped-def]
             total[:] = 0
             _add(total, linear[p], components, columns, share)
             _add(total, behind, chosen[:count], columns, flip)
+            if not m:
+                continue
             size[:], flipped[:] = 0, 0
             for i in range(count):
                 for j in range(TILE):
