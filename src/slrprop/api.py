@@ -223,8 +223,7 @@ def realised(
     """
     if isinstance(model, nn.Module):
         return _apply_module(model, plan, sharing)
-    file = model if isinstance(model, OnnxFile) else OnnxFile.open(model)
-    network = OnnxNetwork(folded(file, plan.folded), None)
+    network = OnnxNetwork(folded(model, plan.folded), None)
     done = _file_forms(network, plan)
     return rewritten(network.file, network.graph, done.moved, integer_products, done.orders)
 

@@ -21,7 +21,7 @@ from slrprop.errors import SlrpropError
 from slrprop.factors import Bias, Factors, Fit, Quantized
 from slrprop.factors.quantized import CODES
 from slrprop.layers import keep_factored
-from slrprop.network import Network, OnnxNetwork, TorchNetwork, open_network
+from slrprop.network import Network, OnnxNetwork, TorchNetwork, folded, open_network
 from slrprop.network.chain import ACTIVATIONS, Step
 from slrprop.network.onnx_torch import Behind, foreign_nodes
 from slrprop.network.torch import evaluating, main_output, swapped
@@ -131,7 +131,7 @@ def tune(model: Any, data: Any, plan: Plan, settings: TuneSettings | None = None
     if not isinstance(plan, Plan):
         raise SlrpropError(f"tune takes a plan that slrprop.plan made, got {type(plan).__name__}")
     opened = open_data(data)
-    return distilled(open_network(model, opened), opened, plan, settings)
+    return distilled(open_network(folded(model, plan.folded), opened), opened, plan, settings)
 
 
 def distilled(

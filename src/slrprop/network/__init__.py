@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -33,8 +33,6 @@ __all__ = [
     "open_network",
 ]
 
-Model = TypeVar("Model", bound=nn.Module | OnnxFile)
-
 
 def open_network(
     model: nn.Module | OnnxFile | str | Path, data: Data | None, reading: Reading | None = None
@@ -45,15 +43,17 @@ def open_network(
     return TorchNetwork(model, data, reading)  # which refuses anything else
 
 
-def folded(model: Model, norms: Mapping[str, str]) -> Model:
-    """The model whose batch norms are folded into the layers before them, by these layers' names.
+def folded(model: Any, norms: Mapping[str, str]) -> Any:
+    """The module or file (an :class:`OnnxFile`) whose batch norms are folded into the layers before them, by these layers' names.
 
     Raises:
         SlrpropError: the model has no such layer or no such batch norm.
     """
     if not norms:
         return model
-    return onnx_fold.folded(model, norms) if isinstance(model, OnnxFile) else torch_fold.folded(model, norms)  # type: ignore[return-value]
+    if isinstance(model, nn.Module):
+        return torch_fold.folded(model, norms)
+    return onnx_fold.folded(model if isinstance(model, OnnxFile) else OnnxFile.open(model), norms)
 
 
 def in_lockstep(network: Network, data: Data) -> Lockstep:
