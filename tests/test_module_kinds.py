@@ -189,6 +189,7 @@ class Renamed(nn.Linear):
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
 
 
 class Parent(nn.Module):
