@@ -27,7 +27,7 @@ def norms_of(graph: Graph) -> dict[str, tuple[int, Affine]]:
         alone = len(readers) == 1 and layer.y not in graph.outputs and not isinstance(layer.operator, Lookup)
         if alone and (maps or axes == 2) and graph.constants[layer.weight].dtype != np.float16:
             affine = graph.affine(graph.nodes[readers[0]])
-            if affine is not None and graph.nodes[readers[0]].input[0] == layer.y:
+            if affine and len(affine.scale) == layer.shape[1] and graph.nodes[readers[0]].input[0] == layer.y:
                 found[name] = readers[0], affine
     return found
 
