@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from slrprop.factors import Dense, Factors, Quantized
@@ -132,10 +131,7 @@ def computed_by(problem: Problem, layer: LayerPlan) -> Compressed:
     form = layer.factors
     assert form is not None
     own = form.bias if isinstance(form, Quantized) else layer.bias
-    bias = problem.network.bias(layer.name) if own is None else own
-    weight = form.dense().cpu()
-    known = torch.zeros(weight.shape[1], dtype=torch.float64) if bias is None else bias.detach().double().cpu()
-    return Compressed(weight, known, form)
+    return Compressed.of(form, problem.network.bias(layer.name) if own is None else own)
 
 
 def head_after(problem: Problem, names: list[str]) -> str | None:
@@ -159,8 +155,7 @@ def fit_layer(
     if problem.network.operator(name).bits_only:  # every number by itself
         packed, kept = quantised(Dense(problem.weight(name)), settings.bits), problem.network.bias(name)
         packed = packed if kept is None else with_bias(packed, kept)
-        known = torch.zeros(packed.shape[1], dtype=torch.float64) if kept is None else kept.double()
-        return Decision(name, packed), Compressed(packed.dense(), known, packed)
+        return Decision(name, packed), Compressed.of(packed, kept)
     before = compressed if settings.sequential else {}
     task = problem.calibration.regression(name, before, settings.weighted)
     dtype = problem.weight(name).dtype
@@ -169,16 +164,9 @@ def fit_layer(
     if own is not None:  # a solution in itself: rounding is to come near to it, not to the weight it was fitted to
         task = replace(task, weight=form.dense())
     # the mean output that the bias is to give, whatever rounding does to the form; None: the bias stays as it is
-    looked_up = isinstance(task.operator, Lookup)  # which adds nothing
-    mean = (
-        None
-        if looked_up
-        else task.target_mean
-        if settings.bias_correction
-        else None
-        if own is None
-        else own + task.mean @ form.dense()
-    )
+    mean: Tensor | None = None
+    if not isinstance(task.operator, Lookup) and (settings.bias_correction or own is not None):  # that one adds nothing
+        mean = task.target_mean if settings.bias_correction or own is None else own + task.mean @ form.dense()
     bias: Tensor | None = None
     if settings.bits < 32:
         form = quantised(form, settings.bits, task)
@@ -189,4 +177,4 @@ def fit_layer(
         bias = None if mean is None else (mean - task.mean @ form.dense().double()).to(dtype)
     made = form.bias if isinstance(form, Quantized) else bias
     now = task.bias if made is None else made.double()
-    return Decision(name, form, bias=bias, notes=notes), Compressed(form.dense(), now, form)
+    return Decision(name, form, bias=bias, notes=notes), Compressed(form, now)

@@ -127,12 +127,14 @@ class OnnxNetwork(Network):
                 self._chains = {name: fold(real, like) if dense else None}
         return super().chain(name)
 
+    def forget(self) -> None:
+        self._chains.clear()
+
     def fingerprint(self, name: str) -> str:
         key = f"fingerprint of {name}"
         if key not in self.file.known:
             self.file.known[key] = super().fingerprint(name)
-        found: str = self.file.known[key]
-        return found
+        return str(self.file.known[key])
 
     def with_file(self, file: OnnxFile) -> "OnnxNetwork":
         """The same for a file of other layers with the same inputs and outputs, which is only to be run whole."""
@@ -276,10 +278,8 @@ class OnnxNetwork(Network):
             yield from super().gradients(names, data, probes)
             return
         fed = {value.name for value in self.graph.inputs}
-        session, random = (
-            self.file.session(sorted((behind.reads | {self.graph.main}) - fed)),
-            torch.Generator().manual_seed(0),
-        )
+        session = self.file.session(sorted((behind.reads | {self.graph.main}) - fed))
+        random = torch.Generator().manual_seed(0)
         for place, part in enumerate(part for batch in data for part in self.parts(batch)):
             found = {**part.feed, **self.run(session, part.feed)}
             made = behind.run(found)
