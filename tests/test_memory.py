@@ -3,17 +3,24 @@
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import slrprop
 from slrprop.calibration import Calibration
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
+from slrprop.factors import Dense, Factors, LowRank
+from slrprop.factors.quantized import CODES
+from slrprop.linalg import between, mirrored
 from slrprop.memory import bound
 from slrprop.network import open_network
+from slrprop.quantize import quantised, rounded
+from slrprop.regression import Spread
 
 
 class Convolutions(nn.Module):
@@ -129,3 +136,109 @@ def test_the_peak_of_convolutions_on_large_maps():
     run = [sys.executable, "-c", PEAK]
     done = subprocess.run(run, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert float(done.stdout.split()[-1]) < 320
+
+
+def held(form):
+    """Bytes of all tensors of a form, those without any memory aside."""
+    values = [*vars(form).values()]
+    values += [value for inner in values if isinstance(inner, dict) for value in inner.values()]
+    own = sum(value.nbytes for value in values if isinstance(value, torch.Tensor) and not value.is_meta)
+    return own + sum(held(value) for value in values if isinstance(value, Factors))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("form", [LowRank(torch.randn(64, 8), torch.randn(8, 32)), Dense(torch.randn(65, 33))])
+def test_forms_in_few_bits_hold_no_more_than_is_stored(form, bits):
+    """A search keeps hundreds of them."""
+    packed = quantised(form, bits)
+    assert held(packed) == sum(array.nbytes for array in packed.arrays().values()) == packed.bytes
+    low, high = CODES[bits]
+    for name, codes in packed.codes.matrices().items():
+        assert codes.dtype == torch.int8 and codes.min() >= low and codes.max() <= high
+        torch.testing.assert_close(codes * packed.scales[name].float().unsqueeze(packed.scale_axes()[name]), packed.plain().matrices()[name], rtol=0, atol=0)  # fmt: skip
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for value in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(value, torch.Tensor) and not value.is_meta:
+                self.bytes = max(self.bytes, value.numel() * value.itemsize)
+        return made
+
+
+@pytest.mark.parametrize("settings", [{"method": "low_rank", "rank": 20}, {"method": "dense"}])
+def test_an_embedding_is_fitted_without_a_wider_copy_of_it(settings, monkeypatch):
+    """In float64 a table of words would take as much as a network: no tensor is larger than the table itself."""
+    torch.manual_seed(0)
+    monkeypatch.setattr("slrprop.linalg.TOGETHER", 1 << 12)
+    model = nn.Sequential(nn.Embedding(4000, 32), nn.Flatten(), nn.Linear(3 * 32, 4)).eval()
+    with Largest() as largest:
+        slrprop.plan(model, torch.randint(0, 4000, (50, 3)), layers="0", bits=4, **settings)
+    assert largest.bytes <= model[0].weight.nbytes
+
+
+class Residual(nn.Module):
+    """Dense layers of which none stands in a chain."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.last = nn.ModuleList(nn.Linear(40, 40) for _ in range(6)), nn.Linear(40, 5)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x).relu()
+        return self.last(x)
+
+
+def test_regressions_are_let_go_of_once_the_next_is_asked_for(monkeypatch):
+    """Where all do not fit: of six layers two or three at once."""
+    torch.manual_seed(0)
+    monkeypatch.setattr("slrprop.calibration.bound", lambda: 600_000)
+    data = Data(torch.randn(300, 40))
+    network = open_network(Residual().eval(), data)
+    calibration = Calibration(network, data)
+    names = network.order[:6]
+    calibration.prepare(names)
+    before, means = None, []
+    for name in names:
+        task = calibration.regression(name, {})
+        means.append(task.mean)
+        assert before is None or before() is None
+        before = weakref.ref(task)
+        del task
+    monkeypatch.undo()
+    for name, mean in zip(names, means, strict=True):
+        torch.testing.assert_close(mean, Calibration(network, data).regression(name, {}).mean)
+
+
+def test_a_search_that_keeps_no_plan_finds_the_same(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(60, 50), nn.ReLU(), nn.Linear(50, 30), nn.ReLU(), nn.Linear(30, 4)).eval()
+    data, asked = torch.randn(60, 60), {"max_bytes": "60%", "methods": {"low_rank": {"bits": 8}, "dense": {"bits": 8}}}
+    want = slrprop.compress(model, data, **asked)
+    monkeypatch.setattr("slrprop.search.shares.bound", lambda: 0)
+    found = slrprop.compress(model, data, **asked)
+    assert found.plan.to_json() == want.plan.to_json() and found.evaluations == want.evaluations
+
+
+def test_what_is_done_a_part_at_a_time_is_the_same(monkeypatch):
+    torch.manual_seed(0)
+    upper = torch.randn(300, 300, dtype=torch.float64)
+    symmetric = upper.triu() + upper.triu(1).T
+    assert torch.equal(mirrored(upper), symmetric)
+    matrix, x = torch.randn(50, 30, dtype=torch.float64), torch.randn(200, 50, dtype=torch.float64)
+    want = rounded(matrix, 0, 4, Spread.of(x.T @ x)), rounded(matrix, 1, 4)
+    monkeypatch.setattr("slrprop.quantize.COLUMNS", 200)
+    monkeypatch.setattr("slrprop.linalg.TOGETHER", 100)
+    found = rounded(matrix, 0, 4, Spread.of(x.T @ x)), rounded(matrix, 1, 4)
+    for one, other in zip(want, found, strict=True):
+        assert all(map(torch.equal, one, other))
+    diagonal = torch.rand(50, dtype=torch.float64)
+    torch.testing.assert_close(between(matrix, diagonal, matrix), matrix.T @ diagonal.diag() @ matrix)

@@ -16,6 +16,7 @@ import slrprop
 from slrprop import SlrpropError
 from slrprop.calibration import METRIC_DAMPING, Calibration
 from slrprop.data import Data
+from slrprop.factors import Dense
 from slrprop.factors.blocks import members
 from slrprop.linalg import truncated_svd
 from slrprop.methods import base as methods_base
@@ -42,15 +43,15 @@ def narrowed_by(model, name, rank):
     linear = model.get_submodule(name)
     svd = truncated_svd(linear.weight.detach().T.double(), rank)
     bias = 0.1 * torch.arange(linear.out_features, dtype=torch.float64)
-    return Compressed(svd.left @ svd.vt, bias)
+    return Compressed(Dense(svd.left @ svd.vt), bias)
 
 
 def put(model, compressed):
     """A copy of the model with the compressed layers in it."""
     twin = copy.deepcopy(model)
-    for name, (weight, bias, _) in compressed.items():
+    for name, now in compressed.items():
         linear = twin.get_submodule(name)
-        linear.weight.data, linear.bias.data = weight.T.to(linear.weight).contiguous(), bias.to(linear.weight)
+        linear.weight.data, linear.bias.data = now.weight.T.to(linear.weight).contiguous(), now.bias.to(linear.weight)
     return twin
 
 
@@ -194,7 +195,7 @@ class TestMoments:
         before = {"0": narrowed_by(trained, "0", 7)}
         task = calibration_of(trained, calibration[0]).regression("2", before)
         weight = task.low_rank(3)[0] @ task.low_rank(3)[1]
-        after = put(trained, before | {"2": Compressed(weight, task.corrected_bias(weight))})
+        after = put(trained, before | {"2": Compressed(Dense(weight), task.corrected_bias(weight))})
         (_, got), (_, want) = seen(after, "2", calibration[0]), seen(trained, "2", calibration[0])
         torch.testing.assert_close(got.mean(0), want.mean(0), rtol=1e-4, atol=1e-4)
 
@@ -351,7 +352,7 @@ class TestLockstep:
         for place, name in enumerate(network.order):
             tasks.append(found.regression(name, dict(before)))
             if place in planned:
-                before[name] = Compressed(tasks[-1].weight * 1.1 - 0.02, tasks[-1].bias + 0.1)
+                before[name] = Compressed(Dense(tasks[-1].weight * 1.1 - 0.02), tasks[-1].bias + 0.1)
         found.rest()
         return tasks
 
@@ -392,7 +393,9 @@ class TestLockstep:
             found = Calibration(network, data)
             found.prepare(network.order)
             first, last = network.order[3], network.order[5]
-            changed = {first: Compressed(network.weight(first).double() * 0.5, torch.ones(8, dtype=torch.float64))}
+            changed = {
+                first: Compressed(Dense(network.weight(first).double() * 0.5), torch.ones(8, dtype=torch.float64))
+            }
             want = found.regression(last, changed)
             assert_same_task(
                 found.regression(network.order[4], dict(changed)), found.regression(network.order[4], changed)
@@ -439,10 +442,10 @@ class TestLockstep:
         found, alone = Calibration(network, data), Calibration(network, data)
         found.prepare(network.order)
         first, second, third = network.order
-        before = {first: Compressed(network.weight(first).double() * 0.5, torch.zeros(6, dtype=torch.float64))}
+        before = {first: Compressed(Dense(network.weight(first).double() * 0.5), torch.zeros(6, dtype=torch.float64))}
         assert found.pairs.together
         assert_same_task(found.regression(second, before), alone.regression(second, before))
-        before[second] = Compressed(network.weight(second).double() * 0.7, torch.zeros(6, dtype=torch.float64))
+        before[second] = Compressed(Dense(network.weight(second).double() * 0.7), torch.zeros(6, dtype=torch.float64))
         assert_same_task(found.regression(third, before), alone.regression(third, before))
         assert not found.pairs.together
 
@@ -504,7 +507,7 @@ class TestInOrder:
         """The second layer of a plan is the one fitted alone behind the first."""
         made = slrprop.plan(trained, calibration, method="low_rank", layers=["0", "2"], rank=5)
         first = made.layers[0]
-        before = {"0": Compressed(first.factors.dense().double(), first.bias.double(), first.factors)}
+        before = {"0": Compressed(first.factors, first.bias.double())}
         task = calibration_of(trained, calibration[0]).regression("2", before)
         want = fit_low_rank(task, LowRankSettings(rank=5)).dense()
         torch.testing.assert_close(made.layers[1].factors.dense().double(), want, rtol=1e-3, atol=1e-5)
@@ -517,10 +520,10 @@ class TestInOrder:
     def test_factors_lead_where_their_dense_weight_does(self, settings, trained, calibration):
         """A layer behind factors sees what it sees behind the matrix that they make."""
         made = slrprop.plan(trained, calibration, layers=["0"], refit_head=False, **settings).layers[0].factors
-        weight, bias = made.dense().double(), torch.ones(96, dtype=torch.float64)
+        bias = torch.ones(96, dtype=torch.float64)
         behind = [
-            calibration_of(trained, calibration[0]).regression("4", {"0": Compressed(weight, bias, form)})
-            for form in (None, made)
+            calibration_of(trained, calibration[0]).regression("4", {"0": Compressed(form, bias)})
+            for form in (Dense(made.dense().double()), made)
         ]
         for what in ("mean", "covariance"):
             torch.testing.assert_close(*(getattr(task, what) for task in behind), rtol=1e-4, atol=1e-5)

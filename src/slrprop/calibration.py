@@ -7,7 +7,6 @@ original network's pre-activation.
 import itertools
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from slrprop.memory import bound, give_back
 from slrprop.network.base import Network
 from slrprop.operators import Lookup
 from slrprop.pairs import Compressed, Pairs
-from slrprop.regression import DAMPING, Diagonal, Regression, level
+from slrprop.regression import DAMPING, Regression, level
 from slrprop.statistics import Counts, Moments, moments_of, summed_of
 
 ROUNDING = 1e-12  # relative, of sums in float64
@@ -45,7 +44,8 @@ class Calibration:
         self._metrics: dict[str, np.ndarray | None] = {}  # packed triangles
         # of layers whose inputs are the original ones, the last ones that fit
         self._first: dict[tuple[str, bool], Regression] = {}
-        self._coming: tuple[str, ...] = ()  # layers whose moments are summed together, as many as fit
+        # layers asked for in this order, whose moments are summed together, as many as fit; those before are done with
+        self._coming: tuple[str, ...] = ()
 
     def prepare(self, names: tuple[str, ...], weighted: bool = True, alone: bool = True) -> None:
         """Measure all that the named layers of the original network need at once, where each would take a run of its own.
@@ -54,15 +54,18 @@ class Calibration:
             alone: each is asked for with nothing compressed before it; else its sums are of use to none but the first, and made only where
                 they take little room.
         """
-        many = tuple(name for name in names if self.network.chain(name) is None and (name, weighted) not in self._first)
+        some = names if len(names) > 1 else ()  # of a file's chain all numbers are read
+        many = tuple(name for name in some if self.network.chain(name) is None and (name, weighted) not in self._first)
         if len(many) < 2:
             return
         if weighted:
             self._measure_metrics(tuple(name for name in many if name not in self._metrics))
         outputs: dict[str, list[Tensor]] | None = {} if self.pairs.prepare(many) else None
-        if alone or sum(map(self._size, many)) <= bound() // 2:
+        fit = sum(map(self._size, many)) <= bound() // 2
+        if alone or fit:
             self._coming = many
             self._measure_next(many[0], weighted, outputs)
+            self._coming = () if fit else many
             self.pairs.outputs |= outputs or {}
         else:
             self._coming, self._first = (), {}
@@ -95,6 +98,9 @@ class Calibration:
         """
         siblings = self.network.siblings(name)
         before = {key: value for key, value in compressed.items() if key not in siblings}
+        if not before and name in self._coming:
+            done = self._coming[: self._coming.index(name)]
+            self._first = {key: task for key, task in self._first.items() if key[0] not in done}
         if not before and (name, True) in self._first:
             return self._first[name, True] if weighted else self._first[name, True].unweighted
         if not before and (name, weighted) in self._first:
@@ -106,6 +112,8 @@ class Calibration:
                 return self._first[name, weighted]
         if summed is None:
             self._forget(self._size(name))
+            if weighted:
+                self._metric(name)  # while nothing else of the layer is there
             summed = summed_of(self.network, name, bool(before))
             for x, z in self.pairs.of(name, before):
                 summed.add(x, z)
@@ -115,54 +123,33 @@ class Calibration:
 
     def _made(self, name: str, before: dict[str, Compressed], weighted: bool, summed: Moments | Counts) -> Regression:
         """The regression out of moments; kept where nothing is compressed before."""
-        weight, bias, _ = self.pairs.original(name)
+        self.network.forget()
+        known = self.pairs.original(name)
+        weight = target = known.weight
         if isinstance(summed, Counts):
             read = summed.rows / summed.count
-            covariance: Any = Diagonal(read + UNSEEN * read.mean())
-            return self._kept(name, before, weighted, Regression(
-                name, weight, weight, bias, torch.zeros_like(read), covariance, torch.zeros_like(bias), *self._metric_and_root(name, weighted),
-                False, partial(self.pairs.samples, name, before), self.network.operator(name),
-            ))  # fmt: skip
-        mean, target_mean = summed.mean, summed.target_mean
-        covariance = summed.square.div_(summed.count)
-        varying = covariance.diagonal() > 0
-        # what rounding left of constant inputs is not below zero
-        floor = ROUNDING * covariance.diagonal().mean().clamp_min(0) + (ROUNDING * mean).square().mean()
-        covariance.diagonal().add_(floor)
-        target = weight
-        if summed.cross is not None and before:
-            pull = DAMPING * level(covariance)
-            at = varying.nonzero().flatten()
-            left = covariance[at[:, None], at]  # removed neurons give nothing: their weights stay
-            left.diagonal().add_(pull)
-            right = summed.cross[varying] / summed.count + pull * weight[varying]
-            target = weight.clone()
-            target[varying] = torch.cholesky_solve(right, torch.linalg.cholesky(left))
-        metric, root = self._metric_and_root(name, weighted)
-        relu = self.network.activation(name) == "relu"
-        samples = partial(self.pairs.samples, name, before)
-        found = Regression(
-            name,
-            weight,
-            target,
-            bias,
-            mean,
-            covariance,
-            target_mean,
-            metric,
-            root,
-            relu,
-            samples,
-            self.network.operator(name),
-        )
-        return self._kept(name, before, weighted, found)
-
-    def _metric_and_root(self, name: str, weighted: bool) -> tuple[Tensor | None, Tensor | None]:
+            mean, target_mean = torch.zeros_like(read), torch.zeros_like(known.bias)
+            covariance = read + UNSEEN * read.mean()
+        else:
+            mean, target_mean = summed.mean, summed.target_mean
+            covariance = summed.square.div_(summed.count)
+            varying = covariance.diagonal() > 0
+            # what rounding left of constant inputs is not below zero
+            floor = ROUNDING * covariance.diagonal().mean().clamp_min(0) + (ROUNDING * mean).square().mean()
+            covariance.diagonal().add_(floor)
+            if summed.cross is not None and before:
+                pull = DAMPING * level(covariance)
+                at = varying.nonzero().flatten()
+                left = covariance[at[:, None], at]  # removed neurons give nothing: their weights stay
+                left.diagonal().add_(pull)
+                right = summed.cross[varying] / summed.count + pull * weight[varying]
+                target = weight.clone()
+                target[varying] = torch.cholesky_solve(right, torch.linalg.cholesky(left))
         metric = self._metric(name) if weighted else None
-        return metric, None if metric is None else torch.linalg.cholesky(metric)
-
-    def _kept(self, name: str, before: dict[str, Compressed], weighted: bool, found: Regression) -> Regression:
-        """A regression, for later where nothing is compressed before it."""
+        found = Regression(
+            name, weight, target, known.bias, mean, covariance, target_mean, metric, None if metric is None else torch.linalg.cholesky(metric),
+            self.network.activation(name) == "relu", partial(self.pairs.samples, name, before), self.network.operator(name),
+        )  # fmt: skip
         if not before:
             self._first[name, weighted] = found
         return found
@@ -172,6 +159,12 @@ class Calibration:
         m, n = self.network.shape(name)
         inputs = m if isinstance(self.network.operator(name), Lookup) else 3 * m * m
         return 8 * (inputs + 2 * m * n + 2 * n * n)
+
+    def forget(self) -> None:
+        """Let go of the regressions that were made in turn because all do not fit."""
+        if self._coming:
+            self._coming, self._first = (), {}
+            give_back()
 
     def rest(self) -> None:
         """Let go of the batches that are on their way through the network."""
@@ -187,7 +180,7 @@ class Calibration:
         packed = self._metrics[name]
         if packed is None:
             return None
-        return mirrored(torch.from_numpy(dtpttr(self.network.shape(name)[1], packed)[0]))
+        return mirrored(torch.from_numpy(dtpttr(self.network.shape(name)[1], packed)[0])).T  # rows lie together again
 
     def _measure_metrics(self, names: tuple[str, ...]) -> None:
         self._metrics |= dict.fromkeys(names)

@@ -1,7 +1,7 @@
 """Truncated singular value decomposition by several solvers behind one front."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,8 @@ POWER_ITERATIONS = 12
 SUBSPACE_ITERATIONS = 8
 WARM_ITERATIONS = 2  # from a start that is near the solution
 DENSE_BELOW = 256  # symmetric matrices up to this size are decomposed whole
+MIRRORED = 256  # rows of a triangle at a time
+TOGETHER = 1 << 18  # numbers of a wide matrix that are worked on at a time, where all of them would take much memory
 
 
 class SVD(NamedTuple):
@@ -147,15 +149,33 @@ def top_eigenvectors(
     return (basis @ vectors[:, OVERSAMPLING:]).flip(1)
 
 
+def in_parts(*matrices: Tensor, together: int = 0) -> Iterator[tuple[Tensor, ...]]:
+    """Matrices of as many rows, the same few rows of each at a time: ``together`` numbers (0: ``TOGETHER``), or one row."""
+    rows = max(1, (together or TOGETHER) // max(1, *(matrix[:1].numel() for matrix in matrices)))
+    return zip(*(matrix.split(rows) for matrix in matrices), strict=True)
+
+
+def between(left: Tensor, covariance: Tensor, right: Tensor) -> Tensor:
+    """``left.T @ C @ right`` (j x l) of left (m x j), right (m x l) and C (m x m, or its diagonal alone); float64 where C is."""
+    if covariance.ndim == 2:
+        return left.T @ (covariance @ right)
+    found = covariance.new_zeros(left.shape[1], right.shape[1])
+    for a, c, b in in_parts(left, covariance[:, None], right):
+        found.addmm_((a * c).T, b.to(c))
+    return found
+
+
 def principal(target: Tensor, covariance: Tensor, root: Tensor | None, rank: int, near: Tensor | None = None) -> Tensor:
     """The top principal directions (n x k) of the weighed output ``C^.5 T L``, see :func:`reduced_rank`.
 
     ``near``: directions (n x k) to start from, see :func:`top_eigenvectors`.
     """
     m, n = target.shape
-    factors = (target,) if root is None else (target, root)
-    if root is not None and (n <= DENSE_BELOW or m < 4 * SUBSPACE_ITERATIONS * rank):  # else the product costs more
-        factors = (target @ root,)
+    factors = [target] if root is None else [target, root]
+    if covariance.ndim == 1:
+        factors, covariance = factors[1:], between(target, covariance, target)
+    elif root is not None and (n <= DENSE_BELOW or m < 4 * SUBSPACE_ITERATIONS * rank):  # else the product costs more
+        factors = [target @ root]
 
     def apply(v: Tensor) -> Tensor:
         for factor in reversed(factors):
@@ -165,15 +185,13 @@ def principal(target: Tensor, covariance: Tensor, root: Tensor | None, rank: int
             v = factor.T @ v
         return v
 
-    return top_eigenvectors(apply, n, rank, target.dtype, near)
+    return top_eigenvectors(apply, n, rank, covariance.dtype, near)
 
 
 def projected(target: Tensor, root: Tensor | None, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """T projected onto directions (n x k) of its weighed output, as factors (m x k) and (k x n)."""
-    if root is None:
-        return target @ vectors, vectors.T
-    right = torch.linalg.solve_triangular(root, vectors.T, upper=False, left=False)
-    return target @ (root @ vectors), right
+    """T projected onto directions (n x k) of its weighed output, as factors (m x k) and (k x n) of its dtype."""
+    right = vectors.T if root is None else torch.linalg.solve_triangular(root, vectors.T, upper=False, left=False)
+    return target @ (vectors if root is None else root @ vectors).to(target), right.to(target)
 
 
 def reduced_rank(target: Tensor, covariance: Tensor, root: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
@@ -192,10 +210,12 @@ def reduced_rank(target: Tensor, covariance: Tensor, root: Tensor | None, rank: 
 
 
 def mirrored(upper: Tensor) -> Tensor:
-    """The symmetric matrix with this upper triangle; what is below its diagonal means nothing."""
-    found = upper.triu()
-    found += found.triu(1).T  # in place: they can be wide
-    return found
+    """The symmetric matrix with this upper triangle; what is below its diagonal means nothing, and is overwritten."""
+    for start in range(0, len(upper), MIRRORED):  # no second matrix beside it: they can be wide
+        here, after = slice(start, start + MIRRORED), slice(start + MIRRORED, None)
+        upper[here, here] = upper[here, here].triu() + upper[here, here].triu(1).T
+        upper[after, here] = upper[here, after].T
+    return upper
 
 
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,4 +224,4 @@ def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     qb, rb = torch.linalg.qr(right.T)
     u, s, vt = torch.linalg.svd(ra @ rb.T, full_matrices=False)
     root = s.sqrt()
-    return (qa @ u) * root, root[:, None] * (vt @ qb.T)
+    return (qa @ u).mul_(root), root[:, None] * (vt @ qb.T)

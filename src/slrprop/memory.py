@@ -7,12 +7,17 @@ inputs, outputs, sums, factorised Hessians) may take half of it each, or all of 
 import ctypes
 import math
 import os
+from typing import Any
 
 import torch
 
 from slrprop.errors import SlrpropError
 
 VARIABLE, MEGABYTES = "SLRPROP_MEMORY", 256
+MMAP_THRESHOLD, LARGE = (
+    -3,
+    16 << 20,
+)  # of glibc: the option, and the bytes of a block that the system gives and gets back alone
 
 
 def bound() -> int:
@@ -32,10 +37,14 @@ def bound() -> int:
 
 
 def give_back() -> None:
-    """Let the system have what was freed and lies between what is in use, where its C library can do that."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
+    """Let the system have what was freed and lies between what is in use, and from now on large blocks as soon as they are freed.
+
+    Both where its C library can do that, which else takes ever larger blocks, up to 32 MB, out of what lies between.
+    """
+    library: Any = ctypes.CDLL(None) if os.name == "posix" else None
+    if hasattr(library, "malloc_trim"):
+        library.mallopt(MMAP_THRESHOLD, LARGE)
+        library.malloc_trim(0)
 
 
 def give_back_buffers() -> None:

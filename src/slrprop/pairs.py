@@ -12,16 +12,27 @@ from slrprop.memory import bound
 from slrprop.network import Lockstep, in_lockstep
 from slrprop.network.base import Network
 from slrprop.network.chain import ACTIVATIONS
+from slrprop.operators import Lookup
 
 SAMPLE_ROWS = 4096
 
 
 class Compressed(NamedTuple):
-    """What a layer computes by now: its dense weight (m x n) and bias (n,), and the factors that the weight is made of."""
+    """What a layer computes by now: a form of its weight, and its bias (n,)."""
 
-    weight: Tensor
+    form: Factors
     bias: Tensor
-    form: Factors | None = None
+
+    @classmethod
+    def of(cls, fit: Fit) -> "Compressed":
+        """What a fit of a layer makes, which may have no bias."""
+        none = torch.zeros(fit.form.shape[1], dtype=torch.float64)
+        return cls(fit.form, none if fit.bias is None else fit.bias.value.detach().double().cpu())
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (m x n), multiplied out at each call: those of all layers are as large as the network."""
+        return self.form.dense().cpu()
 
 
 class Pairs:
@@ -52,10 +63,11 @@ class Pairs:
         return self.keeps
 
     def original(self, name: str) -> Compressed:
-        """What the layer computes in the original network."""
-        weight = self.network.weight(name).detach().double().cpu()
-        bias = self.network.bias(name)
-        return Compressed(weight, weight.new_zeros(weight.shape[1]) if bias is None else bias.detach().double().cpu())
+        """What the layer computes in the original network, in float64; an embedding's weight, which is wide, as it is from float32 on."""
+        weight = self.network.weight(name).detach()
+        least = torch.float32 if isinstance(self.network.operator(name), Lookup) else torch.float64
+        dense = Dense(weight.to("cpu", torch.promote_types(weight.dtype, least)))
+        return Compressed.of(Fit(dense).over(self.network.bias(name)))
 
     def samples(self, name: str, compressed: Mapping[str, Compressed]) -> tuple[Tensor, Tensor]:
         """The first ``SAMPLE_ROWS`` of a layer's pairs (p x m, p x n), float64."""
@@ -117,11 +129,10 @@ class Pairs:
         if found is not None:
             yield from found
             return
-        like = {key: self.network.weight(key) for key in compressed}
-        now = {
-            key: Fit(Dense(value.weight.to(like[key])), Bias(value.bias.to(like[key])))
-            for key, value in compressed.items()
-        }
+        now = {}
+        for key, value in compressed.items():
+            like = self.network.weight(key)
+            now[key] = Fit(Dense(value.weight.to(like)), Bias(value.bias.to(like)))
         for flow in self.network.with_fits(now, None).stream((name,), self.data, whole=False):
             for x, _ in flow.calls[name]:
                 yield x
@@ -194,8 +205,9 @@ class Pairs:
 
     def _passed(self, x: Tensor, name: str, compressed: Compressed | None = None) -> Tensor:
         """A layer's pre-activation."""
-        weight, bias, form = compressed or self.original(name)
-        if form is None or form.multiplications >= weight.numel():
-            return torch.addmm(bias.to(x), x, weight.to(x))
+        now = compressed or self.original(name)
+        form, bias = now.form, now.bias.to(x)
+        if form.multiplications >= form.shape[0] * form.shape[1]:
+            return torch.addmm(bias, x, now.weight.to(x))
         made_of = next(iter(form.matrices().values()))  # factors have a dtype of their own
-        return express(form, self.network.operator(name), x.to(made_of)).to(x) + bias.to(x)
+        return express(form, self.network.operator(name), x.to(made_of)).to(x) + bias

@@ -7,7 +7,6 @@ second is fitted anew once the first is rounded.
 
 from collections.abc import Callable
 from functools import partial, singledispatch
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +15,12 @@ from torch import Tensor
 from slrprop.errors import SlrpropError
 from slrprop.factors import Bias, Dense, Factors, LowRank, Narrowed, Quantized, SparseLowRank, Table
 from slrprop.factors.quantized import CODES
-from slrprop.linalg import balanced
-from slrprop.regression import Diagonal, Regression, Spread, level
+from slrprop.linalg import balanced, between, in_parts
+from slrprop.regression import Regression, Spread, level
 
 CLIPS = torch.arange(1.0, 0.39, -0.05)  # shares of the largest magnitude that may become the largest code
 BLOCK = 128  # rows whose errors are passed on together
+COLUMNS = 1 << 22  # numbers of the columns that are rounded together
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # positive float16
 TINY = 2.0**-10  # a left component smaller than that is scaled up, its right one down
 
@@ -38,18 +38,22 @@ def scales_of(matrix: Tensor, axis: int, bits: int) -> Tensor:
     Raises:
         TooLargeError: not finite, or so large that its scale is no float16.
     """
-    flat = matrix.reshape(1, -1) if matrix.ndim == 1 else matrix.movedim(axis, 1)
-    low, high = CODES[bits]
-    top = (flat.abs().amax(1, keepdim=True) if flat.shape[1] else flat.new_zeros(len(flat), 1)) / high
-    if not (top <= LARGEST).all():  # nor if it is NaN
-        raise TooLargeError(f"a matrix with numbers up to {float(flat.abs().max()):.3g} can't be stored in {bits} bits; leave its layer out, or use bits=32")  # fmt: skip
-    best, error = torch.ones_like(top), torch.full_like(top, torch.inf)
-    for clip in CLIPS.tolist():
-        scale = (top * clip).clamp(SMALLEST, LARGEST).half().to(flat)
-        found = ((flat / scale).round().clamp(low, high) * scale - flat).square().sum(1, keepdim=True)
-        best = torch.where(found < error, scale, best)
-        error = torch.minimum(found, error)
-    return best[:, 0]
+    whole = matrix.reshape(1, -1) if matrix.ndim == 1 else matrix.movedim(axis, 1)
+    (low, high), scales = CODES[bits], []
+    for (part,) in in_parts(whole):
+        flat = part.double()
+        top = (flat.abs().amax(1, keepdim=True) if flat.shape[1] else flat.new_zeros(len(flat), 1)) / high
+        if not (top <= LARGEST).all():  # nor if it is NaN
+            raise TooLargeError(f"a matrix with numbers up to {float(whole.abs().max()):.3g} can't be stored in {bits} bits; leave its layer out, or use bits=32")  # fmt: skip
+        best, error = torch.ones_like(top), torch.full_like(top, torch.inf)
+        for clip in CLIPS.tolist():
+            scale = (top * clip).clamp(SMALLEST, LARGEST).half().double()
+            lost = (flat / scale).round_().clamp_(low, high).mul_(scale).sub_(flat)
+            found = lost.square_().sum(1, keepdim=True)
+            best = torch.where(found < error, scale, best)
+            error = torch.minimum(found, error)
+        scales.append(best[:, 0])
+    return torch.cat(scales).to(matrix)
 
 
 def rounded(matrix: Tensor, axis: int, bits: int, spread: Spread | None = None) -> tuple[Tensor, Tensor]:
@@ -64,30 +68,32 @@ def rounded(matrix: Tensor, axis: int, bits: int, spread: Spread | None = None) 
     """
     scale = scales_of(matrix, axis, bits)
     low, high = CODES[bits]
-    wide = scale if matrix.ndim == 1 else scale.unsqueeze(axis)
-    if spread is None or matrix.ndim == 1:
-        return (matrix / wide).round().clamp(low, high), scale
-    return compensating(matrix, wide.expand_as(matrix), bits, spread), scale
+    wide = (scale if matrix.ndim == 1 else scale.unsqueeze(axis)).expand_as(matrix)
+    if spread is not None and matrix.ndim == 2:
+        return compensating(matrix, wide, bits, spread), scale
+    codes = torch.empty_like(matrix)
+    for into, part, by in in_parts(codes, matrix, wide):
+        into.copy_((part.double() / by).round_().clamp_(low, high))
+    return codes, scale
 
 
 def compensating(matrix: Tensor, scale: Tensor, bits: int, spread: Spread) -> Tensor:
     """Codes of a matrix (r x c) with scales of its shape, row after row, later rows taking up earlier ones' errors."""
-    low, high = CODES[bits]
-    order = spread.order.numpy()
-    upper, wide = spread.upper.numpy(), scale.numpy()[order]  # numpy: its overhead per row is a fraction of torch's
-    rest = matrix.numpy()[order]
-    codes = np.empty_like(rest)
-    for start in range(0, len(rest), BLOCK):
-        stop = min(start + BLOCK, len(rest))
-        errors = np.empty_like(rest[start:stop])
-        for i in range(start, stop):
-            codes[i] = np.clip(np.rint(rest[i] / wide[i]), low, high)
-            errors[i - start] = (rest[i] - codes[i] * wide[i]) / upper[i, i]
-            rest[i + 1 : stop] -= upper[i, i + 1 : stop, None] * errors[i - start]
-        rest[stop:] -= upper[start:stop, stop:].T @ errors
-    found = np.empty_like(codes)
-    found[order] = codes
-    return torch.from_numpy(found)
+    (low, high), order, upper = CODES[bits], spread.order.numpy(), spread.upper.numpy()
+    found = torch.empty(matrix.shape, dtype=matrix.dtype)
+    for into, part, by in in_parts(found.T, matrix.T, scale.T, together=COLUMNS):  # columns know nothing of each other
+        rest, wide = part.T.numpy()[order], by.T.numpy()[order]  # numpy: its overhead per row is a fraction of torch's
+        codes = np.empty_like(rest)
+        for start in range(0, len(rest), BLOCK):
+            stop = min(start + BLOCK, len(rest))
+            errors = np.empty_like(rest[start:stop])
+            for i in range(start, stop):
+                codes[i] = np.clip(np.rint(rest[i] / wide[i]), low, high)
+                errors[i - start] = (rest[i] - codes[i] * wide[i]) / upper[i, i]
+                rest[i + 1 : stop] -= upper[i, i + 1 : stop, None] * errors[i - start]
+            rest[stop:] -= upper[start:stop, stop:].T @ errors
+        into.T[spread.order] = torch.from_numpy(codes)
+    return found
 
 
 def quantised(form: Factors, bits: int, task: Regression | None = None) -> Quantized:
@@ -97,7 +103,8 @@ def quantised(form: Factors, bits: int, task: Regression | None = None) -> Quant
         task: the layer's regression; rounding errors are compensated on its data. Without it every number is rounded to
             the nearest.
     """
-    form = form.with_matrices({name: matrix.double() for name, matrix in form.matrices().items()})
+    dtype = torch.float64 if task is None else task.weight.dtype
+    form = form.with_matrices({name: matrix.to(dtype) for name, matrix in form.matrices().items()})
     return _plainly(form, bits) if task is None else compensated(form, bits, task)
 
 
@@ -109,7 +116,7 @@ def bias_in_few_bits(bias: Tensor) -> Bias:
 
 def form_of(form: Factors, bits: int, found: dict[str, tuple[Tensor, Tensor]]) -> Quantized:
     """A form of these codes and scales, by its matrices' names."""
-    codes = form.with_matrices({name: codes.float().contiguous() for name, (codes, _) in found.items()})
+    codes = form.with_matrices({name: codes.to(torch.int8).contiguous() for name, (codes, _) in found.items()})
     return Quantized(codes, {name: scale.half() for name, (_, scale) in found.items()}, bits)
 
 
@@ -149,35 +156,36 @@ def _(form: Narrowed, bits: int, task: Regression) -> Quantized:
 
 @compensated.register
 def _(form: LowRank, bits: int, task: Regression) -> Quantized:
-    left, right = balanced(form.left, form.right)
-    wanted = partial(_between, task.covariance, task.weight)
-    spread = None if isinstance(task.covariance, Diagonal) else task.spread
-    found, _ = _pair(left, right, bits, task.covariance, spread, wanted)
-    return form_of(form, bits, {"left": found[0], "right": found[1]})
+    wanted = partial(between, covariance=task.covariance, right=task.weight)
+    spread = None if task.covariance.ndim == 1 else task.spread
+    left, right = _pair(form.left, form.right, bits, task.covariance, spread, wanted)
+    return form_of(form, bits, {"left": left, "right": right})
 
 
 def _pair(
-    left: Tensor, right: Tensor, bits: int, covariance: Any, spread: Spread | None, wanted: Callable[[Tensor], Tensor]
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Round the left factor, fit the right one, round it too; and their product.
+    left: Tensor,
+    right: Tensor,
+    bits: int,
+    covariance: Tensor,
+    spread: Spread | None,
+    wanted: Callable[[Tensor], Tensor],
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Round the left factor, fit the right one, round it too: codes and scales of both.
 
     Args:
         wanted: of the left factor A: ``A.T @ covariance @ target``.
     """
+    left, right = balanced(left, right)
     size = left.abs().amax(0)
     grown = torch.where((size > 0) & (size < TINY), size, 1.0)  # float16 scales and what is fitted to them reach so far
-    codes, scale = rounded(left / grown, 0, bits, spread)
-    left, right = codes * scale, right * grown[:, None]
-    inner = left.T @ (covariance @ left)
+    left, right = left / grown, right * grown[:, None]
+    codes, scale = rounded(left, 0, bits, spread)
+    left = codes * scale
+    inner = between(left, covariance, left)
     mean = level(inner)
     damped = inner + 1e-8 * mean * torch.eye(len(inner), dtype=inner.dtype)
     fitted = torch.linalg.solve(damped, wanted(left) + 1e-8 * mean * right)
-    right_codes, right_scale = rounded(fitted, 1, bits, Spread.of(inner))
-    return [(codes, scale), (right_codes, right_scale)], left @ (right_codes * right_scale[:, None])
-
-
-def _between(across: Any, target: Tensor, left: Tensor) -> Tensor:
-    return left.T @ (across @ target)
+    return (codes, scale), rounded(fitted, 1, bits, Spread.of(inner))
 
 
 def _onto_columns(across: Tensor, rest: Tensor, columns: Tensor, metric: Tensor | None, left: Tensor) -> Tensor:
@@ -200,7 +208,7 @@ def _(form: SparseLowRank, bits: int, task: Regression) -> Quantized:
         own = across[:, rows]
         spread = task.spread if len(rows) == len(task.covariance) else Spread.of(own)
         wanted = partial(_onto_columns, across, rest, columns, task.metric)
-        pair, product = _pair(*balanced(left, right), bits, own, spread, wanted)
-        found |= {f"left_{index}": pair[0], f"right_{index}": pair[1]}
-        rest[rows[:, None], columns] -= product
+        one, other = _pair(left, right, bits, own, spread, wanted)
+        found |= {f"left_{index}": one, f"right_{index}": other}
+        rest[rows[:, None], columns] -= (one[0] * one[1]) @ (other[0] * other[1][:, None])
     return form_of(form, bits, found)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,19 +19,6 @@ ROUNDING_DAMPING = 1e-2  # of the covariance, when errors of rounding are passed
 def level(matrix: Tensor) -> float:
     """The mean of a covariance's diagonal, what damping is measured by; 1 where all is zero."""
     return float(matrix.diagonal().mean()) or 1.0
-
-
-@dataclass(frozen=True, eq=False)
-class Diagonal:
-    """A covariance (m x m) without any off the diagonal, as rows of an embedding have."""
-
-    values: Tensor
-
-    def __matmul__(self, other: Tensor) -> Tensor:
-        return self.values[:, None] * other
-
-    def diagonal(self) -> Tensor:
-        return self.values
 
 
 class Spread(NamedTuple):
@@ -64,11 +51,11 @@ class Components(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Regression:
-    """Find factors F of a layer so that ``x @ F + bias`` is near the original pre-activation z; all float64.
+    """Find factors F of a layer so that ``x @ F + bias`` is near the original pre-activation z; all float64 but an embedding's weight.
 
     ``original`` (m x n) is the layer's weight; ``weight`` (m x n) the one to come near to: the original, or where layers
     before are compressed, the least-squares weight from their outputs to z (ridge towards the original). ``bias`` (n,) is the
-    original one, ``mean`` (m,) and ``covariance`` (m x m, centred; :class:`Diagonal` of an embedding) are of x, ``target_mean`` (n,) of z. ``metric`` (n x n)
+    original one, ``mean`` (m,) and ``covariance`` (m x m, centred; of an embedding its diagonal, all there is) are of x, ``target_mean`` (n,) of z. ``metric`` (n x n)
     weighs errors of z by what they do to the network's outputs (Gauss-Newton: the mean of ``J H J^T``, J the Jacobian of the
     outputs, H centring over classes), damped; None weighs all alike. ``root`` is its lower Cholesky factor. ``relu``: the layer's activation is ReLU.
     ``operator`` says how it is multiplied. ``samples`` gives up to ``pairs.SAMPLE_ROWS`` of (x, z), (p x m) and (p x n).
@@ -79,13 +66,15 @@ class Regression:
     weight: Tensor
     bias: Tensor
     mean: Tensor
-    covariance: Any
+    covariance: Tensor
     target_mean: Tensor
     metric: Tensor | None
     root: Tensor | None
     relu: bool
     samples: Callable[[], tuple[Tensor, Tensor]]
     operator: Operator = field(default_factory=MatMul)
+    _components: dict[bool, Components] = field(init=False, default_factory=dict)  # the largest that are known
+    _covered: list[Tensor] = field(init=False, default_factory=list)
 
     def corrected_bias(self, weight: Tensor) -> Tensor:
         """The bias (n,) that makes the mean output right for a dense weight (m x n)."""
@@ -108,18 +97,12 @@ class Regression:
         """Diagonal (m,) of the damped covariance's inverse: what an input varies by beyond all others, inverted."""
         return torch.cholesky_inverse(torch.linalg.cholesky(self.damped(SELECTION_DAMPING))).diagonal().clone()
 
-    @cached_property
-    def _components(self) -> dict[bool, Components]:
-        return {}
-
-    @cached_property
-    def _covered(self) -> list[Tensor]:
-        return []
-
     def components(self, rank: int, weighted: bool = True) -> Components:
         """The best product of rank k; parts of a larger one where that is known."""
         root, known = self.root if weighted else None, self._components
         if weighted not in known or known[weighted].left.shape[1] < rank:
+            if self.covariance.ndim == 1:
+                known.clear()  # of an embedding's, which are wide, only those in one metric
             vectors = principal(self.weight, self.covariance, root, rank)
             known[weighted] = Components(*projected(self.weight, root, vectors), vectors)
             if weighted:

@@ -74,7 +74,7 @@ class Moments:
     @property
     def square(self) -> Tensor:
         """The sum of ``(x - mean) (x - mean)^T`` (m x m)."""
-        return mirrored(self._upper)
+        return mirrored(self._upper.clone())
 
     def add(self, x: Tensor, z: Tensor) -> None:
         """Take in a batch, (p x m) and (p x n)."""

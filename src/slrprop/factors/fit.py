@@ -45,7 +45,7 @@ class Bias:
             bias = cls(arrays["new_bias"])
         elif "bias_codes" in arrays and "bias_scale" in arrays:
             codes, scale = arrays["bias_codes"], arrays["bias_scale"]
-            bias = cls(unpacked(codes, 8, tuple(codes.shape)), scale.view(torch.float16))
+            bias = cls(unpacked(codes, 8, tuple(codes.shape)).float(), scale.view(torch.float16))
         if bias is not None and (
             bias.numbers.shape != (count,) or (bias.scale is not None and bias.scale.shape != (1,))
         ):

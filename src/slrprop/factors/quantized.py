@@ -1,7 +1,7 @@
 """Factors in few bits: whole numbers and scales."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,14 +25,27 @@ def packed(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpacked(stored: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """The float32 whole numbers that :func:`packed` stored."""
+    """The int8 whole numbers that :func:`packed` stored."""
     count = int(torch.Size(shape).numel())
     if stored.dtype != torch.uint8 or stored.ndim != 1 or len(stored) != -(-count * bits // 8):
         raise SlrpropError(f"{count} numbers of {bits} bits take {-(-count * bits // 8)} bytes, got {stored.dtype} {tuple(stored.shape)}")  # fmt: skip
-    if bits == 4:
-        both = torch.stack([stored & 15, stored >> 4], 1).reshape(-1)[:count].to(torch.int16)
-        return torch.where(both > 7, both - 16, both).float().reshape(shape)
-    return stored.view(torch.int8).float().reshape(shape)
+    stored = stored.view(torch.int8)
+    if bits == 4:  # the lower half is shifted up, so that it brings its sign along
+        stored = torch.stack([stored << 4, stored], 1).reshape(-1)[:count] >> 4
+    return stored.reshape(shape)
+
+
+class _Codes:
+    """A form filled with its whole numbers, which are kept as they are stored, and unpacked at each call: a search keeps hundreds."""
+
+    def __get__(self, owner: Any, kind: Any = None) -> Factors:
+        form: Factors = owner.form
+        return form.with_matrices(
+            {
+                name: unpacked(owner.stored[name], owner.bits, tuple(like.shape))
+                for name, like in form.matrices().items()
+            }
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,49 +53,56 @@ class Quantized(Factors):
     """Factors whose matrices are whole numbers times scales.
 
     Numbers that belong to one rank component (of a dense weight: to one output) share a scale, so neurons can be put in
-    any order. ``codes`` is the form filled with whole numbers of ``bits`` bits, kept as int8; ``scales`` has for every matrix a float16
+    any order. ``codes`` is the form filled with whole numbers of ``bits`` bits (int8), ``form`` the same without any; ``scales`` has for every matrix a float16
     vector along its other axis (one number for a vector).
     """
 
     codes: Factors
     scales: dict[str, Tensor]
     bits: int
+    form: Factors = field(init=False, repr=False)
+    stored: dict[str, Tensor] = field(init=False, repr=False)  # :func:`packed`, by the matrices' names
     kind: ClassVar[str] = "quantized"
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise SlrpropError(f"quantised factors take 4 or 8 bits a number, got {self.bits!r}")
-        for name, matrix in self.codes.matrices().items():
+        codes: Factors = vars(self).pop("codes")
+        vars(self)["form"] = codes.with_matrices({name: whole.to("meta") for name, whole in codes.matrices().items()})
+        vars(self)["stored"] = {name: packed(whole, self.bits) for name, whole in codes.matrices().items()}
+        for name, matrix in self.form.matrices().items():
             scale = self.scales.get(name)
             if scale is None or scale.dtype != torch.float16 or scale.shape != self._scale_shape(name, matrix):
                 raise SlrpropError(f"matrix '{name}' of shape {tuple(matrix.shape)} takes float16 scales of shape {self._scale_shape(name, matrix)}, got {None if scale is None else tuple(scale.shape)}")  # fmt: skip
-        whole = {name: matrix.to(torch.int8) for name, matrix in self.codes.matrices().items()}
-        object.__setattr__(self, "codes", self.codes.with_matrices(whole))  # a search keeps hundreds
 
     def _scale_shape(self, name: str, matrix: Tensor) -> tuple[int, ...]:
-        return (1,) if matrix.ndim == 1 else (matrix.shape[1 - self.codes.scale_axes()[name]],)
+        return (1,) if matrix.ndim == 1 else (matrix.shape[1 - self.form.scale_axes()[name]],)
 
     @property
     def faster(self) -> bool:  # type: ignore[override]
-        return self.codes.faster
+        return self.form.faster
 
     def _wide_scales(self) -> dict[str, Tensor]:
         """For each matrix the float32 scale of every number."""
         found = {}
-        for name, matrix in self.codes.matrices().items():
+        for name, matrix in self.form.matrices().items():
             scale = self.scales[name].to(torch.float32)
-            wide = scale if matrix.ndim == 1 else scale.unsqueeze(self.codes.scale_axes()[name])
+            wide = scale if matrix.ndim == 1 else scale.unsqueeze(self.form.scale_axes()[name])
             found[name] = wide.expand_as(matrix)
         return found
 
     def plain(self) -> Factors:
         """The factors as float32 numbers."""
         scales = self._wide_scales()
-        return self.codes.with_matrices({name: matrix * scales[name] for name, matrix in self.codes.matrices().items()})
+        return self.form.with_matrices({name: matrix * scales[name] for name, matrix in self.codes.matrices().items()})
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.codes.shape
+        return self.form.shape
+
+    @property
+    def numbers(self) -> int:
+        return sum(matrix.numel() for matrix in self.form.matrices().values())
 
     def matrices(self) -> dict[str, Tensor]:
         return {name: matrix.float() for name, matrix in self.codes.matrices().items()}
@@ -92,13 +112,12 @@ class Quantized(Factors):
 
     def arrays(self) -> dict[str, Tensor]:
         """Packed whole numbers, the scales' bits as int16 (so that no change of dtype touches them), and the indices."""
-        found = {name: packed(matrix, self.bits) for name, matrix in self.codes.matrices().items()}
-        found |= {f"{name}_scale": scale.view(torch.int16) for name, scale in self.scales.items()}
-        return found | self.codes.indices()
+        found = self.stored | {f"{name}_scale": scale.view(torch.int16) for name, scale in self.scales.items()}
+        return found | self.form.indices()
 
     def description(self) -> dict[str, Any]:
-        shapes = {name: list(matrix.shape) for name, matrix in self.codes.matrices().items()}
-        return {"kind": self.kind, "bits": self.bits, "of": self.codes.description(), "shapes": shapes}
+        shapes = {name: list(matrix.shape) for name, matrix in self.form.matrices().items()}
+        return {"kind": self.kind, "bits": self.bits, "of": self.form.description(), "shapes": shapes}
 
     @classmethod
     def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> "Quantized":
@@ -112,25 +131,28 @@ class Quantized(Factors):
         return cls(restored(description["of"], known), scales, bits)
 
     def indices(self) -> dict[str, Tensor]:
-        return self.codes.indices()
+        return self.form.indices()
 
     @property
     def multiplications(self) -> int:
-        return self.codes.multiplications
+        return self.form.multiplications
 
     def dense(self) -> Tensor:
         return self.plain().dense()
 
     @property
     def selects(self) -> bool:  # type: ignore[override]
-        return self.codes.selects
+        return self.form.selects
 
     def read(self) -> Tensor:
-        return self.codes.read()
+        return self.form.read()
 
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Quantized":
-        scales, axes = dict(self.scales), self.codes.scale_axes()
-        for name, wide in self.codes.with_matrices(self._wide_scales()).permuted(rows, columns).matrices().items():
+        scales, axes = dict(self.scales), self.form.scale_axes()
+        for name, wide in self.form.with_matrices(self._wide_scales()).permuted(rows, columns).matrices().items():
             if wide.ndim == 2 and wide.shape[axes[name]]:  # the scales of outputs follow their outputs
                 scales[name] = wide.select(axes[name], 0).half().clone(memory_format=torch.contiguous_format)
         return replace(self, codes=self.codes.permuted(rows, columns), scales=scales)
+
+
+Quantized.codes = _Codes()  # type: ignore[assignment]

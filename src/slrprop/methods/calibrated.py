@@ -118,13 +118,7 @@ def precedes(problem: Problem, first: str, second: str) -> bool:
 def computed_by(problem: Problem, layer: LayerPlan) -> Compressed:
     """What a planned layer computes."""
     assert layer.fit is not None
-    return _computed(layer.fit, problem.network.bias(layer.name))
-
-
-def _computed(fit: Fit, own: Tensor | None) -> Compressed:
-    weight, bias = fit.form.dense().cpu(), fit.over(own).bias
-    known = weight.new_zeros(weight.shape[1]) if bias is None else bias.value.detach().cpu()
-    return Compressed(weight, known.double(), fit.form)
+    return Compressed.of(layer.fit.over(problem.network.bias(layer.name)))
 
 
 def head_after(problem: Problem, names: list[str]) -> str | None:
@@ -148,7 +142,7 @@ def fit_layer(
     if problem.network.operator(name).bits_only:  # every number by itself
         own = problem.network.bias(name)
         fit = Fit(quantised(Dense(problem.weight(name)), settings.bits), None if own is None else bias_in_few_bits(own))
-        return Decision(name, fit), _computed(fit, own)
+        return Decision(name, fit), Compressed.of(fit)
     before = compressed if settings.sequential else {}
     task = problem.calibration.regression(name, before, settings.weighted)
     dtype = problem.weight(name).dtype
@@ -157,26 +151,19 @@ def fit_layer(
     if bias is not None:  # a solution in itself: rounding is to come near to it, not to the weight it was fitted to
         task = replace(task, weight=form.dense())
     # the mean output that the bias is to give, whatever rounding does to the form; None: the bias stays as it is
-    mean = (
-        task.target_mean
-        if settings.bias_correction
-        else None
-        if bias is None
-        else bias.value + task.mean @ form.dense()
-    )
-    if isinstance(task.operator, Lookup):  # which adds nothing
-        mean = None
-    few = settings.bits < 32
-    form = (
-        quantised(form, settings.bits, task)
-        if few
-        else form.with_matrices({key: matrix.to(dtype).contiguous() for key, matrix in form.matrices().items()})
-    )
+    mean: Tensor | None = None
+    if not isinstance(task.operator, Lookup) and (
+        settings.bias_correction or bias is not None
+    ):  # that one adds nothing
+        mean = task.target_mean if settings.bias_correction or bias is None else bias.value + task.mean @ form.dense()
+    if settings.bits < 32:
+        form = quantised(form, settings.bits, task)
+    else:
+        form = form.with_matrices({key: matrix.to(dtype).contiguous() for key, matrix in form.matrices().items()})
     value = task.bias if mean is None else mean - task.mean @ form.dense().double()
-    own = problem.network.bias(name)
-    if few and (mean is not None or own is not None):
+    if settings.bits < 32 and (mean is not None or problem.network.bias(name) is not None):
         bias = bias_in_few_bits(value)
     else:
         bias = None if mean is None else Bias(value.to(dtype))
     fit = Fit(form, bias, notes)
-    return Decision(name, fit), _computed(fit, task.bias)
+    return Decision(name, fit), Compressed.of(fit.over(task.bias))

@@ -13,6 +13,7 @@ from slrprop.checks import suggestion
 from slrprop.data import Batch, Data, content
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense, Fit
+from slrprop.linalg import in_parts
 from slrprop.losses import IGNORED, LossName, pick_loss, rows_of
 from slrprop.network.chain import ACTIVATIONS, Affine, Chain, Element, Linear, Path
 from slrprop.network.junction import Junction
@@ -27,7 +28,8 @@ Changing = Callable[[Tensor, Tensor], Tensor]  # (what a layer reads, candidate)
 def fingerprint(weight: Tensor) -> str:
     """SHA-256 of shape, dtype and values (n x m, like ``nn.Linear.weight``)."""
     digest = hashlib.sha256(f"{tuple(weight.shape)} {weight.dtype}".encode())
-    digest.update(content(weight))
+    for (part,) in in_parts(weight):  # of a transposed weight a copy is made
+        digest.update(content(part))
     return digest.hexdigest()
 
 
@@ -202,6 +204,9 @@ class Network(Sampled):
     def chain(self, name: str) -> Chain | None:
         """What followed a layer on the first batch, where that is a chain of dense layers up to the network's output."""
         return self._chains.get(name) if self.reading is None or self.reading.axis == -1 else None
+
+    def forget(self) -> None:
+        """Let go of numbers that were read and can be read again."""
 
     def next_layer(self, name: str) -> str | None:
         """The layer that alone takes this one's output, through functions of each channel alone, and has a weight for every channel."""

@@ -125,6 +125,9 @@ class OnnxNetwork(Network):
                 self._chains = {name: fold(real, like) if dense else None}
         return super().chain(name)
 
+    def forget(self) -> None:
+        self._chains.clear()
+
     def fingerprint(self, name: str) -> str:
         if name not in self.graph.fingerprints:
             self.graph.fingerprints[name] = super().fingerprint(name)

@@ -27,7 +27,7 @@ class _Stop(nn.Module):
         super().__init__()
         self.name, self.operator = name, operator
         self.weight, self.bias = weight, bias
-        self.now: tuple[Tensor, Tensor | None] | None = None  # another matrix and bias
+        self.now: Changed | None = None
 
     def laid(self, form: Changed) -> tuple[Tensor, Tensor]:
         """Another matrix and bias, in memory as torch stores a weight: products round as those of its own layers."""
@@ -38,7 +38,7 @@ class _Stop(nn.Module):
         traveller = threading.current_thread()
         if isinstance(traveller, _Traveller):  # not in a thread of the model's own
             traveller.arrive(self.name, x)
-        weight, bias = self.now or (self.operator.matrix(self.weight), self.bias)
+        weight, bias = (self.operator.matrix(self.weight), self.bias) if self.now is None else self.laid(self.now)
         return self.operator.compute(Dense(weight), bias, x)
 
 
@@ -103,8 +103,7 @@ class TorchLockstep(Lockstep):
 
     def _go(self, name: str, between: Mapping[str, Changed | None]) -> list[Tensor] | None:
         for layer, form in between.items():
-            stop = self._stops[layer]
-            stop.now = None if form is None else stop.laid(form)
+            self._stops[layer].now = form
         found, operator, first = [], self.network.operator(name), 0
         for traveller in self._travellers:
             with undisturbed(traveller.network.device):

@@ -13,6 +13,7 @@ from torch import Tensor
 from slrprop.api import finished, plan_problem, planned_layer
 from slrprop.errors import SlrpropError
 from slrprop.factors import Dense
+from slrprop.memory import give_back
 from slrprop.methods import METHODS, Method, Problem, Settings, find_method
 from slrprop.methods.base import ranks_for
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
@@ -110,7 +111,10 @@ def layer_inputs(problem: Problem, names: tuple[str, ...]) -> dict[str, Tensor]:
                 seen[name] = torch.cat([seen[name], x[:: apart[name] * max(1, len(x) // 128)]])
                 if len(seen[name]) > 2 * CALIBRATION_ROWS:
                     seen[name], apart[name] = seen[name][::2].clone(), 2 * apart[name]
-    return {name: rows[:: max(1, len(rows) // CALIBRATION_ROWS)].clone() for name, rows in seen.items()}
+    for name, rows in seen.items():
+        seen[name] = rows[:: max(1, len(rows) // CALIBRATION_ROWS)].clone()
+    give_back()
+    return seen
 
 
 def candidates_of(
@@ -165,11 +169,8 @@ def candidates_of(
         # from the largest: the components of lower ranks are part of its
         for step in steps[:: -every if steps == ladder else -1]:
             settings = kind(**{**step, **given}).at(problem.network.operator(name), (m, n))
-            if (
-                settings.refusal(m, n)
-                or (settings.stored_numbers(m, n) or 0) * min(settings.bits, 8 * problem.network.itemsize(name)) / 8
-                > most
-            ):
+            bits = min(settings.bits, 8 * problem.network.itemsize(name))
+            if settings.refusal(m, n) or (settings.stored_numbers(m, n) or 0) * bits / 8 > most:
                 continue
             try:
                 made = plan_problem(problem, method, [name], **{**step, **alone(method), **given})
@@ -179,8 +180,9 @@ def candidates_of(
                 assert layer.fit is not None
                 factors, own = layer.fit.form, layer.bias
                 moved = (0 if own is None else own.to(wide)) - (0 if bias is None or own is None else bias.to(wide))
-                made_of = next(iter(factors.matrices().values()))  # factors have their own dtype and device
-                error = weighed(y - times(x if looked_up else x.to(made_of), factors).to(y) - moved) / energy
+                # factors have their own dtype and device
+                rows = x if looked_up else x.to(next(iter(factors.matrices().values())))
+                error = weighed(y - times(rows, factors).to(y) - moved) / energy
                 found.append(Candidate(problem.network.stored(name, layer.fit), error, layer))
     return found
 

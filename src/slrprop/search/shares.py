@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 
 from slrprop.api import finished
 from slrprop.errors import SlrpropError
+from slrprop.memory import bound
 from slrprop.methods import Problem, find_method
 from slrprop.methods.base import WIDEST
 from slrprop.parallel import each
@@ -69,7 +70,8 @@ class Shares:
         all_methods = methods + narrow
         self.calibrated = any("inputs" in find_method(name).settings(**given).needs() for name, given in all_methods)
         self.sequential = all(settings.get("sequential", True) for _, settings in all_methods)
-        self._finals: dict[str, Plan] = {}
+        self._finals: dict[str, Plan] = {}  # the last ones that fit
+        self._carried_out: set[str] = set()  # what they are, as JSON
         self.curves: dict[str, list[Candidate]] = {}
         self.sensitivity: dict[str, float] = {}
         self.left_dense: dict[str, str] = {}
@@ -88,6 +90,8 @@ class Shares:
         shared = self.problem, inputs, methods, most, every, self.block
         made = each(candidates_of, names, shared, self.workers, self.cluster)
         found = dict(tqdm(made, total=len(names), desc="candidates", unit="layer", disable=None))
+        del inputs, shared
+        self.problem.calibration.forget()
         self.left_dense = left_dense | {name: "no form of it is smaller" for name in names if len(found[name]) < 2}
         self.curves = {
             name: [replace(c, bytes=c.bytes + self._around(name, c.layer, c.bytes)) for c in found[name]]
@@ -126,11 +130,17 @@ class Shares:
     def final(self, plan: Plan) -> Plan:
         """A plan of candidates as it is carried out: its calibrated layers fitted one after the other, then tuned if asked."""
         key = plan.to_json()
+        if key in self._carried_out:
+            return plan
         if key not in self._finals:
             found = fitted(self.problem, plan, self.sequential)
             if self.tuning is not None and found.layers:
                 found = distilled(self.problem.network, self.problem.data, found, self.tuning)
-            self._finals[key] = self._finals[found.to_json()] = found
+            self._carried_out.add(found.to_json())
+            self._finals[key] = found
+            while sum(layer.bytes for kept in self._finals.values() for layer in kept.layers) > bound() // 4:
+                del self._finals[next(iter(self._finals))]
+            return found
         return self._finals[key]
 
     def within(self, limit: int, tries: int, every: bool = False) -> tuple[Plan, Evaluation] | None:

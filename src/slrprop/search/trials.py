@@ -52,9 +52,8 @@ class Trials:
         self.evaluations += 1
 
         def measure() -> dict[str, float]:
-            made = self.door.realise(
-                plan, sharing=self.judge.own is None
-            )  # who knows what the user's measure does to it
+            # who knows what the user's measure does to it
+            made = self.door.realise(plan, sharing=self.judge.own is None)
             outputs = self.judge.outputs(made)
             found = self.judge.judged(made, outputs)
             upper = self.judge.interval(self.original, found, errors(), self.checked)[1]
