@@ -10,10 +10,7 @@ from slrprop.errors import SlrpropError, finite
 from slrprop.metrics import PERCENT
 from slrprop.plan import Plan, method_of, wording
 from slrprop.search.observed import Observed
-from slrprop.search.path import (
-    Candidate,
-    Point,
-)
+from slrprop.search.path import Candidate, Point
 
 
 @dataclass(frozen=True)
@@ -192,25 +189,9 @@ class Compression:
     def summary(self) -> dict[str, Any]:
         """The facts as JSON; what is not known is null."""
         names = (
-            "met",
-            "metric",
-            "quality",
-            "drop",
-            "change",
-            "reason",
-            "beside",
-            "notes",
-            "interval",
-            "looks",
-            "needed",
-            "samples",
-            "bytes",
-            "latency",
-            "evaluations",
-            "seed",
-            "data_fingerprint",
-            "seconds",
-        )
+            "met", "metric", "quality", "drop", "change", "reason", "beside", "notes", "interval", "looks", "needed", "samples",
+            "bytes", "latency", "evaluations", "seed", "data_fingerprint", "seconds",
+        )  # fmt: skip
         facts = {name: getattr(self, name) for name in names}
         found: dict[str, Any] = finite(facts)
         return found | {"budget": asdict(self.budget), "plan": json.loads(self.plan.to_json())}
