@@ -3,6 +3,7 @@
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -91,23 +92,24 @@ def in_order(
     Args:
         fixed: layers that are compressed already and stay as they are.
     """
-    compressed: dict[str, Compressed] = {}
-    for name, layer in (fixed or {}).items():
-        compressed[name] = computed_by(problem, layer)
-    names = [name for name in problem.network.order if name in chosen]
+    compressed = {name: computed_by(problem, layer) for name, layer in (fixed or {}).items()}
+    order = problem.network.order
+    names = [name for name in order if name in chosen]
     fitted = tuple(name for name in names if not problem.network.operator(name).bits_only)
     given = [settings for _, settings in chosen.values()]
-    alone = not any(settings.sequential for settings in given)
-    problem.calibration.prepare(fitted, any(settings.weighted for settings in given), alone)
+    sequential = any(settings.sequential for settings in given)
+    problem.calibration.prepare(fitted, any(settings.weighted for settings in given), not sequential)
     try:
         for name in names:
             method, settings = chosen[name]
             settings = settings.at(problem.network.operator(name), problem.network.shape(name))
-            before = {key: value for key, value in compressed.items() if precedes(problem, key, name)}
+            before = {key: value for key, value in compressed.items() if order.index(key) < order.index(name)}
             decision, compressed[name] = fit_layer(problem, name, method, settings, before)
             yield decision
-            give_back()
-        wanted = all(settings.refit_head and settings.sequential for _, settings in chosen.values())
+            if len(names) > 1:  # else whoever asks for one layer after the other does
+                give_back()
+        all_given = [*map(vars, given), *(layer.settings for layer in (fixed or {}).values())]
+        wanted = all(one.get(key, True) for one in all_given for key in ("refit_head", "sequential"))
         last = head_after(problem, [*names, *(fixed or {})]) if wanted else None
         if last is not None:
             task = problem.calibration.regression(last, compressed, weighted=False)
@@ -119,12 +121,6 @@ def in_order(
             )  # fmt: skip
     finally:
         problem.calibration.rest()
-
-
-def precedes(problem: Problem, first: str, second: str) -> bool:
-    """Whether a layer is executed before another."""
-    order = problem.network.order
-    return order.index(first) < order.index(second)
 
 
 def computed_by(problem: Problem, layer: LayerPlan) -> Compressed:
@@ -164,21 +160,17 @@ def fit_layer(
     before = compressed if settings.sequential else {}
     task = problem.calibration.regression(name, before, settings.weighted)
     dtype = problem.weight(name).dtype
-    fitted = method.fit(task, settings)
+    key = (name, method.fit, replace(settings, bits=32))  # the same form in several widths is fitted once
+    fitted = method.fit(task, settings) if before else problem.once(key, partial(method.fit, task, settings))
     form, own, notes = fitted if isinstance(fitted, Fitted) else (fitted, None, None)
     if own is not None:  # a solution in itself: rounding is to come near to it, not to the weight it was fitted to
         task = replace(task, weight=form.dense())
     # the mean output that the bias is to give, whatever rounding does to the form; None: the bias stays as it is
-    looked_up = isinstance(task.operator, Lookup)  # which adds nothing
-    mean = (
-        None
-        if looked_up
-        else task.target_mean
-        if settings.bias_correction
-        else None
-        if own is None
-        else own + task.mean @ form.dense()
-    )
+    mean = task.target_mean if settings.bias_correction else None
+    if own is not None and mean is None:
+        mean = own + task.mean @ form.dense()
+    if isinstance(task.operator, Lookup):  # which adds nothing
+        mean = None
     bias: Tensor | None = None
     if settings.bits < 32:
         form = quantised(form, settings.bits, task)
