@@ -28,7 +28,7 @@ from slrprop.network import base as network_base
 from slrprop.network.onnx_file import OnnxFile
 from slrprop.network.onnx_graph import Graph
 from slrprop.plan import Plan
-from slrprop.search import Candidate, hull, search, shares, times
+from slrprop.search import Candidate, hull, shares, times
 from slrprop.search.compress import parse_size
 from slrprop.search.judge import Door
 from slrprop.search.path import MANY_LAYERS, ranks_for
@@ -163,7 +163,7 @@ def test_many_layers_are_fitted_in_order_only_around_the_edge(fresh, monkeypatch
     monkeypatch.setattr(shares, "fitted", lambda *given: fits.append(given[1]) or real(*given))
     near = compress(model, fresh[0], max_drop=5.0)
     of_near, fits[:] = len(fits), []
-    monkeypatch.setattr(search, "MANY_LAYERS", 99)
+    monkeypatch.setattr(shares, "MANY_LAYERS", 99)
     whole = compress(model, fresh[0], max_drop=5.0)
     assert len(near.curves) == 14 > MANY_LAYERS and near.drop <= 5
     assert of_near < len(fits) and near.evaluations <= most_evaluations(14)
@@ -422,6 +422,17 @@ def test_of_very_wide_layers_only_the_likely_forms_are_fitted_in_order(trained, 
     assert len(fits) < usually - 2
     assert wide.bytes[1] <= 0.25 * wide.bytes[0] and wide.evaluations <= most_evaluations(len(wide.curves))
     assert wide.quality[1] > usual.quality[1] - 3
+
+
+def test_of_many_layers_too(fresh, monkeypatch):
+    torch.manual_seed(0)
+    wide = [part for _ in range(12) for part in (nn.Linear(32, 32), nn.ReLU())]
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), *wide, nn.Linear(32, 10)).eval()
+    fits, real = [], shares.fitted
+    monkeypatch.setattr(shares, "fitted", lambda *given: fits.append(given[1]) or real(*given))
+    methods = [("low_rank", {"bits": 4}), ("low_rank", {"bits": 8}), ("dense", {"bits": 4}), ("dense", {"bits": 8})]
+    found = compress(model, fresh[0][:200], max_bytes="30%", methods=methods)
+    assert found.met and len(found.curves) > MANY_LAYERS and len(fits) <= 4
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from slrprop.linalg import balanced, between, in_parts
 from slrprop.regression import Regression, Spread, level
 
 CLIPS = torch.arange(1.0, 0.39, -0.05)  # shares of the largest magnitude that may become the largest code
-BLOCK = 128  # rows whose errors are passed on together
+BLOCK = 32  # rows whose errors are passed on together
 COLUMNS = 1 << 22  # numbers of the columns that are rounded together
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # positive float16
 TINY = 2.0**-10  # a left component smaller than that is scaled up, its right one down
@@ -88,7 +88,7 @@ def compensating(matrix: Tensor, scale: Tensor, bits: int, spread: Spread) -> Te
             stop = min(start + BLOCK, len(rest))
             errors = np.empty_like(rest[start:stop])
             for i in range(start, stop):
-                codes[i] = np.clip(np.rint(rest[i] / wide[i]), low, high)
+                np.minimum(np.maximum(np.rint(rest[i] / wide[i]), low), high, out=codes[i])
                 errors[i - start] = (rest[i] - codes[i] * wide[i]) / upper[i, i]
                 rest[i + 1 : stop] -= upper[i, i + 1 : stop, None] * errors[i - start]
             rest[stop:] -= upper[start:stop, stop:].T @ errors

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slrprop.linalg import balanced, principal, projected
+from slrprop.linalg import DENSE_BELOW, balanced, principal, projected
 from slrprop.operators import MatMul, Operator
 
 DAMPING = 1e-4  # pull towards the original weight, times the mean variance of the inputs
@@ -103,7 +103,8 @@ class Regression:
         if weighted not in known or known[weighted].left.shape[1] < rank:
             if self.covariance.ndim == 1:
                 known.clear()  # of an embedding's, which are wide, only those in one metric
-            vectors = principal(self.weight, self.covariance, root, rank)
+            n = self.weight.shape[1]  # of few directions all are found at once
+            vectors = principal(self.weight, self.covariance, root, n if n <= DENSE_BELOW else rank)
             known[weighted] = Components(*projected(self.weight, root, vectors), vectors)
             if weighted:
                 self._covered.clear()

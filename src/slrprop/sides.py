@@ -7,6 +7,7 @@ the patches, so that their covariance says all that maps between the two convolu
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from slrprop.regression import Regression, Spread, level
 
 RIDGE = 1e-6  # of what is solved, times its mean diagonal
 STEPS = 12  # of conjugate gradients for a first side
+GAIN = 1e-3  # of the error that is left: what a step brings at least, or it is the last
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +41,7 @@ class Sides:
         """The first side (C k x r) of least error were the stretches side by side alike, and no covariance between them."""
         weighed = self.target if self.root is None else self.target @ self.root
         rows = weighed.unflatten(0, (-1, self.wide)).flatten(1)
-        return self.orthogonal(reduced_rank(rows, self.stretch, None, rank)[0])
+        return torch.linalg.qr(reduced_rank(rows, self.stretch, None, rank)[0])[0]
 
     @property
     def stretch(self) -> Tensor:
@@ -47,15 +49,14 @@ class Sides:
         size = len(self.square) // self.wide
         return self.square.reshape(size, self.wide, size, self.wide).diagonal(dim1=1, dim2=3).mean(-1)
 
-    @staticmethod
-    def orthogonal(first: Tensor) -> Tensor:
-        """Another basis of the same channels."""
-        return torch.linalg.qr(first)[0]
+    @cached_property
+    def crossed(self) -> Tensor:
+        """``S T`` (m x n)."""
+        return self.square @ self.target
 
     def covered(self, first: Tensor) -> Tensor:
         """``S spread(F)`` (m x r l)."""
-        rows = self.square.unflatten(1, (-1, self.wide)).movedim(2, 1)  # m x l x C k
-        return (rows @ first).movedim(1, 2).flatten(1)
+        return (first.T @ self.square.reshape(len(first), -1)).reshape(-1, len(self.square)).T
 
     def folded(self, first: Tensor, rows: Tensor) -> Tensor:
         """``spread(F)^T`` times something (m x c)."""
@@ -70,18 +71,19 @@ class Sides:
     def second(self, first: Tensor, inner: Tensor | None = None) -> Tensor:
         """The second side by least squares."""
         inner = self.between(first) if inner is None else inner
-        return torch.linalg.solve(inner, self.folded(first, self.square @ self.target))
+        return torch.linalg.solve(inner, self.folded(first, self.crossed))
 
     def first(self, start: Tensor, second: Tensor) -> Tensor:
-        """The first side by conjugate gradients from another."""
+        """The first side by conjugate gradients from the one that the second was fitted to, as long as they gain."""
         weighed = second if self.metric is None else second @ self.metric
         across, rank = weighed @ second.T, start.shape[1]
+        target = self.target if self.metric is None else self.target @ self.metric
+        error = (self.crossed * target).sum() - (weighed * self.folded(start, self.crossed)).sum()
 
         def taken(rows: Tensor) -> Tensor:
             """``sum_j S[(., j), :] X[:, (., j)]`` (C k x r) of X (m x r l)."""
-            parts = rows.unflatten(1, (rank, self.wide))
-            stretches = self.square.unflatten(0, (-1, self.wide))
-            return sum((stretches[:, j] @ parts[:, :, j] for j in range(self.wide)), torch.zeros_like(start))
+            parts = rows.unflatten(1, (rank, self.wide)).permute(2, 0, 1)
+            return self.square.reshape(len(start), -1) @ parts.reshape(-1, rank)
 
         def spread(first: Tensor, rows: Tensor) -> Tensor:
             """``spread(F)`` times something (r l x c)."""
@@ -95,6 +97,9 @@ class Sides:
             turned = taken(spread(along, across))
             step = size / (along * turned).sum()
             found, rest = found + step * along, rest - step * turned
+            gain, error = step * size, error - step * size
+            if gain < GAIN * error:
+                break
             size, before = rest.square().sum(), size
             along = rest + size / before * along
         return found

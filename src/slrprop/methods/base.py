@@ -184,6 +184,7 @@ class Problem:
         self._statistics: dict[tuple[str, str], Tensor] = {}
         self._costs: dict[tuple[Any, ...], CostScores] = {}
         self._calibration: Calibration | None = None
+        self._last: dict[Any, Any] = {}
 
     @property
     def calibration(self) -> Calibration:
@@ -210,6 +211,12 @@ class Problem:
             self._svds[key] = truncated_svd(self.weight(name), rank, solver)
         u, s, vt = self._svds[key]
         return SVD(u[:, :rank].contiguous(), s[:rank], vt[:rank].contiguous())
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, which is not made again while its key is one of the last three."""
+        if key not in self._last:
+            self._last = dict([*self._last.items()][-2:]) | {key: make()}
+        return self._last[key]
 
     def collect(self, layers: tuple[str, ...], quantities: tuple[str, ...]) -> None:
         """Measure what is missing of these quantities, for all these layers in one pass."""

@@ -3,12 +3,11 @@
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from slrprop.factors import Bias, Dense, Factors, Fit
-from slrprop.memory import give_back
+from slrprop.memory import bound, give_back
 from slrprop.methods.base import Decision, Method, Problem, Settings
 from slrprop.operators import Lookup
 from slrprop.pairs import Compressed
@@ -81,23 +80,24 @@ def in_order(
     Args:
         fixed: layers that are compressed already and stay as they are.
     """
-    compressed: dict[str, Compressed] = {}
-    for name, layer in (fixed or {}).items():
-        compressed[name] = computed_by(problem, layer)
-    names = [name for name in problem.network.order if name in chosen]
+    compressed = {name: computed_by(problem, layer) for name, layer in (fixed or {}).items()}
+    order = problem.network.order
+    names = [name for name in order if name in chosen]
     fitted = tuple(name for name in names if not problem.network.operator(name).bits_only)
     given = [settings for _, settings in chosen.values()]
-    alone = not any(settings.sequential for settings in given)
-    problem.calibration.prepare(fitted, any(settings.weighted for settings in given), alone)
+    sequential = any(settings.sequential for settings in given)
+    problem.calibration.prepare(fitted, any(settings.weighted for settings in given), not sequential)
     try:
         for name in names:
             method, settings = chosen[name]
             settings = settings.at(problem.network.operator(name), problem.network.shape(name))
-            before = {key: value for key, value in compressed.items() if precedes(problem, key, name)}
+            before = {key: value for key, value in compressed.items() if order.index(key) < order.index(name)}
             decision, compressed[name] = fit_layer(problem, name, method, settings, before)
             yield decision
-            give_back()
-        wanted = all(settings.refit_head and settings.sequential for _, settings in chosen.values())
+            if len(names) > 1:  # else whoever asks for one layer after the other does
+                give_back()
+        all_given = [*map(vars, given), *(layer.settings for layer in (fixed or {}).values())]
+        wanted = all(one.get(key, True) for one in all_given for key in ("refit_head", "sequential"))
         last = head_after(problem, [*names, *(fixed or {})]) if wanted else None
         if last is not None:
             task = problem.calibration.regression(last, compressed, weighted=False)
@@ -107,12 +107,6 @@ def in_order(
             yield Decision(last, fit, method="dense", settings=METHOD_OF["dense"].settings(bits=32))
     finally:
         problem.calibration.rest()
-
-
-def precedes(problem: Problem, first: str, second: str) -> bool:
-    """Whether a layer is executed before another."""
-    order = problem.network.order
-    return order.index(first) < order.index(second)
 
 
 def computed_by(problem: Problem, layer: LayerPlan) -> Compressed:
@@ -146,16 +140,18 @@ def fit_layer(
     before = compressed if settings.sequential else {}
     task = problem.calibration.regression(name, before, settings.weighted)
     dtype = problem.weight(name).dtype
-    fitted = method.fit(task, settings)
+    key = (name, method.fit, replace(settings, bits=32))  # the same form in several widths is fitted once
+    anew = before or task.weight.nbytes > bound() // 8
+    fitted = method.fit(task, settings) if anew else problem.once(key, partial(method.fit, task, settings))
     form, bias, notes = (fitted.form, fitted.bias, fitted.notes) if isinstance(fitted, Fit) else (fitted, None, {})
     if bias is not None:  # a solution in itself: rounding is to come near to it, not to the weight it was fitted to
         task = replace(task, weight=form.dense())
     # the mean output that the bias is to give, whatever rounding does to the form; None: the bias stays as it is
-    mean: Tensor | None = None
-    if not isinstance(task.operator, Lookup) and (
-        settings.bias_correction or bias is not None
-    ):  # that one adds nothing
-        mean = task.target_mean if settings.bias_correction or bias is None else bias.value + task.mean @ form.dense()
+    mean = task.target_mean if settings.bias_correction else None
+    if bias is not None and mean is None:
+        mean = bias.value + task.mean @ form.dense()
+    if isinstance(task.operator, Lookup):  # which adds nothing
+        mean = None
     if settings.bits < 32:
         form = quantised(form, settings.bits, task)
     else:

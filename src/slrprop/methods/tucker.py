@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from slrprop.checks import Density, Times
 from slrprop.factors import Tucker
 from slrprop.linalg import reduced_rank
@@ -61,7 +63,7 @@ def fit(task: Regression, settings: TuckerSettings) -> Tucker:
         inner = sides.between(first)
         core, last = reduced_rank(sides.second(first, inner), inner, task.root, outputs)
         if turn < settings.sweeps:
-            first = sides.orthogonal(sides.first(first, core @ last))
+            first = torch.linalg.qr(sides.first(first, core @ last))[0]  # another basis of the same channels
     size = (core.norm(dim=0) / last.norm(dim=1)).clamp(1e-8, 1e8).sqrt()
     return Tucker(task.operator.kernel, first, core / size, size[:, None] * last)
 

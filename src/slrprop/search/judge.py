@@ -224,9 +224,8 @@ class Judge:
         if isinstance(self.network, OnnxNetwork):
             network: Network = self.network.with_file(model)
         else:
-            network = open_network(
-                model, None, self.network.reading
-            )  # it is only run: what follows what is not looked at
+            # it is only run: what follows what is not looked at
+            network = open_network(model, None, self.network.reading)
             network.at_once = self.network.at_once
         return torch.cat([rows_of(flow.output) for flow in network.stream((), self.part)])[self.counted]
 

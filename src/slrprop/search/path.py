@@ -3,8 +3,8 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from operator import attrgetter
+from dataclasses import dataclass
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -34,12 +34,12 @@ LEVELS: dict[str, tuple[Choice, ...]] = {
         *(("rtn", bits) for bits in FEW_BITS),
     ),
     "calibrated": (
-        *(("low_rank", bits) for bits in FEW_BITS),
+        *(("dense", bits) for bits in FEW_BITS),
         *(("spatial", bits) for bits in FEW_BITS),
         *(("tucker", bits) for bits in FEW_BITS),
+        *(("low_rank", bits) for bits in FEW_BITS),
         ("low_rank", {"metric": "inputs", "bits": 4}),  # ahead where little is lost: LeNet-300-100 from 20 kB on
         *(("nested", {"shape": shape, "bits": 4, "sweeps": 2}) for shape in ("half", "third", "three-wide")),
-        *(("dense", bits) for bits in FEW_BITS),
     ),
 }
 LEVELS["tuned"] = LEVELS["calibrated"]
@@ -51,6 +51,7 @@ SIZE_ONLY["tuned"] = SIZE_ONLY["calibrated"]
 QUICK: dict[str, dict[str, Any]] = {"slr": {"criterion": "weight"}}  # settings of methods named without any
 MANY_LAYERS = 12  # with more, only every third step of each ladder is tried: so many layers make fine steps together
 SPARSELY = 3
+FAR = 1.5  # times the error: a method so far behind others with its largest and its middle step is not tried at its other ones
 CALIBRATION_ROWS = 512  # inputs of each layer that predictions are made from
 
 
@@ -128,8 +129,9 @@ def candidates_of(
 ) -> list[Candidate]:
     """All candidates of a layer, the dense one first; none whose numbers alone take more than ``most`` bytes.
 
-    ``inputs`` are rows of what every layer reads, ``choices`` what is tried for it. Of each method's ladder the largest step and every ``every``-th below it are made, or
-    all where ranks are cut down to whole blocks (:func:`slrprop.search.blocks.in_blocks`).
+    ``inputs`` are rows of what every layer reads, ``choices`` what is tried for it. Of each method's ladder the largest step and every ``every``-th
+    below it are made, or all where ranks are cut down to whole blocks (:func:`slrprop.search.blocks.in_blocks`); of one whose largest and middle
+    step come out ``FAR`` behind what others make of as many bytes, only these and the smallest.
 
     ``error`` is of the layer's outputs there, weighed by what they do to the network's where that is known and any of
     the methods is calibrated.
@@ -152,69 +154,83 @@ def candidates_of(
 
     y = times(x, Dense(weight.to(wide)))
     energy = max(weighed(y - y.mean(0) if to_data else y), 1e-30)
-    found = [Candidate(problem.network.stored(name), 0.0)]
     ranks = ranks_for(m, n)
     if ranks and any(method in ("svd", "slr", "slrprop") for method, _ in methods):
         problem.svd(name, ranks[-1], "auto")  # the lower ranks are parts of it
-    for method, given in methods:
-        kind = find_method(method).settings
-        if find_method(method).coupled:
-            raise SlrpropError(
-                f"method '{method}' treats layers together, and the search chooses for each by itself; use slrprop.plan, or leave it out"
-            )
-        if name not in kind(**given).eligible(problem.network):
-            continue  # for example a layer that SLRProp's chain does not reach
-        ladder = kind.ladder(m, n)
-        steps = in_blocks(ladder, problem.network.operator(name), (m, n), block)
-        # from the largest: the components of lower ranks are part of its
-        for step in steps[:: -every if steps == ladder else -1]:
-            settings = kind(**{**step, **given}).at(problem.network.operator(name), (m, n))
-            bits = min(settings.bits, 8 * problem.network.itemsize(name))
-            if settings.refusal(m, n) or (settings.stored_numbers(m, n) or 0) * bits / 8 > most:
-                continue
-            try:
-                made = plan_problem(problem, method, [name], **{**step, **alone(method), **given})
-            except TooLargeError:  # other forms may hold such numbers
-                continue
-            for layer in (layer for layer in made.layers if layer.name == name):
-                assert layer.fit is not None
-                factors, own = layer.fit.form, layer.bias
-                moved = (0 if own is None else own.to(wide)) - (0 if bias is None or own is None else bias.to(wide))
-                # factors have their own dtype and device
-                rows = x if looked_up else x.to(next(iter(factors.matrices().values())))
-                error = weighed(y - times(rows, factors).to(y) - moved) / energy
-                found.append(Candidate(problem.network.stored(name, layer.fit), error, layer))
+    found = [Candidate(problem.network.stored(name), 0.0)]
+
+    def fit(method: str, settings: Mapping[str, Any]) -> Candidate | None:
+        """A step's candidate, one of all from now on; None where it is no smaller, or few bits can't hold its numbers."""
+        try:
+            made = plan_problem(problem, method, [name], **settings)
+        except TooLargeError:  # other forms may hold such numbers
+            return None
+        layer = next((layer for layer in made.layers if layer.name == name), None)
+        if layer is None or layer.fit is None:
+            return None
+        factors, own = layer.fit.form, layer.bias
+        moved = (0 if own is None else own.to(wide)) - (0 if bias is None or own is None else bias.to(wide))
+        # factors have their own dtype and device
+        rows = x if looked_up else x.to(next(iter(factors.matrices().values())))
+        error = weighed(y - times(rows, factors).to(y) - moved) / energy
+        found.append(Candidate(problem.network.stored(name, layer.fit), error, layer))
+        return found[-1]
+
+    for _, alike in itertools.groupby(methods, lambda choice: (choice[0], choice[1] | {"bits": 0})):
+        rest: list[tuple[int, str, dict[str, Any]]] = []
+        for method, given in alike:
+            kind = find_method(method).settings
+            if find_method(method).coupled:
+                raise SlrpropError(
+                    f"method '{method}' treats layers together, and the search chooses for each by itself; use slrprop.plan, or leave it out"
+                )
+            if name not in kind(**given).eligible(problem.network):
+                continue  # for example a layer that SLRProp's chain does not reach
+            alone = {"sequential": False} if issubclass(kind, CalibratedSettings) else {}
+            operator, ladder = problem.network.operator(name), kind.ladder(m, n)
+            blocks, steps = in_blocks(ladder, operator, (m, n), block), []
+            for step in blocks[:: -every if blocks == ladder else -1]:
+                settings = kind(**{**step, **alone, **given}).at(operator, (m, n))
+                size = (settings.stored_numbers(m, n) or 0) * min(settings.bits, 8 * problem.network.itemsize(name)) / 8
+                if not settings.refusal(m, n) and size <= most:
+                    steps.append({**step, **alone, **given})
+            early = [fit(method, steps.pop(place)) for place in (0, (len(steps) - 1) // 2, -1) if steps]
+            if any(not c or c.error <= FAR * min(o.error for o in found[1:] if o.bytes <= c.bytes) for c in early[:2]):
+                rest += [(place, method, step) for place, step in enumerate(steps)]
+        for _, method, step in sorted(rest, key=itemgetter(0)):  # by place: a form in several widths is fitted once
+            fit(method, step)
+    give_back()
     return found
 
 
-def alone(method: str) -> dict[str, Any]:
-    """Settings that fit one layer for itself, whatever becomes of the others."""
-    return {"sequential": False} if issubclass(find_method(method).settings, CalibratedSettings) else {}
+def fitted(problem: Problem, plan: Plan, sequential: bool, known: dict[tuple[Any, ...], LayerPlan]) -> Plan:
+    """The plan with its calibrated layers fitted in order, each on the outputs of those before it.
 
-
-def fitted(problem: Problem, plan: Plan, sequential: bool) -> Plan:
-    """The plan with its calibrated layers fitted in order, each on the outputs of those before it."""
+    What is ``known`` of layers so fitted, by all that is planned up to them, is fitted once for all plans that begin alike.
+    """
     chosen: dict[str, tuple[Method, Settings]] = {}
     fixed: dict[str, LayerPlan] = {}
+    places: dict[str, tuple[Any, ...]] = {}
     for layer in plan.layers:
         method = METHODS[layer.method]
-        if isinstance(method, CalibratedMethod):
+        places[layer.name] = place = (*list(places.values())[-1:], Plan((layer,)).to_json())
+        if not isinstance(method, CalibratedMethod):
+            fixed[layer.name] = layer
+        elif place in known:
+            fixed[layer.name] = known[place]
+        else:
             settings = method.settings(**layer.settings | {"sequential": sequential})
             chosen[layer.name] = (method.anew(layer), settings)
-        else:
-            fixed[layer.name] = layer
-    if not chosen:
+    if all(layer is fixed.get(layer.name) for layer in plan.layers):
         return plan
-    first = next(layer for layer in plan.layers if layer.name in chosen)
-    if len(chosen) > 1 and plan.layers[0] is first:  # nothing is compressed before it: fitted as it stands
-        fixed[first.name] = replace(first, settings=first.settings | {"sequential": sequential})
-        del chosen[first.name]
     layers: dict[str, LayerPlan] = dict(fixed)
     for decision in in_order(problem, chosen, fixed):  # type: ignore[arg-type]
         used, own = chosen.get(decision.name, (METHODS["dense"], None))
         now = own or decision.settings
         assert now is not None
         layers[decision.name] = planned_layer(problem, decision, used, now)
+        if own is not None:
+            known[places[decision.name]] = layers[decision.name]
     return finished(problem.network, layers, plan.left_dense)
 
 

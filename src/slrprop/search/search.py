@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from slrprop.plan import Plan
 from slrprop.search.check import LOOKS, Check, Look
-from slrprop.search.path import BYTES, MANY_LAYERS, Cost, Evaluation, Point, path_of
+from slrprop.search.path import BYTES, Cost, Evaluation, Point, path_of
 from slrprop.search.result import Budget, most_evaluations
 from slrprop.search.shares import LIKELY, Shares
 
@@ -111,7 +111,7 @@ class Search:
         def holds_alone(at: int) -> bool:
             return at == 0 or self._drop(self.trials.evaluate(self.points[at].plan)) <= allowed
 
-        if not self.many:
+        if not self.shares.many:
             return self._bisect(0, last, holds, steps)
         low, grain = self._bisect(0, last, holds_alone, steps), 1 + last // GRAINS
         high, width = low, grain
@@ -120,11 +120,6 @@ class Search:
         while not holds(low):
             low, high, width = max(low - width, 0), low - 1, 2 * width
         return self._bisect(low, high, holds, steps, grain)
-
-    @property
-    def many(self) -> bool:
-        """Whether fitting all layers in order takes long."""
-        return len(self.shares.curves) > MANY_LAYERS
 
     @property
     def spare(self) -> int:
@@ -137,7 +132,7 @@ class Search:
         Where layers are many the next is near enough.
         """
         high, low = self.shares.stored(self.final_at(at)), self.shares.stored(self.points[at + 1].plan)
-        for _ in range(0 if self.many else min(REFINEMENTS, self.spare)):
+        for _ in range(0 if self.shares.many else min(REFINEMENTS, self.spare)):
             middle = math.isqrt(low * high)
             found = self.shares.within(middle, 1)
             if found is None or self.shares.stored(found[0]) >= high:
@@ -155,8 +150,9 @@ class Search:
         point, found = self.measured(at), None
         target = self.shares.stored(self.final_at(at)) + limit - point.bytes
         while point.bytes <= limit and self.spare >= 2:
-            every = self.spare > 8 + LIKELY * self.shares.wide
-            found = self.shares.within(target, min(REFINEMENTS + 1, self.spare), every)
+            every = self.spare > 8 + LIKELY * self.shares.slow
+            tries = 1 if self.shares.many else REFINEMENTS + 1
+            found = self.shares.within(target, min(tries, self.spare), every)
             if found is None or found[1].bytes <= limit:
                 break
             target -= found[1].bytes - limit  # the file takes more around them than was predicted
@@ -165,12 +161,11 @@ class Search:
 
     def _insert(self, plan: Plan, measured: Evaluation) -> int:
         """A measured plan as a point of the path; its place, by size."""
-        sizes = {name: self.shares.curves[name][0].bytes for name in self.shares.curves}
-        rest = self.points[0].predicted_bytes - sum(sizes.values())
+        rest = self.points[0].predicted_bytes - sum(curve[0].bytes for curve in self.shares.curves.values())
         size = rest + self.shares.stored(plan)
         place = next((i for i, point in enumerate(self.points) if point.predicted_bytes < size), len(self.points))
-        near = self.points[min(place, len(self.points) - 1)]
-        self.points.insert(place, Point(plan, size, near.predicted_damage, measured))
+        damage = self.points[min(place, len(self.points) - 1)].predicted_damage
+        self.points.insert(place, Point(plan, size, damage, measured))
         return place
 
     def step_back(self, at: int, times: int) -> int:

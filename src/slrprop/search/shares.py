@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -35,7 +36,8 @@ from slrprop.selection import treated
 from slrprop.tune import TuneSettings, distilled
 
 MOST_AROUND = 4096  # bytes of a file around a layer's numbers; what grows by more still holds the dense weight
-LIKELY = 2  # of the methods that are tried alone on wide layers, how many are fitted in order
+BADLY = 3  # times that predictions of methods may be off, compared with each other
+LIKELY = 2  # of the methods that are tried alone on wide or many layers, how many are fitted in order
 
 
 class Shares:
@@ -72,6 +74,7 @@ class Shares:
         self.sequential = all(settings.get("sequential", True) for _, settings in all_methods)
         self._finals: dict[str, Plan] = {}  # the last ones that fit
         self._carried_out: set[str] = set()  # what they are, as JSON
+        self._in_order: dict[tuple[Any, ...], LayerPlan] = {}  # the last ones that fit
         self.curves: dict[str, list[Candidate]] = {}
         self.sensitivity: dict[str, float] = {}
         self.left_dense: dict[str, str] = {}
@@ -133,13 +136,15 @@ class Shares:
         if key in self._carried_out:
             return plan
         if key not in self._finals:
-            found = fitted(self.problem, plan, self.sequential)
+            found = fitted(self.problem, plan, self.sequential, self._in_order)
             if self.tuning is not None and found.layers:
                 found = distilled(self.problem.network, self.problem.data, found, self.tuning)
             self._carried_out.add(found.to_json())
             self._finals[key] = found
             while sum(layer.bytes for kept in self._finals.values() for layer in kept.layers) > bound() // 4:
                 del self._finals[next(iter(self._finals))]
+            while sum(layer.bytes for layer in self._in_order.values()) > bound() // 4:
+                del self._in_order[next(iter(self._in_order))]
             return found
         return self._finals[key]
 
@@ -151,7 +156,7 @@ class Shares:
         Args:
             tries: evaluations at most.
             every: start from the best of that choice and of those of each method alone, which takes one evaluation more each
-                (and ``LIKELY`` more where layers are wide).
+                (and ``LIKELY`` more where layers are wide or many).
         """
         best: tuple[Plan, Evaluation] | None = None
         steps, place, target = {}, {}, limit
@@ -180,33 +185,36 @@ class Shares:
     def _groups(self) -> list[dict[str, list[Candidate]]]:
         """All candidates that none beats, and those of each method and width of numbers alone: predictions compare them badly."""
         kinds = sorted({group_of(candidate) for curve in self.curves.values() for candidate in curve[1:]})
-        groups = [{name: undominated(curve) for name, curve in self.curves.items()}]
-        if len(kinds) > 1:
-            for kind in kinds:
-                alone = {
-                    name: [c for c in curve if c.layer is None or group_of(c) == kind]
-                    for name, curve in self.curves.items()
-                }
-                groups.append({name: undominated(curve) for name, curve in alone.items()})
-        return groups
+
+        def group(*some: tuple[str, int, str]) -> dict[str, list[Candidate]]:
+            curves = self.curves.items()
+            return {
+                name: undominated([c for c in curve if c.layer is None or group_of(c) in some])
+                for name, curve in curves
+            }
+
+        return [group(*kinds), *(map(group, kinds) if len(kinds) > 1 else ())]
 
     def _starts(self, limit: int) -> list[dict[str, list[Candidate]]]:
-        """The groups to start from; where layers are so wide that fitting them in order takes long, the ``LIKELY`` best without that."""
+        """The groups to start from; where fitting all layers in order takes long, the ``LIKELY`` best without that."""
         groups = self._groups()
-        if not self.wide or len(groups) <= LIKELY:
+        if not self.slow or len(groups) <= LIKELY:
             return groups
         places = [(group, best_places(group, self.sensitivity, limit)) for group in groups]
-        rated = [
-            (self.trials.evaluate(self._chosen(group, place)).divergence, index)
-            for index, (group, place) in enumerate(places)
-            if place is not None
-        ]
-        return [groups[index] for _, index in sorted(rated)[:LIKELY]]
+        rated = [(self._damage(group, place), group, place) for group, place in places if place is not None]
+        least = min((damage for damage, *_ in rated), default=0.0)
+        near = [(group, self._chosen(group, place)) for damage, group, place in rated if damage <= BADLY * least]
+        return [group for group, _ in sorted(near, key=lambda one: self.trials.evaluate(one[1]).divergence)[:LIKELY]]
 
     @property
-    def wide(self) -> bool:
-        """Whether layers are so wide that a fit takes seconds."""
-        return any(max(self.problem.network.shape(name)) > WIDEST for name in self.curves)
+    def many(self) -> bool:
+        """Whether layers are so many that fitting all of them in order takes long."""
+        return len(self.curves) > MANY_LAYERS
+
+    @property
+    def slow(self) -> bool:
+        """Whether it takes long since layers are many, or so wide that a fit takes seconds."""
+        return self.many or any(max(self.problem.network.shape(name)) > WIDEST for name in self.curves)
 
     def _start(self, steps: dict[str, list[Candidate]], limit: int) -> tuple[dict[str, int], Plan, int] | None:
         """The choice of least predicted damage that really stores at most ``limit`` bytes, and the limit that led to it."""
@@ -256,8 +264,7 @@ class Shares:
 
     def _chosen(self, steps: dict[str, list[Candidate]], place: dict[str, int]) -> Plan:
         """The candidates at these places as they are."""
-        layers = {name: steps[name][at].layer for name, at in place.items()}
-        known = {name: layer for name, layer in layers.items() if layer is not None}
+        known = {name: layer for name, at in place.items() if (layer := steps[name][at].layer) is not None}
         return finished(self.problem.network, known, {})
 
     def _planned(self, steps: dict[str, list[Candidate]], place: dict[str, int]) -> Plan:
