@@ -289,12 +289,15 @@ def test_plans_that_begin_alike_are_fitted_from_where_they_differ(run, monkeypat
 
 def test_fitting_and_tuning_pay_at_equal_bytes(trained, fresh):
     """On the check part, in divergence; what the search chose for the same budget."""
-    _, check = Data(fresh).split(0)
-    judge = Judge(trained, check, None)
-    found = {level: compress(trained, fresh, max_bytes=3500, level=level) for level in LEVELS}
-    lost = {level: judge.divergence(judge.outputs(one.model)) for level, one in found.items()}
+    lost = dict.fromkeys(LEVELS, 0.0)
+    for seed in range(2):  # one alone is within luck of some hundred samples
+        _, check = Data(fresh).split(seed)
+        judge = Judge(trained, check, None)
+        for level in LEVELS:
+            found = compress(trained, fresh, max_bytes=3500, level=level, seed=seed)
+            lost[level] += judge.divergence(judge.outputs(found.model))
+            assert found.bytes[1] <= 3500
     assert lost["tuned"] < lost["calibrated"] < lost["weights"]
-    assert all(one.bytes[1] <= 3500 for one in found.values())
 
 
 @pytest.mark.parametrize("budget", [{"max_drop": 1.0}, {"max_bytes": "12%"}, {"max_drop": 2.0, "max_bytes": "20%"}])

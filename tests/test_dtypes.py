@@ -40,8 +40,8 @@ def test_tuning_comes_nearer_in_any_dtype(dtype, bits, trained, digits):
     notes = after.layers[0].notes
     assert notes["divergence_after"] < notes["divergence_before"]
     for one, other in zip(before.layers, after.layers, strict=True):
-        assert {key: array.dtype for key, array in one.arrays().items()} == {
-            key: array.dtype for key, array in other.arrays().items()
+        assert {key: array.dtype for key, array in one.fit.arrays().items()} == {
+            key: array.dtype for key, array in other.fit.arrays().items()
         }
 
 

@@ -195,11 +195,14 @@ def test_an_error_grows_and_never_drops(digits, tmp_path):
         page = (tmp_path / "r.html").read_text().split('<script type="application/json"')[0]
         for text in (str(found), page, (tmp_path / "r.md").read_text()):
             assert "growth" in text and "drop" not in text.replace("max_drop", "").replace("max-drop", "")
-    with pytest.raises(
-        BudgetError, match=r"a growth of at most 0, at most [0-9,]+ bytes; the nearest has a growth of"
-    ) as error:
-        compress(model, x, max_drop=0, max_bytes="40%", methods=QUICK)
-    assert "drop" not in str(error.value)
+    for budget, nearest in (
+        ({"max_drop": 0}, "is the original"),
+        ({"max_drop": 0.5, "max_latency": "0.1%"}, "has a growth of"),
+    ):
+        told = rf"a growth of at most {budget['max_drop']}, at most [0-9,]+ bytes.*; the nearest {nearest}"
+        with pytest.raises(BudgetError, match=told) as error:
+            compress(model, x, max_bytes="40%", methods=QUICK, **budget)
+        assert "drop" not in str(error.value)
 
 
 def test_ones_own_measure_of_every_sample(trained, digits):

@@ -115,7 +115,7 @@ def test_layers_compute_with_the_form(form, has_bias, batch):
 def test_the_gradient_of_the_sequence_is_the_sum_over_the_weights_that_share_a_place():
     torch.manual_seed(0)
     start = torch.randn(7).double(), torch.randn(5).double(), torch.randn(5).double()
-    layer = layer_from(Fit(Shared(*start, seed=2)))
+    layer = layer_from(Fit(Shared(*start, seed=2)).over(torch.zeros(5, dtype=torch.float64)))
     x, form = torch.randn(9, 7, dtype=torch.float64), layer.factors()
     weight = form.dense().detach().requires_grad_()
     ((x @ weight + layer.bias) ** 3).sum().backward()
