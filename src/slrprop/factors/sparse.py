@@ -71,9 +71,6 @@ class Sparse(Factors):
     def indices(self) -> dict[str, Tensor]:
         return {"gaps": self.gaps}
 
-    def with_matrices(self, matrices: Mapping[str, Tensor]) -> "Sparse":
-        return Sparse(matrices["entries"], self.gaps, self.gap_bits, self.shape, self.known_places)
-
     def description(self) -> dict[str, Any]:
         return {"kind": self.kind, "shape": list(self.shape), "gap_bits": self.gap_bits}
 
