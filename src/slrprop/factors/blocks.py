@@ -139,12 +139,13 @@ class SparseLowRank(Factors):
     right: tuple[Tensor, ...]
     row_levels: Tensor
     column_levels: Tensor
-    known: Sets | None = field(default=None, repr=False)  # what the levels say, where that was worked out before
+    # which neurons take part in each block: what the levels say, where that was worked out before
+    sets: Sets = field(default=None, repr=False)  # type: ignore[assignment]
     kind: ClassVar[str] = "sparse_low_rank"
     selects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.known is not None:
+        if self.sets is not None:
             return
         if not self.left or len(self.left) != len(self.right):
             raise SlrpropError(
@@ -155,16 +156,10 @@ class SparseLowRank(Factors):
                 raise SlrpropError(
                     f"{side} levels must be one uint8 per neuron, at most {len(self.left)}; got {levels.dtype} {tuple(levels.shape)}"
                 )
-        object.__setattr__(self, "known", Sets.of(self.row_levels, self.column_levels, len(self.left)))
+        object.__setattr__(self, "sets", Sets.of(self.row_levels, self.column_levels, len(self.left)))
         for level, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
             require_matrix(f"left block {level}", left, (len(self.sets.rows[level].places), None))
             require_matrix(f"right block {level}", right, (left.shape[1], len(self.sets.columns[level])))
-
-    @property
-    def sets(self) -> Sets:
-        """Which neurons take part in each block."""
-        assert self.known is not None
-        return self.known
 
     @classmethod
     def shorten(cls, svd: SVD, reduced_rank: int, short_rows: Tensor, short_columns: Tensor) -> "SparseLowRank":
@@ -199,10 +194,9 @@ class SparseLowRank(Factors):
         return dict(named + [(f"right_{level}", block) for level, block in enumerate(self.right)])
 
     def with_matrices(self, matrices: Mapping[str, Tensor]) -> "SparseLowRank":
-        left, right = (
-            tuple(matrices[f"{side}_{level}"] for level in range(len(self.left))) for side in ("left", "right")
-        )
-        return SparseLowRank(left, right, self.row_levels, self.column_levels, self.known)
+        levels = range(len(self.left))
+        left, right = (tuple(matrices[f"{side}_{level}"] for level in levels) for side in ("left", "right"))
+        return SparseLowRank(left, right, self.row_levels, self.column_levels, self.sets)
 
     @classmethod
     def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> "SparseLowRank":

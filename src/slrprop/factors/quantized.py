@@ -35,6 +35,11 @@ def unpacked(stored: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     return stored.view(torch.int8).float().reshape(shape)
 
 
+def _of_codes(name: str) -> Any:
+    """What a form in few bits has of the form of its codes."""
+    return property(lambda self: getattr(self.codes, name))
+
+
 @dataclass(frozen=True, eq=False)
 class Quantized(Factors):
     """Factors whose matrices are whole numbers times scales.
@@ -48,6 +53,9 @@ class Quantized(Factors):
     scales: dict[str, Tensor]
     bits: int
     kind: ClassVar[str] = "quantized"
+    shape, faster, selects, multiplications, indices, read = map(
+        _of_codes, ("shape", "faster", "selects", "multiplications", "indices", "read")
+    )
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -62,27 +70,18 @@ class Quantized(Factors):
     def _scale_shape(self, name: str, matrix: Tensor) -> tuple[int, ...]:
         return (1,) if matrix.ndim == 1 else (matrix.shape[1 - self.codes.scale_axes()[name]],)
 
-    @property
-    def faster(self) -> bool:  # type: ignore[override]
-        return self.codes.faster
-
-    def _wide_scales(self) -> dict[str, Tensor]:
-        """For each matrix the float32 scale of every number."""
-        found = {}
-        for name, matrix in self.codes.matrices().items():
-            scale = self.scales[name].to(torch.float32)
-            wide = scale if matrix.ndim == 1 else scale.unsqueeze(self.codes.scale_axes()[name])
-            found[name] = wide.expand_as(matrix)
-        return found
+    def wide_scales(self) -> dict[str, Tensor]:
+        """For each matrix its scales, which spread over it."""
+        axes = self.codes.scale_axes()
+        return {
+            name: self.scales[name] if matrix.ndim == 1 else self.scales[name].unsqueeze(axes[name])
+            for name, matrix in self.codes.matrices().items()
+        }
 
     def plain(self) -> Factors:
         """The factors as float32 numbers."""
-        scales = self._wide_scales()
-        return self.codes.with_matrices({name: matrix * scales[name] for name, matrix in self.codes.matrices().items()})
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.codes.shape
+        scales, codes = self.wide_scales(), self.codes.matrices()
+        return self.codes.with_matrices({name: matrix * scales[name].float() for name, matrix in codes.items()})
 
     def matrices(self) -> dict[str, Tensor]:
         return {name: matrix.float() for name, matrix in self.codes.matrices().items()}
@@ -111,26 +110,13 @@ class Quantized(Factors):
         scales = {name: arrays[f"{name}_scale"].view(torch.float16) for name in shapes}
         return cls(restored(description["of"], known), scales, bits)
 
-    def indices(self) -> dict[str, Tensor]:
-        return self.codes.indices()
-
-    @property
-    def multiplications(self) -> int:
-        return self.codes.multiplications
-
     def dense(self) -> Tensor:
         return self.plain().dense()
 
-    @property
-    def selects(self) -> bool:  # type: ignore[override]
-        return self.codes.selects
-
-    def read(self) -> Tensor:
-        return self.codes.read()
-
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Quantized":
-        scales, axes = dict(self.scales), self.codes.scale_axes()
-        for name, wide in self.codes.with_matrices(self._wide_scales()).permuted(rows, columns).matrices().items():
+        scales, axes, codes = dict(self.scales), self.codes.scale_axes(), self.codes.matrices()
+        wide_scales = {name: scale.float().expand_as(codes[name]) for name, scale in self.wide_scales().items()}
+        for name, wide in self.codes.with_matrices(wide_scales).permuted(rows, columns).matrices().items():
             if wide.ndim == 2 and wide.shape[axes[name]]:  # the scales of outputs follow their outputs
                 scales[name] = wide.select(axes[name], 0).half().clone(memory_format=torch.contiguous_format)
         return replace(self, codes=self.codes.permuted(rows, columns), scales=scales)

@@ -31,13 +31,14 @@ class Sparse(Factors):
     gaps: Tensor
     gap_bits: int
     sides: tuple[int, int]
-    known_places: Tensor | None = field(default=None, repr=False)  # what ``gaps`` say, where that was read before
+    # ``i * n + j`` of every value, ascending (nnz,) int64: what ``gaps`` say, where that was read before
+    places: Tensor = field(default=None, repr=False)  # type: ignore[assignment]
     kind: ClassVar[str] = "sparse"
     faster: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.known_places is None:
-            object.__setattr__(self, "known_places", decoded(self.gaps, self.gap_bits, self.shape[0] * self.shape[1]))
+        if self.places is None:
+            object.__setattr__(self, "places", decoded(self.gaps, self.gap_bits, self.shape[0] * self.shape[1]))
         if self.entries.ndim != 1 or len(self.entries) != len(self.places):
             raise SlrpropError(f"a sparse weight with {len(self.places)} marked places takes as many values, got shape {tuple(self.entries.shape)}")  # fmt: skip
 
@@ -52,12 +53,6 @@ class Sparse(Factors):
     @property
     def shape(self) -> tuple[int, int]:
         return self.sides
-
-    @property
-    def places(self) -> Tensor:
-        """``i * n + j`` of every value, ascending (nnz,) int64."""
-        assert self.known_places is not None
-        return self.known_places
 
     def support(self) -> Tensor:
         """Where values are stored (bool, m x n)."""
