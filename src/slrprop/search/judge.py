@@ -64,11 +64,7 @@ class Judge:
             outputs.append(rows)
             targets.append(_by_row(batch.targets, rows))
             count, first = count + size, inputs if first is None else first
-            constant = (
-                constant
-                and len(inputs) == len(first)
-                and all(_repeats(*pair) for pair in zip(inputs, first, strict=True))
-            )
+            constant &= len(inputs) == len(first) and all(map(_repeats, inputs, first))
             for tensor in (*batch.values().values(), batch.targets, rows):
                 if isinstance(tensor, np.ndarray):
                     digest.update(repr(tensor.tolist()).encode())
@@ -224,9 +220,8 @@ class Judge:
         if isinstance(self.network, OnnxNetwork):
             network: Network = self.network.with_file(model)
         else:
-            network = open_network(
-                model, None, self.network.reading
-            )  # it is only run: what follows what is not looked at
+            # it is only run: what follows what is not looked at
+            network = open_network(model, None, self.network.reading)
             network.at_once = self.network.at_once
         return torch.cat([rows_of(flow.output) for flow in network.stream((), self.part)])[self.counted]
 
