@@ -12,7 +12,7 @@ from slrprop.arrange import arranged
 from slrprop.checks import require_choice, suggestion
 from slrprop.data import Axes, open_data
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Fit, Quantized
+from slrprop.factors import Dense, Factors, Fit, Quantized
 from slrprop.files import together
 from slrprop.inspection import Inspection, LayerInfo, Model, inspect, warn_if_compressed
 from slrprop.layers import layer_from, note_shape, original_shape
@@ -237,12 +237,7 @@ class _Done(NamedTuple):
 
 
 def _file_forms(network: OnnxNetwork, plan: Plan) -> _Done:
-    def dense(name: str) -> Dense:
-        if name not in network.names:
-            raise _foreign(name, network.names)
-        return Dense(network.weight(name))
-
-    done = _carried_out(plan, dense, network.bias, network.fingerprint)
+    done = _carried_out(plan, network.names, network.weight, network.bias, network.fingerprint)
     for junction in plan.junctions:
         if any(name not in network.names or network.junction(name) != junction for name in junction.makers):
             raise SlrpropError(
@@ -251,44 +246,46 @@ def _file_forms(network: OnnxNetwork, plan: Plan) -> _Done:
     return done
 
 
-def _foreign(name: str, names: Collection[str]) -> SlrpropError:
-    return SlrpropError(
-        f"the plan treats layer '{name}', which this model does not have{suggestion(name, names)}; it was made for another model"
-    )
-
-
 def _apply_module(model: nn.Module, plan: Plan, sharing: bool = False) -> nn.Module:
     model = folded(model, plan.folded)
     modules = layer_modules(model)
 
-    def dense(name: str) -> Dense:
-        if name not in modules:
-            raise _foreign(name, modules)
-        return Dense(operator_of(modules[name]).matrix(weight_and_bias(modules[name])[0]))
+    def weight(name: str) -> Tensor:
+        return operator_of(modules[name]).matrix(weight_and_bias(modules[name])[0])
 
     def bias(name: str) -> Tensor | None:
         return weight_and_bias(modules[name])[1]
 
-    done = _carried_out(plan, dense, bias, lambda name: fingerprint(dense(name).weight.T))
+    done = _carried_out(plan, modules, weight, bias, lambda name: fingerprint(weight(name).T))
     swaps = {}
     for name, fit in done.moved.items():
-        old, weight = modules[name], dense(name).weight
-        swaps[name] = layer_from(fit.over(bias(name)), operator_of(old)).to(weight.dtype)
-        if fit.form.shape != weight.shape or original_shape(old) or computed_arrays(old):
-            note_shape(swaps[name], original_shape(old) or weight.shape)
-    widths = {name: dense(junction.makers[0]).shape[1] for junction in plan.junctions for name in junction.carriers}
+        old, before = modules[name], weight(name)
+        swaps[name] = layer_from(fit.over(bias(name)), operator_of(old)).to(before.dtype)
+        if fit.form.shape != before.shape or original_shape(old) or computed_arrays(old):
+            note_shape(swaps[name], original_shape(old) or before.shape)
+    widths = {name: weight(junction.makers[0]).shape[1] for junction in plan.junctions for name in junction.carriers}
     swaps |= carried(model, widths, done.orders)
     return swapped(model, swaps, sharing)
 
 
 def _carried_out(
-    plan: Plan, dense: Callable[[str], Dense], bias: Callable[[str], Tensor | None], digest: Callable[[str], str]
+    plan: Plan,
+    names: Collection[str],
+    weight: Callable[[str], Tensor],
+    bias: Callable[[str], Tensor | None],
+    digest: Callable[[str], str],
 ) -> _Done:
+    for name in (*(layer.name for layer in plan.layers), *(name for part in plan.junctions for name in part.layers)):
+        if name not in names:
+            raise SlrpropError(
+                f"the plan treats layer '{name}', which this model does not have{suggestion(name, names)}; it was made for another model"
+            )
     for name, times in Counter(layer.name for layer in plan.layers).items():
         if times > 1:
             raise SlrpropError(f"the plan treats layer '{name}' twice; the file is damaged")
-    fits = {layer.name: build(layer, dense(layer.name).weight, digest(layer.name)) for layer in plan.layers}
-    forms, orders = arranged({name: fit.form for name, fit in fits.items()}, plan.junctions, dense)
+    fits = {layer.name: build(layer, weight(layer.name), digest(layer.name)) for layer in plan.layers}
+    forms: dict[str, Factors] = {name: fit.form for name, fit in fits.items()}
+    forms, orders = arranged(forms, plan.junctions, lambda name: Dense(weight(name)))
     moved = {name: replace(fits.get(name, Fit(form)), form=form) for name, form in forms.items()}
     carriers = {name for junction in plan.junctions for name in junction.carriers}
     for name in orders.keys() - carriers:

@@ -268,10 +268,8 @@ def compress(
     """
     _require_ending(output, ".onnx")
     search, reports = importlib.import_module("slrprop.search"), importlib.import_module("slrprop.report")
-    command, reads = (
-        ["slrprop", *sys.argv[1:]],
-        [("the model itself", model), ("the data", calibration), ("the checking samples", check)],
-    )
+    command = ["slrprop", *sys.argv[1:]]
+    reads = [("the model itself", model), ("the data", calibration), ("the checking samples", check)]
     if report is not None:
         _require_ending(report, ".html", ".md")
         if report.suffix == ".html":

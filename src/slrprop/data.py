@@ -44,18 +44,19 @@ class Batch(NamedTuple):
         """The inputs by position or name."""
         return dict([*enumerate(self.inputs), *self.named.items()])
 
-    def _sizes(self) -> set[int]:
+    def sizes(self) -> set[int]:
+        """How many samples the inputs hold; those without axes count for nothing."""
         return {value.shape[self.axes.get(key, 0)] for key, value in self.values().items() if _axes_of(value)}
 
     @property
     def samples(self) -> int:
         """How many there are."""
-        return min(self._sizes(), default=1)
+        return min(self.sizes(), default=1)
 
     @property
     def divisible(self) -> bool:
         """Whether all inputs, and the targets, agree in how many there are."""
-        return len(self._sizes() | ({len(self.targets)} if _axes_of(self.targets) else set())) == 1
+        return len(self.sizes() | ({len(self.targets)} if _axes_of(self.targets) else set())) == 1
 
     def take(self, rows: slice | list[int]) -> "Batch":
         """Some of the samples; numbers without axes, and what is no array, belong to each."""
@@ -142,18 +143,12 @@ class Data:
         source = by_name(source)
         self._loader: Iterable[Any] | None = None
         self._whole = Batch((), {}, None)  # of arrays
+        pair = source if isinstance(source, (tuple, list)) and len(source) == 2 else (source, None)
         if isinstance(source, (str, Path)):
             self._read(Path(source))
-        elif _is_array(source):
-            self._take({"": _as_values(source, "the input array")})
-        elif (
-            isinstance(source, (tuple, list))
-            and len(source) == 2
-            and _is_array(source[0])
-            and (_is_array(source[1]) or source[1] is None)
-        ):
-            targets = {} if source[1] is None else {"targets": _as_values(source[1], "the target array")}
-            self._take({"": _as_values(source[0], "the input array")} | targets)
+        elif _is_array(pair[0]) and (_is_array(pair[1]) or pair[1] is None):
+            targets = {} if pair[1] is None else {"targets": _as_values(pair[1], "the target array")}
+            self._take({"": _as_values(pair[0], "the input array")} | targets)
         elif isinstance(source, Mapping) and source and all(map(_is_array, source.values())):
             self._take({str(key): _as_values(array, f"array '{key}'") for key, array in source.items()})
         elif isinstance(source, Iterable) and not isinstance(source, (Iterator, Mapping)):
@@ -182,9 +177,7 @@ class Data:
         (first, *more) = given
         batch = Batch((), given, targets) if more else Batch((given[first],), {}, targets)
         self._whole = _placed(batch, self.batch_axis, first)
-        lengths = {
-            value.shape[self._whole.axes.get(key, 0)] for key, value in self._whole.values().items() if value.ndim
-        }
+        lengths = self._whole.sizes()
         lengths |= set() if targets is None else {len(self._whole.targets) if targets.ndim else -1}
         if len(lengths) != 1 or -1 in lengths:
             shapes = [tuple(array.shape) for array in (*given.values(), targets) if array is not None]

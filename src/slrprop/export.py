@@ -71,14 +71,6 @@ def _place(layer: FactoredLayer, x: Tensor) -> Tensor:
     return made
 
 
-def _strip(path: Path) -> None:
-    """Take out what the exporter notes on every node: stack traces of kilobytes, with this machine's paths."""
-    model = onnx.load(path)
-    del model.metadata_props[:]
-    bare(model.graph)
-    onnx.save(model, path)
-
-
 def export_onnx(
     model: nn.Module,
     path: str | Path,
@@ -140,9 +132,7 @@ def export_onnx(
             layer.exported_as = index  # the exporter may run a copy
         with replacing(path, no_model) as part:
             dynamic = torch.export.ShapesCollection()
-            for tensor, axis in zip(
-                tensors, [axes[key] for key in sorted(items, key=lambda key: isinstance(key, str))], strict=True
-            ):
+            for tensor, axis in zip(tensors, axes.values(), strict=True):
                 dynamic[tensor] = {axis: torch.export.Dim("batch")}
             try:
                 with _quiet(), in_place_of_layers(lambda layer, x: _place(layer, x)):
@@ -155,7 +145,10 @@ def export_onnx(
                     with scratch(part.parent) as folder:
                         placed(OnnxFile.open(part), layers).write(folder / part.name)
                         (folder / part.name).replace(part)
-                _strip(part)
+                proto = onnx.load(part)  # without stack traces of kilobytes on every node, with this machine's paths
+                del proto.metadata_props[:]
+                bare(proto.graph)
+                onnx.save(proto, part)
                 onnx.checker.check_model(str(part), full_check=True)
             except OSError:
                 raise

@@ -90,13 +90,6 @@ class SoftmaxPoint:
     target: Tensor  # labels (p,) or a distribution (p x c)
     values: Tensor
 
-    def _at_target(self, d: Tensor, sample: Any) -> Tensor:
-        """``sum_c q_c d_c`` for the indexed samples: the shape of ``d`` less its last axis."""
-        target = at(self.target, sample)
-        if self.target.ndim == 1:
-            return d.gather(-1, target.expand(d.shape[:-1])[..., None])[..., 0]
-        return (target * d).sum(-1)
-
     def change(self, d: Tensor, sample: Any) -> Tensor:
         """Change of the loss when the logits of the samples change by ``d`` (..., c): the shape of ``d`` less c.
 
@@ -110,7 +103,10 @@ class SoftmaxPoint:
             large = (d.abs().amax(-1) > LARGE).nonzero(as_tuple=True)
             log_p = at(self.log_p, sample).expand_as(d)
             moved[large] = torch.logsumexp(d[large] + log_p[large], -1)
-        return moved.sub_(self._at_target(d, sample))
+        target = at(self.target, sample)
+        if self.target.ndim == 1:
+            return moved.sub_(d.gather(-1, target.expand(d.shape[:-1])[..., None])[..., 0])
+        return moved.sub_((target * d).sum(-1))
 
     def change_along(self, s: Tensor, direction: Tensor, sample: slice) -> Tensor:
         """Change of the loss when the samples' logits change by ``s[p, i] * direction[i]``, none by more than ``LARGE``, for every i (p x m).

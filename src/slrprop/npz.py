@@ -24,7 +24,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         return {"input": np.load(path, allow_pickle=False)}
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-        if len(members) != _directory_entries(path):
+        raw = path.read_bytes()[-(1 << 16) - 22 :]
+        record = raw.rfind(b"PK\x05\x06")  # at its end, which says how many members it has
+        if len(members) != int.from_bytes(raw[record + 10 : record + 12], "little"):
             raise SlrpropError(f"the directory of '{path}' is damaged: it does not list all its arrays")
         size = sum(member.file_size for member in members)
         if size > memory:
@@ -50,10 +52,3 @@ def _check_header(file: Any, size: int, path: Path) -> None:
         raise SlrpropError(
             f"'{path}' holds an array of shape {shape} and type {dtype}, for which the file is too small or wrong"
         )
-
-
-def _directory_entries(path: Path) -> int:
-    """How many members a zip archive says it has, in the record at its end."""
-    raw = path.read_bytes()[-(1 << 16) - 22 :]
-    record = raw.rfind(b"PK\x05\x06")
-    return int.from_bytes(raw[record + 10 : record + 12], "little")

@@ -26,8 +26,6 @@ from slrprop.network.junction import Junction
 FORMAT = "slrprop-plan"
 VERSION = 2
 MAX_PLAN_BYTES = 256 << 20
-
-
 SIZES = ("rank", "density", "keep", "gain")  # settings that say how much is kept
 
 

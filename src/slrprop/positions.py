@@ -25,21 +25,9 @@ def encoded(positions: Tensor) -> tuple[Tensor, int]:
     skips = gaps // skip
     codes = np.full(sizes[bits] // bits, skip, np.int64)
     codes[np.cumsum(skips + 1) - 1] = gaps % skip
-    return torch.from_numpy(packed_codes(codes, bits)), bits
-
-
-def packed_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Whole numbers below 2^bits as uint8 bytes, ``bits`` bits each."""
-    spread = (codes.astype(np.int64)[:, None] >> np.arange(bits - 1, -1, -1)) & 1
-    return np.packbits(np.append(spread.astype(np.uint8), np.ones(-spread.size % 8, np.uint8)))
-
-
-def codes_in(stored: Tensor, bits: int) -> Tensor:
-    """The codes (c,) int64 in packed bytes; what fills up the last byte may read as more codes, all ones."""
-    powers = 1 << torch.arange(15, -1, -1, device=stored.device)
-    spread = (torch.div(stored.long()[:, None], powers[8:], rounding_mode="floor") % 2).reshape(-1)
-    spread = spread[: len(spread) // bits * bits].reshape(-1, bits)
-    return (spread * powers[16 - bits :]).sum(1)
+    spread = (codes[:, None] >> np.arange(bits - 1, -1, -1)) & 1
+    filled = np.append(spread.astype(np.uint8), np.ones(-spread.size % 8, np.uint8))
+    return torch.from_numpy(np.packbits(filled)), bits
 
 
 def decoded(stored: Tensor, bits: int, places: int) -> Tensor:
@@ -50,7 +38,10 @@ def decoded(stored: Tensor, bits: int, places: int) -> Tensor:
     """
     if bits not in WIDTHS or stored.dtype != torch.uint8 or stored.ndim != 1:
         raise SlrpropError(f"positions are a row of uint8 bytes with codes of 1 to 16 bits, got {stored.dtype} {tuple(stored.shape)} of {bits!r} bits")  # fmt: skip
-    codes = codes_in(stored, bits)
+    powers = 1 << torch.arange(15, -1, -1, device=stored.device)
+    spread = (torch.div(stored.long()[:, None], powers[8:], rounding_mode="floor") % 2).reshape(-1)
+    spread = spread[: len(spread) // bits * bits].reshape(-1, bits)
+    codes = (spread * powers[16 - bits :]).sum(1)  # what fills up the last byte may read as more, all ones
     marks = codes < (1 << bits) - 1
     positions = (codes + marks).cumsum(0)[marks] - 1
     if len(positions) and int(positions[-1]) >= places:

@@ -37,15 +37,12 @@ def _select(network: Network, layers: Any, settings: Settings, method: str) -> t
     patterns = [layers] if isinstance(layers, str) else layers
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
         raise SlrpropError(f"layers must be a name, a pattern or a list of them, got {layers!r}")
-    names: list[str] = []
+    names, exact = list[str](), {pattern for pattern in patterns if pattern in network.names}
     for pattern in patterns:
-        matches = (
-            [pattern] if pattern in network.names else [name for name in network.names if fnmatchcase(name, pattern)]
-        )
+        matches = [pattern] if pattern in exact else [name for name in network.names if fnmatchcase(name, pattern)]
         if not matches:
             network.require(pattern)
         names += matches
-    exact = {pattern for pattern in patterns if pattern in network.names}
     for name in exact:
         network.require(name)
         if name not in eligible:

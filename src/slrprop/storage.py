@@ -51,11 +51,15 @@ def _unique_state(model: nn.Module) -> dict[str, Tensor]:
 
 def _write(model: nn.Module, path: Path) -> None:
     """Write what :func:`save` writes; no copy of the tensors is held."""
-    kinds = {
-        name: _described(module)
-        for name, module in named_modules(model).items()
-        if isinstance(module, (FactoredLayer, Folded)) or original_shape(module)
-    }
+    # what the header says about layers: their forms, and their original shapes where neurons around them were removed
+    kinds: dict[str, dict[str, Any]] = {}
+    for name, module in named_modules(model).items():
+        if isinstance(module, Folded):
+            kinds[name] = {"kind": "folded"}
+        elif isinstance(module, FactoredLayer):
+            kinds[name] = module.factors().description()
+        if shape := original_shape(module):
+            kinds[name] = kinds.get(name, {"kind": Dense.kind}) | {"original_shape": list(shape)}
     state = _unique_state(model)
     head = {"format": FORMAT, "version": VERSION, "layers": json.dumps(kinds)}
     try:
@@ -70,15 +74,6 @@ def size_of(model: nn.Module) -> int:
     with scratch() as folder:
         save(model, folder / "model")
         return (folder / "model").stat().st_size
-
-
-def _described(module: nn.Module) -> dict[str, Any]:
-    """What the header says about a layer: its form, and its original shape where neurons around it were removed."""
-    if isinstance(module, Folded):
-        return {"kind": "folded"}
-    form = module.factors().description() if isinstance(module, FactoredLayer) else {"kind": Dense.kind}
-    shape = original_shape(module)
-    return form | {"original_shape": list(shape)} if shape else form
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -148,12 +143,9 @@ def _skeleton(
         )
     prefix, operator = f"{name}." if name else "", operator_of(old)
     own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    own |= {"weight": own["matrix"]} if "matrix" in own else {}
     try:
-        factors = (
-            Dense(operator.matrix(own["weight"]))
-            if kind == Dense.kind
-            else restored(description, own | ({"weight": own["matrix"]} if "matrix" in own else {}))
-        )
+        factors = Dense(operator.matrix(own["weight"])) if kind == Dense.kind else restored(description, own)
         bias = Bias(own["bias"]) if "bias" in own else Bias.restored(own, factors.shape[1])
         before, after = description.get("original_shape"), factors.shape
         m, n = before or after

@@ -70,22 +70,20 @@ class Tunable(nn.Module):
         """The weight as torch stores it, for code that reads it."""
         return self.operator.stored(self.now().dense())
 
-    def _scale(self, name: str) -> Tensor:
-        scale = self.scales[name].exp()
+    def _codes(self, name: str) -> tuple[Tensor, Tensor]:
+        """A matrix's whole numbers and their scales, as differentiable as if nothing were rounded."""
+        scale, matrix, (low, high) = self.scales[name].exp(), self.numbers[name], CODES[self.bits]
         scale = scale + (_stored(scale).to(scale) - scale).detach()
-        return scale if self.numbers[name].ndim == 1 else scale.unsqueeze(self.axes[name])
+        scale = scale if matrix.ndim == 1 else scale.unsqueeze(self.axes[name])
+        ratio = matrix / scale
+        return (ratio + (ratio.round() - ratio).detach()).clamp(low, high), scale
 
     def now(self) -> Factors:
         """The factors at this step, rounded where they will be; differentiable."""
         if self.bits == 32:
             return self.form.with_matrices(dict(self.numbers.items()))
-        low, high = CODES[self.bits]
-        made = {}
-        for name, matrix in self.numbers.items():
-            scale = self._scale(name)
-            ratio = matrix / scale
-            made[name] = (ratio + (ratio.round() - ratio).detach()).clamp(low, high) * scale
-        return self.form.with_matrices(made)
+        made = {name: self._codes(name) for name in self.numbers}
+        return self.form.with_matrices({name: codes * scale for name, (codes, scale) in made.items()})
 
     def _bias(self) -> Tensor | None:
         """The bias, rounded where it will be."""
@@ -109,15 +107,10 @@ class Tunable(nn.Module):
                 form: Factors = self.form.with_matrices(
                     {name: matrix.detach().to(like[name].dtype, copy=True) for name, matrix in self.numbers.items()}
                 )
-                return replace(self.layer, fit=Fit(form, bias)).sealed()
-            low, high = CODES[self.bits]
-            scales = {name: _stored(scale.exp()) for name, scale in self.scales.items()}
-            codes = {}
-            for name, matrix in self.numbers.items():
-                scale = scales[name].float()
-                wide = scale if matrix.ndim == 1 else scale.unsqueeze(self.axes[name])
-                codes[name] = (matrix / wide).round().clamp(low, high).float()
-            form = Quantized(self.form.with_matrices(codes), scales, self.bits)
+            else:
+                codes = {name: self._codes(name)[0].round().float() for name in self.numbers}
+                scales = {name: _stored(scale.exp()) for name, scale in self.scales.items()}
+                form = Quantized(self.form.with_matrices(codes), scales, self.bits)
             return replace(self.layer, fit=Fit(form, bias)).sealed()
 
 

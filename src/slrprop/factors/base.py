@@ -139,7 +139,7 @@ class Dense(Factors):
 
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Dense":
         weight = self.weight if rows is None else self.weight[rows]
-        return Dense(weight if columns is None else weight[:, columns])
+        return replace(self, weight=weight if columns is None else weight[:, columns])
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,9 +150,6 @@ class Table(Dense):
 
     def scale_axes(self) -> dict[str, int]:
         return {"weight": 1}
-
-    def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Table":
-        return Table(super().permuted(rows, columns).weight)
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,8 +52,10 @@ def _level_bits(lowest: int, blocks: int) -> tuple[int, int]:
 
 
 def _permute_blocks(
-    blocks: tuple[Tensor, ...], levels: Tensor, order: Tensor, axis: int
+    blocks: tuple[Tensor, ...], levels: Tensor, order: Tensor | None, axis: int
 ) -> tuple[tuple[Tensor, ...], Tensor]:
+    if order is None:
+        return blocks, levels
     moved = tuple(reordered(block, levels > level, order, axis) for level, block in enumerate(blocks))
     return moved, levels[order]
 
@@ -137,12 +139,13 @@ class SparseLowRank(Factors):
     right: tuple[Tensor, ...]
     row_levels: Tensor
     column_levels: Tensor
-    known: Sets | None = field(default=None, repr=False)  # what the levels say, where that was worked out before
+    # which neurons take part in each block: what the levels say, where that was worked out before
+    sets: Sets = field(default=None, repr=False)  # type: ignore[assignment]
     kind: ClassVar[str] = "sparse_low_rank"
     selects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.known is not None:
+        if self.sets is not None:
             return
         if not self.left or len(self.left) != len(self.right):
             raise SlrpropError(
@@ -153,16 +156,10 @@ class SparseLowRank(Factors):
                 raise SlrpropError(
                     f"{side} levels must be one uint8 per neuron, at most {len(self.left)}; got {levels.dtype} {tuple(levels.shape)}"
                 )
-        object.__setattr__(self, "known", Sets.of(self.row_levels, self.column_levels, len(self.left)))
+        object.__setattr__(self, "sets", Sets.of(self.row_levels, self.column_levels, len(self.left)))
         for level, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
             require_matrix(f"left block {level}", left, (len(self.sets.rows[level].places), None))
             require_matrix(f"right block {level}", right, (left.shape[1], len(self.sets.columns[level])))
-
-    @property
-    def sets(self) -> Sets:
-        """Which neurons take part in each block."""
-        assert self.known is not None
-        return self.known
 
     @classmethod
     def shorten(cls, svd: SVD, reduced_rank: int, short_rows: Tensor, short_columns: Tensor) -> "SparseLowRank":
@@ -197,16 +194,20 @@ class SparseLowRank(Factors):
         return dict(named + [(f"right_{level}", block) for level, block in enumerate(self.right)])
 
     def with_matrices(self, matrices: Mapping[str, Tensor]) -> "SparseLowRank":
-        left, right = (
-            tuple(matrices[f"{side}_{level}"] for level in range(len(self.left))) for side in ("left", "right")
-        )
-        return SparseLowRank(left, right, self.row_levels, self.column_levels, self.known)
+        levels = range(len(self.left))
+        left, right = (tuple(matrices[f"{side}_{level}"] for level in levels) for side in ("left", "right"))
+        return SparseLowRank(left, right, self.row_levels, self.column_levels, self.sets)
 
     @classmethod
     def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> "SparseLowRank":
         levels = range(next(level for level in itertools.count() if f"left_{level}" not in arrays))
         left, right = (tuple(arrays[f"{side}_{level}"] for level in levels) for side in ("left", "right"))
-        return cls(left, right, *cls.levels_of(description, arrays, len(levels)))
+        counts, lowest = description["shape"], description["lowest"]
+        if not all(isinstance(value, int) and value >= 0 for value in (*counts, *lowest)):
+            raise SlrpropError(f"the shape {counts!r} or the lowest levels {lowest!r} of a layer are no whole numbers")
+        sides = zip(("row_levels", "column_levels"), counts, lowest, strict=True)
+        rows, columns = (unpack_levels(arrays[name], count, low, len(levels)) for name, count, low in sides)
+        return cls(left, right, rows, columns)
 
     def indices(self) -> dict[str, Tensor]:
         blocks = len(self.left)
@@ -218,15 +219,6 @@ class SparseLowRank(Factors):
     def description(self) -> dict[str, Any]:
         lowest = [int(levels.min()) if len(levels) else 0 for levels in (self.row_levels, self.column_levels)]
         return {"kind": self.kind, "shape": list(self.shape), "lowest": lowest}
-
-    @staticmethod
-    def levels_of(description: Mapping[str, Any], arrays: Mapping[str, Tensor], blocks: int) -> tuple[Tensor, Tensor]:
-        """The row and column levels out of stored arrays."""
-        counts, lowest = description["shape"], description["lowest"]
-        if not all(isinstance(value, int) and value >= 0 for value in (*counts, *lowest)):
-            raise SlrpropError(f"the shape {counts!r} or the lowest levels {lowest!r} of a layer are no whole numbers")
-        rows, columns = (unpack_levels(arrays[name], count, low, blocks) for name, count, low in zip(("row_levels", "column_levels"), counts, lowest, strict=True))  # fmt: skip
-        return rows, columns
 
     def dense(self) -> Tensor:
         left, right = self.padded()
@@ -261,9 +253,6 @@ class SparseLowRank(Factors):
         return picked + (self.shape[1] if self.sets.order is not None else 0)
 
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "SparseLowRank":
-        left, right, row_levels, column_levels = self.left, self.right, self.row_levels, self.column_levels
-        if rows is not None:
-            left, row_levels = _permute_blocks(left, row_levels, rows, 0)
-        if columns is not None:
-            right, column_levels = _permute_blocks(right, column_levels, columns, 1)
+        left, row_levels = _permute_blocks(self.left, self.row_levels, rows, 0)
+        right, column_levels = _permute_blocks(self.right, self.column_levels, columns, 1)
         return SparseLowRank(left, right, row_levels, column_levels)

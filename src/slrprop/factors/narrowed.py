@@ -34,26 +34,21 @@ class Narrowed(Factors):
     block: Tensor
     rows: Tensor
     columns: Tensor
-    # what the masks say, where that was worked out before
-    known: tuple[Index, Tensor | None] | None = field(default=None, repr=False)
+    # the inputs that are read, and where among the block's outputs, and one of zeros behind them, each output is (None where all are
+    # made): what the masks say, where that was worked out before
+    sides: tuple[Index, Tensor | None] = field(default=None, repr=False)  # type: ignore[assignment]
     kind: ClassVar[str] = "narrowed"
     selects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.known is not None:
+        if self.sides is not None:
             return
         for side, mask in (("row", self.rows), ("column", self.columns)):
             if mask.ndim != 1 or mask.dtype != torch.bool:
                 raise SlrpropError(f"a {side} mask takes one bool per neuron, got {mask.dtype} {tuple(mask.shape)}")
         require_matrix("the block", self.block, (int(self.rows.sum()), int(self.columns.sum())))
         places = torch.where(self.columns, self.columns.cumsum(0) - 1, self.block.shape[1])
-        object.__setattr__(self, "known", (Index.where(self.rows), None if self.columns.all() else places))
-
-    @property
-    def sides(self) -> tuple[Index, Tensor | None]:
-        """The inputs that are read, and where among the block's outputs, and one of zeros behind them, each output is; None where all are made."""
-        assert self.known is not None
-        return self.known
+        object.__setattr__(self, "sides", (Index.where(self.rows), None if self.columns.all() else places))
 
     @classmethod
     def cut(cls, weight: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> "Narrowed":
@@ -80,7 +75,7 @@ class Narrowed(Factors):
 
     def with_matrices(self, matrices: Mapping[str, Tensor]) -> "Narrowed":
         require_matrix("the block", matrices["block"], (self.block.shape[0], self.block.shape[1]))
-        return Narrowed(matrices["block"], self.rows, self.columns, self.known)
+        return Narrowed(matrices["block"], self.rows, self.columns, self.sides)
 
     def description(self) -> dict[str, Any]:
         return {"kind": self.kind, "shape": list(self.shape)}

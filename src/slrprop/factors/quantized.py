@@ -48,6 +48,11 @@ class _Codes:
         )
 
 
+def _of_form(name: str) -> Any:
+    """What a form in few bits has of the form that its whole numbers fill."""
+    return property(lambda self: getattr(self.form, name))
+
+
 @dataclass(frozen=True, eq=False)
 class Quantized(Factors):
     """Factors whose matrices are whole numbers times scales.
@@ -63,6 +68,9 @@ class Quantized(Factors):
     form: Factors = field(init=False, repr=False)
     stored: dict[str, Tensor] = field(init=False, repr=False)  # :func:`packed`, by the matrices' names
     kind: ClassVar[str] = "quantized"
+    shape, faster, selects, numbers, multiplications, indices, read = map(
+        _of_form, ("shape", "faster", "selects", "numbers", "multiplications", "indices", "read")
+    )
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -78,31 +86,18 @@ class Quantized(Factors):
     def _scale_shape(self, name: str, matrix: Tensor) -> tuple[int, ...]:
         return (1,) if matrix.ndim == 1 else (matrix.shape[1 - self.form.scale_axes()[name]],)
 
-    @property
-    def faster(self) -> bool:  # type: ignore[override]
-        return self.form.faster
-
-    def _wide_scales(self) -> dict[str, Tensor]:
-        """For each matrix the float32 scale of every number."""
-        found = {}
-        for name, matrix in self.form.matrices().items():
-            scale = self.scales[name].to(torch.float32)
-            wide = scale if matrix.ndim == 1 else scale.unsqueeze(self.form.scale_axes()[name])
-            found[name] = wide.expand_as(matrix)
-        return found
+    def wide_scales(self) -> dict[str, Tensor]:
+        """For each matrix its scales, which spread over it."""
+        axes = self.form.scale_axes()
+        return {
+            name: self.scales[name] if matrix.ndim == 1 else self.scales[name].unsqueeze(axes[name])
+            for name, matrix in self.form.matrices().items()
+        }
 
     def plain(self) -> Factors:
         """The factors as float32 numbers."""
-        scales = self._wide_scales()
-        return self.form.with_matrices({name: matrix * scales[name] for name, matrix in self.codes.matrices().items()})
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.form.shape
-
-    @property
-    def numbers(self) -> int:
-        return sum(matrix.numel() for matrix in self.form.matrices().values())
+        scales, codes = self.wide_scales(), self.codes.matrices()
+        return self.form.with_matrices({name: matrix * scales[name].float() for name, matrix in codes.items()})
 
     def matrices(self) -> dict[str, Tensor]:
         return {name: matrix.float() for name, matrix in self.codes.matrices().items()}
@@ -130,26 +125,13 @@ class Quantized(Factors):
         scales = {name: arrays[f"{name}_scale"].view(torch.float16) for name in shapes}
         return cls(restored(description["of"], known), scales, bits)
 
-    def indices(self) -> dict[str, Tensor]:
-        return self.form.indices()
-
-    @property
-    def multiplications(self) -> int:
-        return self.form.multiplications
-
     def dense(self) -> Tensor:
         return self.plain().dense()
 
-    @property
-    def selects(self) -> bool:  # type: ignore[override]
-        return self.form.selects
-
-    def read(self) -> Tensor:
-        return self.form.read()
-
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Quantized":
-        scales, axes = dict(self.scales), self.form.scale_axes()
-        for name, wide in self.form.with_matrices(self._wide_scales()).permuted(rows, columns).matrices().items():
+        scales, axes, shapes = dict(self.scales), self.form.scale_axes(), self.form.matrices()
+        wide_scales = {name: scale.float().expand(shapes[name].shape) for name, scale in self.wide_scales().items()}
+        for name, wide in self.form.with_matrices(wide_scales).permuted(rows, columns).matrices().items():
             if wide.ndim == 2 and wide.shape[axes[name]]:  # the scales of outputs follow their outputs
                 scales[name] = wide.select(axes[name], 0).half().clone(memory_format=torch.contiguous_format)
         return replace(self, codes=self.codes.permuted(rows, columns), scales=scales)

@@ -1,7 +1,7 @@
 """A weight whose columns are permutations of one sequence."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -84,8 +84,7 @@ class Shared(Factors):
         return {"packed": self.packed} if self.packed is not None else {"seed": torch.tensor([self.seed])}
 
     def with_matrices(self, matrices: Mapping[str, Tensor]) -> "Shared":
-        offset = None if self.offset is None else matrices["offset"]
-        made = replace(self, sequence=matrices["sequence"], scale=matrices["scale"], offset=offset)
+        made = super().with_matrices(matrices)
         vars(made)["places"] = self.places  # unpacked once for all
         return made
 

@@ -31,13 +31,14 @@ class Sparse(Factors):
     gaps: Tensor
     gap_bits: int
     sides: tuple[int, int]
-    known_places: Tensor | None = field(default=None, repr=False)  # what ``gaps`` say, where that was read before
+    # ``i * n + j`` of every value, ascending (nnz,) int64: what ``gaps`` say, where that was read before
+    places: Tensor = field(default=None, repr=False)  # type: ignore[assignment]
     kind: ClassVar[str] = "sparse"
     faster: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.known_places is None:
-            object.__setattr__(self, "known_places", decoded(self.gaps, self.gap_bits, self.shape[0] * self.shape[1]))
+        if self.places is None:
+            object.__setattr__(self, "places", decoded(self.gaps, self.gap_bits, self.shape[0] * self.shape[1]))
         if self.entries.ndim != 1 or len(self.entries) != len(self.places):
             raise SlrpropError(f"a sparse weight with {len(self.places)} marked places takes as many values, got shape {tuple(self.entries.shape)}")  # fmt: skip
 
@@ -53,12 +54,6 @@ class Sparse(Factors):
     def shape(self) -> tuple[int, int]:
         return self.sides
 
-    @property
-    def places(self) -> Tensor:
-        """``i * n + j`` of every value, ascending (nnz,) int64."""
-        assert self.known_places is not None
-        return self.known_places
-
     def support(self) -> Tensor:
         """Where values are stored (bool, m x n)."""
         marked = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.bool, device=self.entries.device)
@@ -70,9 +65,6 @@ class Sparse(Factors):
 
     def indices(self) -> dict[str, Tensor]:
         return {"gaps": self.gaps}
-
-    def with_matrices(self, matrices: Mapping[str, Tensor]) -> "Sparse":
-        return Sparse(matrices["entries"], self.gaps, self.gap_bits, self.shape, self.known_places)
 
     def description(self) -> dict[str, Any]:
         return {"kind": self.kind, "shape": list(self.shape), "gap_bits": self.gap_bits}

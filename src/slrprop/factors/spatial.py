@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -26,8 +26,7 @@ class Sequence(Factors):
         kernel = description["kernel"]
         if not kernel or not all(isinstance(side, int) and side > 0 for side in kernel):
             raise SlrpropError(f"the sides {kernel!r} of a kernel are no whole numbers from 1")
-        names = [field.name for field in fields(cls) if field.name != "kernel"]
-        return cls(tuple(kernel), *(arrays[name] for name in names))
+        return super().restored(description, {**arrays, "kernel": tuple(kernel)})  # type: ignore[dict-item]
 
     def _channels(self, rows: Tensor) -> Tensor:
         unit = math.prod(self.kernel)

@@ -25,10 +25,6 @@ class DensitySettings(Settings, ABC):
 
     @classmethod
     def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
-        return [{"density": density} for density in densities_for(m, n)]
-
-
-def densities_for(m: int, n: int) -> list[float]:
-    """1/2, 3/8, 1/4, 3/16, ... down to one weight for two outputs, ascending."""
-    halves = (0.5**power * share for power in range(1, 40) for share in (1.0, 0.75))
-    return sorted(density for density in halves if density * m * n >= n / 2)
+        """1/2, 3/8, 1/4, 3/16, ... down to one weight for two outputs, ascending."""
+        halves = (0.5**power * share for power in range(1, 40) for share in (1.0, 0.75))
+        return [{"density": density} for density in sorted(halves) if density * m * n >= n / 2]

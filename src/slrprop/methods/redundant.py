@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from scipy.cluster.hierarchy import linkage
+from scipy.cluster.hierarchy import cut_tree, linkage
 from torch import Tensor
 
 from slrprop.methods.base import Problem
@@ -30,15 +30,13 @@ def clusters(vectors: Tensor, count: int) -> Tensor:
         int64 (n,), clusters numbered in no particular order.
     """
     n = len(vectors)
+    if n <= count:
+        return torch.arange(n)
     unit = torch.nn.functional.normalize(vectors.double(), dim=1)
     distance = (1 - unit @ unit.T).clamp_min(0)
     upper = torch.triu_indices(n, n, 1)
-    member = torch.arange(n)
-    if n > count:
-        merges = linkage(distance[upper[0], upper[1]].numpy(), "complete")[: n - count, :2]
-        for new, (a, b) in enumerate(merges.astype(int).tolist(), n):
-            member[(member == a) | (member == b)] = new
-    return member
+    merges = linkage(distance[upper[0], upper[1]].numpy(), "complete")
+    return torch.from_numpy(cut_tree(merges, count)[:, 0])
 
 
 def representatives(problem: Problem, pairs: Mapping[str, str], settings: RedundantSettings) -> dict[str, Tensor]:

@@ -58,17 +58,15 @@ class Frame:
 
     def fitted(self, rest: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """The best factors for a rest (m x n): its projection onto the block, then reduced rank."""
-        if self.narrow:
-            rest = rest[:, self.columns] if self.weigh is None else self._solved(rest @ self.weigh)
+        if self.narrow and self.weigh is not None:
+            assert self.root is not None  # times the inverse of the metric among the block's columns
+            rest = torch.cholesky_solve((rest @ self.weigh).T, self.root).T
+        elif self.narrow:
+            rest = rest[:, self.columns]
         if self.factor is not None:
             rest = torch.cholesky_solve(self.across @ rest, self.factor)
         self.directions = principal(rest, self.covariance, self.root, rank, self.directions)
         return projected(rest, self.root, self.directions)
-
-    def _solved(self, weighed: Tensor) -> Tensor:
-        """Times the inverse of the metric among the block's columns."""
-        assert self.root is not None
-        return torch.cholesky_solve(weighed.T, self.root).T
 
     def seen(self, term: Term) -> Seen:
         """A term's projection onto the block."""

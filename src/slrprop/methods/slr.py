@@ -137,9 +137,7 @@ def decide(problem: Problem, layers: tuple[str, ...], settings: SLRSettings) -> 
 def build(weight: Tensor, layer: LayerPlan, settings: ShortenSettings) -> SparseLowRank:
     """The factors of a planned layer from its m x n weight."""
     svd = truncated_svd(weight, settings.rank, settings.solver)
-    rows, columns = (
-        unpack(text, count) for text, count in zip((layer.kept_rows, layer.kept_columns), layer.shape, strict=True)
-    )
+    rows, columns = map(unpack, (layer.kept_rows, layer.kept_columns), layer.shape)
     return SparseLowRank.shorten(svd, settings.reduced_rank, ~rows, ~columns)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -54,16 +55,12 @@ def refitted(task: Regression, settings: SLRRefitSettings, rows: Tensor, columns
     return refit.factors()
 
 
-def fit_of(rows: Tensor, columns: Tensor) -> Fitting:
-    """The fit of a layer whose pattern is known."""
-    return lambda task, settings: refitted(task, settings, rows, columns)
-
-
 def fit_anew(layer: LayerPlan) -> Fitting:
     """The fit with the pattern of a planned layer."""
     form = layer.factors.codes if isinstance(layer.factors, Quantized) else layer.factors
     assert isinstance(form, SparseLowRank)
-    return fit_of(*(levels == len(form.left) for levels in (form.row_levels, form.column_levels)))
+    rows, columns = (levels == len(form.left) for levels in (form.row_levels, form.column_levels))
+    return partial(refitted, rows=rows, columns=columns)
 
 
 def decide(problem: Problem, layers: tuple[str, ...], settings: SLRRefitSettings) -> Iterator[Decision]:
@@ -71,7 +68,7 @@ def decide(problem: Problem, layers: tuple[str, ...], settings: SLRRefitSettings
     chosen = {}
     for name in layers:
         rows, columns = kept_of(problem, name, settings, scores_of(problem, name, settings))
-        chosen[name] = (replace(METHOD, fit=fit_of(rows, columns)), settings)
+        chosen[name] = (replace(METHOD, fit=partial(refitted, rows=rows, columns=columns)), settings)
     yield from in_order(problem, chosen)
 
 

@@ -275,13 +275,11 @@ class Network(Sampled):
                     output = chain.values(y)[-1]
                 outputs[name] = (y, output, list(self.directions(output, flow.batch.targets, probes, random)))
             for turn in range(max((len(along) for *_, along in outputs.values()), default=0)):
-                yield (
-                    turn,
-                    {
-                        name: torch.autograd.grad(output, y, along[turn], retain_graph=True)[0]
-                        for name, (y, output, along) in outputs.items()
-                    },
-                )
+                found = {
+                    name: torch.autograd.grad(output, y, along[turn], retain_graph=True)[0]
+                    for name, (y, output, along) in outputs.items()
+                }
+                yield turn, found
 
     def directions(
         self, output: Tensor, targets: Tensor | None, probes: int, random: torch.Generator

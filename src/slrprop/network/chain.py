@@ -1,7 +1,7 @@
 """What follows a layer, as long as every channel goes its own way, and where that is a chain of dense layers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -153,9 +153,8 @@ def fold(elements: list[Element], like: Tensor) -> Chain | None:
                 pending = [pending[0] * element.scale, pending[1] * element.scale + element.shift]
             elif steps:
                 last = steps[-1]
-                steps[-1] = Step(
-                    last.activation, last.weight * element.scale, last.bias * element.scale + element.shift, last.name
-                )
+                bias = last.bias * element.scale + element.shift
+                steps[-1] = replace(last, weight=last.weight * element.scale, bias=bias)
             else:
                 scale, shift = scale * element.scale, shift * element.scale + element.shift
         elif isinstance(element, Linear):

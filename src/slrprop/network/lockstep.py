@@ -40,9 +40,8 @@ class Lockstep(ABC):
 
     def _reads_this(self, name: str) -> bool:
         here, network = self._order[self._at], self.network
-        return (
-            bool(self._inputs) and here in network.siblings(name) and network.operator(here) == network.operator(name)
-        )
+        alike = network.operator(here) == network.operator(name)
+        return bool(self._inputs) and alike and here in network.siblings(name)
 
     def inputs(self, name: str, changed: Mapping[str, Changed]) -> list[Tensor] | None:
         """What every batch hands to a layer (p x m), once :meth:`reaches` says so; None where a batch does not come by, or all take too much memory."""

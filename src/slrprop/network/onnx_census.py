@@ -20,9 +20,8 @@ PASSED_ON = ("Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze",
 class Kept(NamedTuple):
     """A tensor that is made of stored numbers alone."""
 
-    root: (
-        object  # what stores them: an initializer's name, in a body an object of its own, since names there may repeat
-    )
+    # what stores them: an initializer's name, in a body an object of its own, since names there may repeat
+    root: object
     bytes: int
     by: str = ""  # what is done to it before it is used
 
@@ -49,24 +48,19 @@ def elsewhere(graph: GraphProto, dense: set[str]) -> Counter[str]:
                 part = known.get(name)
                 if part is not None and part.root not in seen:
                     seen.add(part.root)
-                    found[f"{_word(node.op_type)}{part.by}{where}"] += part.bytes
+                    word = node.op_type.replace("Normalization", "Norm")  # as torch modules are called
+                    found[f"{'Embedding' if word == 'Gather' else word}{part.by}{where}"] += part.bytes
             for inner in graphs_of(node):
                 visit(inner, known, f" in {node.op_type}")
 
     def keep(known: dict[str, Kept], tensor: TensorProto, name: str, where: str) -> None:
         if tensor.data_type in REAL | FEW_BITS:
-            bits = (
-                4 if tensor.data_type in FOUR_BITS else 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-            )
+            itemsize = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+            bits = 4 if tensor.data_type in FOUR_BITS else 8 * itemsize
             known[name] = Kept(object() if where else name, math.prod(tensor.dims) * bits // 8)
 
     visit(graph, {}, "")
     return found
-
-
-def _word(operator: str) -> str:
-    """An operator's name in words that torch modules share."""
-    return "Embedding" if operator == "Gather" else operator.replace("Normalization", "Norm")
 
 
 def forms_of(graph: GraphProto) -> dict[str, str]:
@@ -81,9 +75,9 @@ def forms_of(graph: GraphProto) -> dict[str, str]:
             return frozenset([stored[name]])
         node = makers.get(name)
         parts = [made_of(part, steps - 1) for part in node.input] if node is not None and steps else [None]
-        return (
-            None if node is None or None in parts else frozenset([node.op_type]).union(*(part or () for part in parts))
-        )
+        if node is None or None in parts:
+            return None
+        return frozenset([node.op_type]).union(*(part or () for part in parts))
 
     found: dict[str, str] = {}
     for node in graph.node:

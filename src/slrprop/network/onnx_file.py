@@ -11,6 +11,7 @@ import mmap
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 
 from slrprop.errors import SlrpropError, first_line
 from slrprop.factors.quantized import packed
@@ -54,16 +55,8 @@ if TYPE_CHECKING:
 INITIALIZERS_ALONE = 4  # the IR version from which initializers need not be listed as inputs
 PAGE = 4096  # external tensors of many pages start at one, the others at a cache line
 MANY, LINE = 1 << 20, 64
-ELEMENT_TYPES = {
-    "tensor(float)": TensorProto.FLOAT,
-    "tensor(float16)": TensorProto.FLOAT16,
-    "tensor(double)": TensorProto.DOUBLE,
-    "tensor(int64)": TensorProto.INT64,
-    "tensor(int32)": TensorProto.INT32,
-    "tensor(int8)": TensorProto.INT8,
-    "tensor(uint8)": TensorProto.UINT8,
-    "tensor(bool)": TensorProto.BOOL,
-}
+KINDS = ("FLOAT", "FLOAT16", "DOUBLE", "INT64", "INT32", "INT8", "UINT8", "BOOL")
+ELEMENT_TYPES = {f"tensor({kind.lower()})": TensorProto.DataType.Value(kind) for kind in KINDS}
 Chunk = bytes | Stored  # of a file
 FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.DOUBLE: np.float64}
 
@@ -172,8 +165,7 @@ class OnnxFile:
 
         Initializers and nodes that nothing reads any more are left out.
         """
-        proto = ModelProto()
-        proto.CopyFrom(self.proto)
+        proto = deepcopy(self.proto)
         before = _read_names(proto.graph)
         new = edit(proto.graph)
         bare(proto.graph)
@@ -208,8 +200,7 @@ class OnnxFile:
             inputs: what is fed; the model's own inputs by default.
             nodes: positions of the nodes to keep; all by default.
         """
-        proto = ModelProto()
-        proto.CopyFrom(self.proto)
+        proto = deepcopy(self.proto)
         graph = proto.graph
         if nodes is not None:
             refill(graph.node, [node for index, node in enumerate(graph.node) if index in nodes])
@@ -225,8 +216,7 @@ class OnnxFile:
 
     def flaw(self) -> str:
         """What ``onnx.checker`` finds wrong, if anything; large tensors stand as inputs, so that none is read."""
-        proto = ModelProto()
-        proto.CopyFrom(self.proto)
+        proto = deepcopy(self.proto)
         declared = {value.name for value in proto.graph.input}
         small = [tensor for tensor in proto.graph.initializer if tensor.name not in self.stored]
         for tensor in proto.graph.initializer:
@@ -242,8 +232,7 @@ class OnnxFile:
     def _chunks(self, beside_name: str) -> tuple[list[Chunk], list[Chunk]]:
         """What the model's file is made of, and the one beside it (nothing where no tensor is external), one piece after the other."""
         main, beside, at = list[Chunk](), list[Chunk](), 0
-        graph = GraphProto()
-        graph.CopyFrom(self.proto.graph)
+        graph = deepcopy(self.proto.graph)
         for tensor in graph.initializer:
             item = self.stored.get(tensor.name)
             if item is not None and item.external and item.length >= LARGE:
@@ -263,8 +252,7 @@ class OnnxFile:
                 main += [head(INITIALIZER, len(content) + item.length) + content, item]
         del graph.initializer[:]
         before, after = around(graph.SerializeToString(), INITIALIZER)
-        proto = ModelProto()
-        proto.CopyFrom(self.proto)
+        proto = deepcopy(self.proto)
         proto.ClearField("graph")
         first, last = around(proto.SerializeToString(), GRAPH)
         total = len(before) + _length(main) + len(after)
@@ -381,7 +369,7 @@ def _drop_unread(graph: GraphProto, before: set[str]) -> None:
     kept = []
     for node in reversed(graph.node):
         if before.isdisjoint(node.output) or any(reads[name] > 0 for name in node.output if name):
-            kept.append(NodeProto.FromString(node.SerializeToString()))
+            kept.append(deepcopy(node))
         else:
             reads.subtract(set(node_reads(node)))
     if len(kept) < len(graph.node):

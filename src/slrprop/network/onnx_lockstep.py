@@ -53,11 +53,9 @@ class OnnxLockstep(Lockstep):
 
     def _pass(self, name: str, form: Changed | None) -> None:
         """Compute a layer that all batches stand before."""
-        dense = self.network.graph.layers[name]
-        weight, bias = (
-            (self.network.weight(name), self.network.bias(name)) if form is None else (form.weight, form.bias)
-        )
-        weight = weight.to(self.network.dtype(name))
+        network, dense = self.network, self.network.graph.layers[name]
+        weight, bias = (network.weight(name), network.bias(name)) if form is None else (form.weight, form.bias)
+        weight = weight.to(network.dtype(name))
         bias = None if bias is None else bias.to(weight)
         for tensors in self._tensors:
             x = layer_input(dense, tensors)

@@ -37,10 +37,7 @@ class Parity:
 
 def stored_as(form: Factors, dtype: np.dtype) -> Factors:
     """The factors with the rounding that storing them in the layer's type brings, as float32 for float16."""
-    if dtype != np.float16:
-        return form
-
-    if isinstance(form, Quantized):
+    if dtype != np.float16 or isinstance(form, Quantized):
         return form
     return form.with_matrices({name: matrix.half().float() for name, matrix in form.matrices().items()})
 
@@ -67,21 +64,15 @@ def write(
             written; none is left then.
     """
     dtypes = {name: network.graph.constants[network.layer(name).weight].dtype for name in fits}
-    plain = rewritten(
-        network.file,
-        network.graph,
-        {name: replace(fit, form=stored_as(fit.form, dtypes[name])).multiplied() for name, fit in fits.items()},
-    )
+    whole = {name: replace(fit, form=stored_as(fit.form, dtypes[name])).multiplied() for name, fit in fits.items()}
+    plain = rewritten(network.file, network.graph, whole)
     outputs = [value.name for value in network.file.proto.graph.output]
     if any(value.type.WhichOneof("value") not in (None, "tensor_type") for value in network.file.proto.graph.output):
         outputs.append(network.graph.main)  # the numbers behind a map of class names
     feed, want = _example(network, plain.session(outputs), data)
     del plain
-    tolerance = (
-        INTEGER_TOLERANCE
-        if integers
-        else max((TOLERANCE.get(dtype, FLOAT_TOLERANCE) for dtype in dtypes.values()), default=FLOAT_TOLERANCE)
-    )
+    tolerances = [FLOAT_TOLERANCE, *(TOLERANCE.get(dtype, FLOAT_TOLERANCE) for dtype in dtypes.values())]
+    tolerance = INTEGER_TOLERANCE if integers else max(tolerances)
     found: dict[str, float] = {}
     original = OnnxFile.open(network.file.path)
     flaw = original.flaw()  # the runtime takes models that the checker does not

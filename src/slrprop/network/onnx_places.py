@@ -104,12 +104,8 @@ class Finder:
             return None
         m, n = weight.shape
         y, bias, adder = node.output[0], None, None
-        readers = self.graph.readers[y]
-        if (
-            len(readers) == 1
-            and y not in self.graph.outputs
-            and standard(after := self.graph.nodes[readers[0]]) == "Add"
-        ):
+        readers = [] if y in self.graph.outputs else self.graph.readers[y]
+        if len(readers) == 1 and standard(after := self.graph.nodes[readers[0]]) == "Add":
             others = [name for name in after.input if name != y]
             if len(others) == 1 and self._is_row(others[0], n):
                 y, bias, adder = after.output[0], others[0], readers[0]

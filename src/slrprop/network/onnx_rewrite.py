@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,8 @@ OWN = "slrprop"
 MERGED = 40_000  # zeros that may be multiplied to save nodes: python -m benchmarks.quantisation
 GATHERED = 50  # zeros more for every number that blocks would gather
 SPREAD = 380  # bytes of the nodes that put zeros between numbers
-INTEGER = (
-    100_000  # numbers from which the runtime's integer products are the faster ones: python -m benchmarks.wide_layers
-)
+# numbers from which the runtime's integer products are the faster ones: python -m benchmarks.wide_layers
+INTEGER = 100_000
 INTEGER_FACTORS = 1_000_000  # the same of low-rank layers
 
 
@@ -51,9 +51,8 @@ class LayerWriter(Writer):
             # lets equal constants be shared, and merges a shared one into no product
             rest = torch.tensor(1 + self.place.index / 1024)
             joined = scales["left"].float() * scales["right"].float() / rest
-            return self.integer_product(
-                self.integer_product(x, codes.left, joined, form.bits), codes.right, rest, form.bits
-            )
+            h = self.integer_product(x, codes.left, joined, form.bits)
+            return self.integer_product(h, codes.right, rest, form.bits)
         return None
 
 
@@ -106,8 +105,7 @@ def _widths(form: SparseLowRank, writer: Writer) -> tuple[str, Tensor]:
 
 def _dense(form: Dense, writer: Writer, bias: Bias | None) -> None:
     """The same node with another weight, and another bias where its own is replaced."""
-    node = NodeProto()
-    node.CopyFrom(writer.node)
+    node = deepcopy(writer.node)
     node.input[writer.place.port] = writer.tensor(writer.place.stored(form.weight).contiguous())
     for item in node.attribute:
         if item.name == "alpha" or (item.name == "beta" and bias is not None):
@@ -142,13 +140,10 @@ def _factored(form: Factors, writer: LayerWriter, bias: Bias | None) -> None:
     if gemm or last.op_type in ("Conv", "ConvTranspose"):
         last.op_type, last.output[0] = "Gemm" if gemm else last.op_type, out  # which adds, too
         last.input.append(added)
-    else:
-        writer.add(writer.adds, [y, added] if writer.flat else [y, _column(writer, added)], out)
-
-
-def _column(writer: Writer, bias: str) -> str:
-    """A bias for channels on axis 1 of maps."""
-    return writer.add("Reshape", [bias, writer.tensor(np.array([-1, *[1] * (-1 - writer.operator.axis)]))])
+        return
+    if not writer.flat:  # channels on axis 1 of maps
+        added = writer.add("Reshape", [added, writer.tensor(np.array([-1, *[1] * (-1 - writer.operator.axis)]))])
+    writer.add(writer.adds, [y, added], out)
 
 
 def rewritten(
@@ -227,15 +222,14 @@ def _edited(
             nodes[place.index] = writer.nodes
             adder = place.adder
             if adder is not None and adder != place.index and (bias is not None or writer.adds != "Add"):
-                added, count = NodeProto(), len(writer.nodes)
-                added.CopyFrom(layers.nodes[adder])
+                added, count = deepcopy(layers.nodes[adder]), len(writer.nodes)
                 added.op_type = writer.adds
                 if bias is not None:
                     added.input[list(added.input).index(place.bias or "")] = writer.bias_tensor(bias)
                 nodes[adder] = [*writer.nodes[count:], added]
                 del writer.nodes[count:]
         for made, order in orders.items():
-            node = NodeProto.FromString(layers.nodes[layers.maker[made]].SerializeToString())
+            node = deepcopy(layers.nodes[layers.maker[made]])
             arrays = [np.array([0, -1])]  # a reshape to samples and what each has
             if node.op_type == "BatchNormalization":
                 arrays = [layers.constants[name].load()[order.numpy()] for name in node.input[1:]]
@@ -248,7 +242,7 @@ def _edited(
         if unnamed and not is_own(graph):
             unnamed[0].name = OWN  # so that the file is known again: in float a form looks like any two layers
         result = [new_node for i, node in enumerate(graph.node) for new_node in nodes.get(i, [node])]
-        refill(graph.node, [NodeProto.FromString(node.SerializeToString()) for node in (*first, *result)])
+        refill(graph.node, [deepcopy(node) for node in (*first, *result)])
         return additions.tensors
 
     return file.edited(edit)

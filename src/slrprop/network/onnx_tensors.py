@@ -1,6 +1,7 @@
 """Where the numbers of an ONNX file's initializers are: cut out of the file's bytes, or in other files beside it."""
 
 import contextlib
+import math
 import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -70,10 +71,7 @@ def bytes_of(tensor: TensorProto) -> int | None:
     dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
     if dtype.kind not in "fiub" or dtype.isbuiltin != 1:
         return None
-    count = 1
-    for side in tensor.dims:
-        count *= side
-    return count * dtype.itemsize
+    return math.prod(tensor.dims) * dtype.itemsize
 
 
 def split(path: Path, buffer: Any, size: int) -> tuple[bytes, dict[str, Stored]]:

@@ -82,16 +82,10 @@ def _slice(node: NodeProto, x: Any) -> Tensor:
     for start, end, axis, step in zip(
         starts, ends, axes or range(len(starts)), steps or [1] * len(starts), strict=True
     ):
-        places = range(y.shape[axis])[
-            slice(start, max(end, -1 - y.shape[axis]) if step > 0 else _down(end, y.shape[axis]), step)
-        ]
-        y = y.index_select(axis, torch.tensor(list(places), dtype=torch.int64))
+        size = y.shape[axis]
+        stop = None if step < 0 and end < -size else max(end, -1 - size)  # backwards, below the first means all
+        y = y.index_select(axis, torch.tensor(list(range(size)[start:stop:step]), dtype=torch.int64))
     return y
-
-
-def _down(end: int, size: int) -> int | None:
-    """The end of a slice that goes backwards: below the first means all."""
-    return None if end < -size else end
 
 
 def _split(node: NodeProto, x: Any) -> list[Tensor]:
@@ -113,10 +107,6 @@ def _layer_norm(node: NodeProto, x: Any) -> Tensor:
     return functional.layer_norm(x[0], x[0].shape[axis:], x[1], bias, attribute(node, "epsilon", 1e-5))
 
 
-def _batch_norm(node: NodeProto, x: Any) -> Tensor:
-    return functional.batch_norm(x[0], x[3], x[4], x[1], x[2], eps=attribute(node, "epsilon", 1e-5))
-
-
 def _sides(node: NodeProto, name: str, count: int, default: int) -> list[int]:
     return list(attribute(node, name, [default] * count))
 
@@ -134,12 +124,8 @@ def _pads(node: NodeProto, x: Tensor, kernel: list[int], stride: list[int], dila
 
 
 def _conv(node: NodeProto, x: Any) -> Tensor:
-    count = x[1].ndim - 2
-    kernel, stride, dilation = (
-        list(x[1].shape[2:]),
-        _sides(node, "strides", count, 1),
-        _sides(node, "dilations", count, 1),
-    )
+    count, kernel = x[1].ndim - 2, list(x[1].shape[2:])
+    stride, dilation = _sides(node, "strides", count, 1), _sides(node, "dilations", count, 1)
     padded = functional.pad(x[0], _pads(node, x[0], kernel, stride, dilation))
     bias = x[2] if len(x) > 2 else None
     return CONVOLVED[count](padded, x[1], bias, stride, 0, dilation, attribute(node, "group", 1))
@@ -200,12 +186,8 @@ def _depth_to_space(node: NodeProto, x: Any) -> Tensor:
     if attribute(node, "mode", b"DCR") == b"CRD":
         return functional.pixel_shuffle(x[0], size)
     n, c, h, w = x[0].shape
-    return (
-        x[0]
-        .reshape(n, size, size, c // size**2, h, w)
-        .permute(0, 3, 4, 1, 5, 2)
-        .reshape(n, c // size**2, h * size, w * size)
-    )
+    y = x[0].reshape(n, size, size, c // size**2, h, w).permute(0, 3, 4, 1, 5, 2)
+    return y.reshape(n, c // size**2, h * size, w * size)
 
 
 def _instance_norm(node: NodeProto, x: Any) -> Tensor:
@@ -222,10 +204,6 @@ def _clip(node: NodeProto, x: Any) -> Tensor:
 
 def _softmax(function: Callable[..., Tensor]) -> Op:
     return lambda node, x: function(x[0], attribute(node, "axis", -1))
-
-
-def _shape(node: NodeProto, x: Any) -> Tensor:
-    return torch.tensor(x[0].shape[attribute(node, "start", 0) : attribute(node, "end", None)], dtype=torch.int64)
 
 
 def _plain(function: Callable[..., Tensor]) -> Op:
@@ -262,7 +240,7 @@ PLAIN: dict[str, Callable[..., Tensor]] = {  # of the inputs alone
 OPS: dict[str, Op] = {
     **{op: _plain(function) for op, function in PLAIN.items()},
     "AveragePool": _pool,
-    "BatchNormalization": _batch_norm,
+    "BatchNormalization": lambda node, x: functional.batch_norm(x[0], x[3], x[4], x[1], x[2], eps=attribute(node, "epsilon", 1e-5)),
     "Cast": lambda node, x: x[0].to(KINDS[attribute(node, "to")]),
     "Celu": lambda node, x: functional.celu(x[0], attribute(node, "alpha", 1.0)),
     "Clip": _clip,
@@ -296,7 +274,7 @@ OPS: dict[str, Op] = {
     "Reshape": _reshape,
     "Resize": _resize,
     "Selu": lambda node, x: attribute(node, "gamma", 1.050701) * functional.elu(x[0], attribute(node, "alpha", 1.673263)),
-    "Shape": _shape,
+    "Shape": lambda node, x: torch.tensor(x[0].shape[attribute(node, "start", 0) : attribute(node, "end")], dtype=torch.int64),
     "Slice": _slice,
     "Softmax": _softmax(torch.softmax),
     "Split": _split,

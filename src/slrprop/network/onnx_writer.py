@@ -66,16 +66,6 @@ def matrix_of(form: Factors, writer: "Writer") -> str:
     raise SlrpropError(f"no ONNX nodes compute with {type(form).__name__} forms")
 
 
-def attributes_of(operator: Convolution) -> dict[str, Any]:
-    """A convolution's attributes in a file."""
-    before, behind = zip(*operator.padding, strict=True)
-    wider = {"output_padding": operator.wider} if operator.transposed else {}
-    return {
-        "kernel_shape": operator.kernel, "strides": operator.stride, "pads": [*before, *behind], "dilations": operator.dilation,
-        "group": operator.groups, **wider,
-    }  # fmt: skip
-
-
 class Writer:
     """Nodes and initializers that take the place of one layer: see :class:`slrprop.network.onnx_rewrite.LayerWriter`.
 
@@ -159,11 +149,7 @@ class Writer:
         return part
 
     def opened(self, form: Quantized) -> "tuple[Writer, Factors]":
-        axes, codes = form.codes.scale_axes(), form.codes.matrices()
-        self.bits = form.bits
-        self.scales = {
-            name: scale if codes[name].ndim == 1 else scale.unsqueeze(axes[name]) for name, scale in form.scales.items()
-        }
+        self.bits, self.scales = form.bits, form.wide_scales()
         for right in [name for name in self.scales if name.startswith("right") and self.dtype != np.float16]:
             left = right.replace("right", "left")  # both scales of a component at once; float16 does not reach so far
             self.scales[left] = self.scales[left].float() * self.scales.pop(right).flatten().float()
@@ -189,7 +175,12 @@ class Writer:
         else:  # put together by nodes, m x n
             sides = [self.place.shape[1], self.place.shape[0] // operator.unit, *operator.kernel]
             kernel = self.add("Reshape", [self.add("Transpose", [weight], perm=[1, 0]), self.tensor(np.array(sides))])
-        return self.add("ConvTranspose" if operator.transposed else "Conv", [x, kernel], **attributes_of(operator))
+        before, behind = zip(*operator.padding, strict=True)
+        wider: dict[str, Any] = {"output_padding": operator.wider} if operator.transposed else {}
+        return self.add(
+            "ConvTranspose" if operator.transposed else "Conv", [x, kernel], kernel_shape=operator.kernel, strides=operator.stride,
+            pads=[*before, *behind], dilations=operator.dilation, group=operator.groups, **wider,
+        )  # fmt: skip
 
     def product(self, h: str, weight: Number | str) -> str:
         if self.flat:

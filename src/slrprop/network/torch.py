@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from slrprop.data import Batch, Data
 from slrprop.errors import SlrpropError, first_line
@@ -42,6 +43,15 @@ from slrprop.operators import Lookup, MatMul
 
 
 @contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that go at the end of a block."""
+    with contextlib.ExitStack() as stack:
+        for handle in handles:
+            stack.enter_context(handle)
+        yield
+
+
+@contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient; afterwards those do again that did."""
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -58,13 +68,10 @@ def main_output(result: Any) -> Tensor:
     """The tensor that quality is judged by: the result itself, its ``logits``, or its first tensor."""
     if isinstance(result, Tensor):
         return result
-    if isinstance(result, Mapping) or hasattr(result, "logits"):
-        result = (
-            result["logits"]
-            if isinstance(result, Mapping) and "logits" in result
-            else getattr(result, "logits", result)
-        )
-        return main_output(next(iter(result.values())) if isinstance(result, Mapping) else result)
+    if hasattr(result, "logits"):
+        return main_output(result.logits)
+    if isinstance(result, Mapping):
+        return main_output(result["logits"] if "logits" in result else next(iter(result.values())))
     if isinstance(result, (tuple, list)) and result:
         return main_output(result[0])
     raise SlrpropError(
@@ -176,15 +183,10 @@ class TorchNetwork(Network):
         if any(isinstance(value, np.ndarray) for value in first.values().values()):
             raise SlrpropError("an input of the data holds text, which a torch module can't take; give numbers")
         batch = next(self.parts_of(first)).to(self.device)
-        handles = trace.watch(self.modules)
-        try:
-            with evaluating(self.model), parametrize.cached():
-                with trace:
-                    result = self.call(batch)
-                weights: dict[str, Any] = {name: module.weight for name, module in self.modules.items()}
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(trace.watch(self.modules)), evaluating(self.model), parametrize.cached():
+            with trace:
+                result = self.call(batch)
+            weights: dict[str, Any] = {name: module.weight for name, module in self.modules.items()}
         self.look(data)
         output, made = main_output(result), trace.made
         self.ending, self._reads = trace.ending(output), trace.read
@@ -247,12 +249,8 @@ class TorchNetwork(Network):
             self.standing = max(self.standing, held.alive // batch.samples)
 
         handles = [module.register_forward_pre_hook(note) for module in self.modules.values()]
-        try:
-            with evaluating(self.model), held:
-                return main_output(self.call(batch)), held.bytes
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(handles), evaluating(self.model), held:
+            return main_output(self.call(batch)), held.bytes
 
     @property
     def numbers(self) -> int:
@@ -272,31 +270,22 @@ class TorchNetwork(Network):
 
     def stream(self, names: tuple[str, ...], data: Data, whole: bool = True) -> Iterator[Flow]:
         once, first = not whole and all(self.layers[name].calls == 1 for name in names), 0
+        calls: dict[str, list[tuple[Tensor, Tensor]]]
+
+        def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+            operator = self.operator(name)
+            rows = operator.inputs(inputs[0], first), operator.outputs(y, first)
+            calls[name].append((rows[0].clone(), rows[1].clone()))  # the model may write to both later
+            if once and all(calls.values()):
+                raise _Enough
+
         for batch in self.batches(data):
-            calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
-
-            def note(
-                name: str, into: dict[str, list[tuple[Tensor, Tensor]]], first: int = first
-            ) -> Callable[..., None]:
-                operator = self.operator(name)
-
-                def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-                    rows = operator.inputs(inputs[0], first), operator.outputs(y, first)
-                    into[name].append((rows[0].clone(), rows[1].clone()))  # the model may write to both later
-                    if once and all(into.values()):
-                        raise _Enough
-
-                return hook
-
+            calls = {name: [] for name in names}
             batch, output = batch.to(self.device), torch.empty(0)
             place = self.place(batch) if whole else 0
-            handles = [self.modules[name].register_forward_hook(note(name, calls), prepend=True) for name in names]
-            try:
-                with evaluating(self.model), contextlib.suppress(_Enough):
-                    output = main_output(self.call(batch)).movedim(place, 0)
-            finally:
-                for handle in handles:
-                    handle.remove()
+            handles = [self.modules[name].register_forward_hook(partial(note, name), prepend=True) for name in names]
+            with hooked(handles), evaluating(self.model), contextlib.suppress(_Enough):
+                output = main_output(self.call(batch)).movedim(place, 0)
             if whole:
                 require_finite(output)
             first += batch.samples
@@ -308,26 +297,20 @@ class TorchNetwork(Network):
             yield from super().gradients(names, data, probes)
             return
         random = torch.Generator().manual_seed(0)
+        seen: dict[str, list[Tensor]]
+
+        def watch(name: str, module: nn.Module, inputs: tuple[Tensor, ...], made: Tensor) -> Tensor:
+            # the first of all layers begins the graph; what is changed in place later is a copy
+            seen[name].append(made if made.requires_grad else made.detach().requires_grad_())
+            return seen[name][-1].clone()
+
         for batch in self.batches(data):
-            seen: dict[str, list[Tensor]] = {name: [] for name in names}
+            seen = {name: [] for name in names}
             place = self.place(batch)
-
-            def watch(name: str, into: dict[str, list[Tensor]]) -> Callable[..., Tensor]:
-                def hook(module: nn.Module, inputs: tuple[Tensor, ...], made: Tensor) -> Tensor:
-                    # the first of all layers begins the graph; what is changed in place later is a copy
-                    into[name].append(made if made.requires_grad else made.detach().requires_grad_())
-                    return into[name][-1].clone()
-
-                return hook
-
-            handles = [self.modules[name].register_forward_hook(watch(name, seen), prepend=True) for name in names]
-            try:
-                with evaluating(self.model), frozen(self.model), torch.enable_grad():
-                    output = main_output(self.call(batch.to(self.device))).movedim(place, 0)
-                    output = rows_of(self.classes_last(self.scores(output)))
-            finally:
-                for handle in handles:
-                    handle.remove()
+            handles = [self.modules[name].register_forward_hook(partial(watch, name), prepend=True) for name in names]
+            with hooked(handles), evaluating(self.model), frozen(self.model), torch.enable_grad():
+                output = main_output(self.call(batch.to(self.device))).movedim(place, 0)
+                output = rows_of(self.classes_last(self.scores(output)))
             places = [(name, y) for name, calls in seen.items() for y in calls]
             along = self.directions(output, batch.targets, probes, random)
             yield from gradients_along(output, places, along, self.rows_of(names))
@@ -340,13 +323,9 @@ class TorchNetwork(Network):
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 return layer(inputs[0], candidate)
 
-            handle = self.modules[name].register_forward_hook(hook, prepend=True)
-            try:
-                with evaluating(self.model):
-                    output = main_output(self.model(*flow.batch.inputs, **flow.batch.named)).movedim(place, 0)
-                    return self.classes_last(output)
-            finally:
-                handle.remove()
+            with self.modules[name].register_forward_hook(hook, prepend=True), evaluating(self.model):
+                output = main_output(self.model(*flow.batch.inputs, **flow.batch.named)).movedim(place, 0)
+                return self.classes_last(output)
 
         if len(candidates) == 1:
             return output(candidates[0])[None]

@@ -1,7 +1,8 @@
 """Follow a tensor through one run of a torch network, whatever code its modules are made of."""
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,19 +99,15 @@ class Trace(TorchFunctionMode):
     def watch(self, modules: Mapping[str, nn.Module]) -> list[RemovableHandle]:
         """Note which products these modules make; the handles undo it."""
         self.made: dict[str, list[int]] = {name: [] for name in modules}
-        self.read: dict[
-            str, tuple[int, int]
-        ] = {}  # the tensor that a layer reads first, and how often that had been written to
+        # the tensor that a layer reads first, and how often that had been written to
+        self.read: dict[str, tuple[int, int]] = {}
 
-        def hook(name: str) -> Callable[..., None]:
-            def note(module: nn.Module, inputs: Any, output: Any) -> None:
-                self.made[name].append(len(self.calls) - 1)  # the product is the last call of the module's own forward
-                if inputs and not inputs[0].is_inference():  # those do not count what is written to them
-                    self.read.setdefault(name, (id(inputs[0]), inputs[0]._version))
+        def note(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+            self.made[name].append(len(self.calls) - 1)  # the product is the last call of the module's own forward
+            if inputs and not inputs[0].is_inference():  # those do not count what is written to them
+                self.read.setdefault(name, (id(inputs[0]), inputs[0]._version))
 
-            return note
-
-        return [module.register_forward_hook(hook(name), prepend=True) for name, module in modules.items()]
+        return [module.register_forward_hook(partial(note, name), prepend=True) for name, module in modules.items()]
 
     def reads(self, weight: Tensor) -> int:
         """How many products read a weight (of one that a hook computes at each call, the last)."""

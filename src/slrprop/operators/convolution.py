@@ -77,12 +77,11 @@ class Convolution(Operator):
         convolved = CONVOLVED[len(self.kernel)]
         if not weight.numel():
             return x.new_zeros(*x.shape[: self.axis], weight.shape[1], *self.made(tuple(x.shape[self.axis + 1 :])))
+        sides = tuple(before for before, _ in self.padding)
         if self.transposed:
-            sides = tuple(before for before, _ in self.padding)
             turned = TRANSPOSED[len(self.kernel)]
             return turned(x, self.stored(weight), None, self.stride, sides, self.wider, self.groups, self.dilation)
         if all(before == behind for before, behind in self.padding):
-            sides = tuple(before for before, _ in self.padding)
             return convolved(x, self.stored(weight), None, self.stride, sides, self.dilation, self.groups)
         return convolved(self.padded(x), self.stored(weight), None, self.stride, 0, self.dilation, self.groups)
 
@@ -116,9 +115,8 @@ class Convolution(Operator):
             reached = spot[:, :, None] * self.stride[axis] + np.arange(self.kernel[axis]) * self.dilation[axis]
             shape = [-1 if other == axis else 1 for other in range(len(sides))]
             index.append(torch.from_numpy(reached).reshape(*reached.shape[:2], *shape))
-        patches = self.padded(x).movedim(1, -1)[
-            tuple(part.to(x.device) for part in index)
-        ]  # samples, positions, kernel, channels
+        # samples, positions, kernel, channels
+        patches = self.padded(x).movedim(1, -1)[tuple(part.to(x.device) for part in index)]
         return patches.movedim(-1, 2).flatten(0, 1).flatten(1)
 
     def outputs(self, y: Tensor, first: int | None = None) -> Tensor:
@@ -140,7 +138,6 @@ def positions(first: int, samples: int, size: int) -> np.ndarray:
     if size <= POSITIONS:
         return np.broadcast_to(np.arange(size), (samples, size))
     number = np.arange(first * POSITIONS, (first + samples) * POSITIONS, dtype=np.uint64).reshape(samples, -1)
-    part = (
-        number * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(11)
-    ) / 2.0**53  # multiples of the golden ratio: evenly spread
+    # multiples of the golden ratio: evenly spread
+    part = (number * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(11)) / 2.0**53
     return ((np.arange(POSITIONS) + part) * size / POSITIONS).astype(np.int64)

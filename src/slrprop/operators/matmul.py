@@ -17,10 +17,7 @@ class MatMul(Operator):
     """``y = x @ W``; torch stores W's transpose (n x m)."""
 
     kind: ClassVar[str] = "dense layer"
-
-    @property
-    def kernel(self) -> tuple[int, ...]:  # type: ignore[override]
-        return ()
+    kernel: ClassVar[tuple[int, ...]] = ()  # type: ignore[misc]
 
     def matrix(self, stored: Tensor) -> Tensor:
         return stored.T

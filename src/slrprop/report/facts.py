@@ -17,7 +17,7 @@ from slrprop.errors import without_passwords
 from slrprop.metrics import MEANING, PERCENT
 from slrprop.plan import LayerPlan, method_of
 from slrprop.report import words
-from slrprop.search import Candidate, Compression, Point, hull
+from slrprop.search import Candidate, Compression, hull
 
 MORE = 256  # bytes by which a rewritten layer may take more in the file than is predicted
 Rows = list[tuple[str, str]]  # what, and its value in words
@@ -95,10 +95,8 @@ def _summary(c: Compression) -> Rows:
         *((name, f"{before:.2f} -> {after:.2f} %") for name, (before, after) in c.beside.items()),
     ]
     if not math.isnan(c.latency[0]):
-        rows += [
-            ("latency before", words.milliseconds(c.latency[0])),
-            ("latency after", words.milliseconds(c.latency[1])),
-        ]
+        slow, fast = map(words.milliseconds, c.latency)
+        rows += [("latency before", slow), ("latency after", fast)]
     rows += [("remark", remark) for remark in c.remarks()]
     return [*rows, ("budget", _budget(c)), ("evaluations of a whole network", str(c.evaluations))]
 
@@ -146,16 +144,12 @@ def _points(c: Compression, command: str | Sequence[str], layers: list[dict[str,
                 "damage": _finite(point.predicted_damage),
                 "quality": None if point.measured is None else _finite(point.measured.quality),
                 "divergence": None if point.measured is None else _finite(point.measured.divergence),
-                "latency": _finite(_latency(c, index, point)),
+                "latency": _finite({0: c.latency[0], c.chosen: c.latency[1]}.get(index, point.latency)),
                 "plan": [_place(places[name], plans.get(name)) for name in c.curves],
                 "command": words.command_for(command, reached + room),
             }
         )
     return found
-
-
-def _latency(c: Compression, index: int, point: Point) -> float:
-    return c.latency[1] if index == c.chosen else c.latency[0] if index == 0 else point.latency
 
 
 def _place(places: Mapping[str, int], layer: LayerPlan | None) -> int:
@@ -201,17 +195,13 @@ def _layer(c: Compression, name: str, layer: LayerPlan | None) -> dict[str, Any]
         "error": candidates[place]["error"],
         "place": place,
         "candidates": candidates,
-        "kept": None if masks is None else [_bits(mask) for mask in masks],
+        "kept": None if masks is None else ["".join("1" if bit else "0" for bit in mask) for mask in masks],
         "sensitivity": None if seen is None else _finite(seen.sensitivity),
         "energy": None if seen is None else seen.energy,
         "singular_values": [] if seen is None else _short(seen.singular_values),
         "criterion": "" if seen is None else words.criterion(seen.criterion),
         "relevance": [] if seen is None else [_short(seen.rows), _short(seen.columns)],
     }
-
-
-def _bits(mask: Sequence[bool]) -> str:
-    return "".join("1" if bit else "0" for bit in mask)
 
 
 def _repeat(c: Compression, command: str | Sequence[str], parity: float | Mapping[str, float] | None) -> Rows:

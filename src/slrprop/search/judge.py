@@ -64,11 +64,7 @@ class Judge:
             outputs.append(rows)
             targets.append(_by_row(batch.targets, rows))
             count, first = count + size, inputs if first is None else first
-            constant = (
-                constant
-                and len(inputs) == len(first)
-                and all(_repeats(*pair) for pair in zip(inputs, first, strict=True))
-            )
+            constant &= len(inputs) == len(first) and all(map(_repeats, inputs, first))
             for tensor in (*batch.values().values(), batch.targets, rows):
                 if isinstance(tensor, np.ndarray):
                     digest.update(repr(tensor.tolist()).encode())
