@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: .venv/installed
 	$(BIN)/slrprop demo
 
-# two workers and what they start share the cores: a thread each
+# workers and what they start share the cores: a thread each; some of their tests wait, so three of them keep two cores busy
 test: .venv/installed lint
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/pytest
 
