@@ -154,13 +154,23 @@ def test_few_evaluations_for_eight_layers(fresh):
     assert compress(one, fresh[0], max_drop=5.0).evaluations <= 4 + 2 * 8
 
 
-def test_many_layers_are_fitted_in_order_only_around_the_edge(fresh, monkeypatch):
-    """Between the edge of layers fitted alone and that of layers fitted in order lie few points."""
+def deep(width):
+    """Fourteen dense layers, so many that plans are seldom fitted in order."""
     torch.manual_seed(0)
-    wide = [part for _ in range(12) for part in (nn.Linear(48, 48), nn.ReLU())]
-    model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), *wide, nn.Linear(48, 10)).eval()
+    between = [part for _ in range(12) for part in (nn.Linear(width, width), nn.ReLU())]
+    return nn.Sequential(nn.Linear(64, width), nn.ReLU(), *between, nn.Linear(width, 10)).eval()
+
+
+def noted(monkeypatch):
+    """The plans that are fitted in order from now on."""
     fits, real = [], shares.fitted
     monkeypatch.setattr(shares, "fitted", lambda *given: fits.append(given[1]) or real(*given))
+    return fits
+
+
+def test_many_layers_are_fitted_in_order_only_around_the_edge(fresh, monkeypatch):
+    """Between the edge of layers fitted alone and that of layers fitted in order lie few points."""
+    model, fits = deep(48), noted(monkeypatch)
     near = compress(model, fresh[0], max_drop=5.0)
     of_near, fits[:] = len(fits), []
     monkeypatch.setattr(shares, "MANY_LAYERS", 99)
@@ -425,11 +435,7 @@ def test_of_very_wide_layers_only_the_likely_forms_are_fitted_in_order(trained, 
 
 
 def test_of_many_layers_too(fresh, monkeypatch):
-    torch.manual_seed(0)
-    wide = [part for _ in range(12) for part in (nn.Linear(32, 32), nn.ReLU())]
-    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), *wide, nn.Linear(32, 10)).eval()
-    fits, real = [], shares.fitted
-    monkeypatch.setattr(shares, "fitted", lambda *given: fits.append(given[1]) or real(*given))
+    model, fits = deep(32), noted(monkeypatch)
     methods = [("low_rank", {"bits": 4}), ("low_rank", {"bits": 8}), ("dense", {"bits": 4}), ("dense", {"bits": 8})]
     found = compress(model, fresh[0][:200], max_bytes="30%", methods=methods)
     assert found.met and len(found.curves) > MANY_LAYERS and len(fits) <= 4

@@ -14,10 +14,8 @@ import torch
 from slrprop.errors import SlrpropError
 
 VARIABLE, MEGABYTES = "SLRPROP_MEMORY", 256
-MMAP_THRESHOLD, LARGE = (
-    -3,
-    16 << 20,
-)  # of glibc: the option, and the bytes of a block that the system gives and gets back alone
+MMAP_THRESHOLD = -3  # the number of glibc's option
+LARGE = 16 << 20  # bytes of a block that the system gives and gets back alone
 
 
 def bound() -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from slrprop.operators import Operator
 
-BLOCK = 16  # numbers of 32 bits in an AVX-512 register; 8 in those of AVX2, 4 in NEON's
+BLOCK = 16  # numbers of 32 bits in an AVX-512 register
 
 
 def in_blocks(
