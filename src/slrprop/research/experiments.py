@@ -14,7 +14,7 @@ from slrprop.files import made_folder, replacing
 from slrprop.parallel import each
 from slrprop.research import require_seen
 from slrprop.research.datasets import DATASETS, Dataset
-from slrprop.research.networks import VGG16, Headed, LeNet5, LeNet300, ResNet20, RoomMLP
+from slrprop.research.networks import VGG16, Headed, LeNet5, LeNet300, ResNet8, ResNet20, RoomMLP
 from slrprop.research.training import Recipe, Trainer, cropped, cut_out, shifted, write_log
 from slrprop.search.path import LEVELS
 
@@ -87,15 +87,22 @@ EXPERIMENTS = {
 LENET300 = Experiment(
     "lenet300-mnist", "mnist", LeNet300, ("fc1", "fc2"), (), 10_000, Recipe(epochs=10, batch=64, learning_rate=2e-3)
 )
-BLOCKS = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range(3)]
-THROUGH = ["layer2.0.downsample.0", "layer3.0.downsample.0"]
-RESNET20 = Experiment(
-    "resnet20-cifar10", "cifar10", ResNet20,
-    ("conv1", *(f"{block}.conv{turn}" for block in BLOCKS for turn in (1, 2)), *THROUGH, "fc"), (), 512,
-    Recipe(epochs=48, batch=128, learning_rate=0.2, weight_decay=5e-4, momentum=0.9, augment=cropped, convolutional=True), 1,
-    whole=True,
-)  # fmt: skip
-TRAINED = EXPERIMENTS | {RESNET20.name: RESNET20}
+
+
+def residual(name: str, network: Callable[..., Headed], blocks: list[str], epochs: int) -> Experiment:
+    """A residual network on CIFAR-10; ``blocks`` with two convolutions each, those of a new stage with a third one around them."""
+    layers = [f"{block}.conv{turn}" for block in blocks for turn in (1, 2)]
+    with torch.device("meta"):
+        around = [name for name, part in network().named_modules() if name.endswith("downsample.0")]
+    recipe = Recipe(epochs=epochs, batch=128, learning_rate=0.2, weight_decay=5e-4, momentum=0.9, augment=cropped, convolutional=True)  # fmt: skip
+    return Experiment(name, "cifar10", network, ("conv1", *layers, *around, "fc"), (), 512, recipe, 1, whole=True)
+
+
+RESNET20 = residual(
+    "resnet20-cifar10", ResNet20, [f"layer{stage}.{turn}" for stage in (1, 2, 3) for turn in range(3)], 48
+)
+RESNET8 = residual("resnet8-cifar10", ResNet8, ["layer1.0", "layer2.0", "layer3.0"], 8)
+TRAINED = EXPERIMENTS | {experiment.name: experiment for experiment in (RESNET20, RESNET8)}
 COMPARED = EXPERIMENTS | {
     LENET300.name: LENET300,
     RESNET20.name: RESNET20,

@@ -1,5 +1,7 @@
 """The articles' networks (Garmendia-Orbegozo et al. 2023, Table 1 and section 4; LeCun et al. 1998; He et al. 2016)."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -166,27 +168,38 @@ class Block(nn.Module):
         return (y + (x if self.downsample is None else self.downsample(x))).relu()
 
 
-class ResNet20(Headed):
-    """ResNet-20 for 3 x 32 x 32 images: 19 convolutions of 16, 32 and 64 channels, 1 x 1 ones around two blocks, dense 64-classes.
+class ResNet(Headed):
+    """A residual network for 3 x 32 x 32 images, looked at as a whole (He et al., CVPR 2016, section 4.2, with the projections of option B).
 
-    He et al., CVPR 2016, section 4.2, with the projections of option B. It is looked at as a whole.
+    Args:
+        wide: channels of the first convolution.
+        stages: channels and blocks of each stage; where channels change, the map's sides halve.
     """
 
-    def __init__(self, classes: int = 10) -> None:
+    def __init__(self, wide: int, stages: tuple[tuple[int, int], ...], classes: int = 10) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        stages, channels = [], 16
-        for wide, stride in ((16, 1), (32, 2), (64, 2)):
-            stages.append(nn.Sequential(Block(channels, wide, stride), Block(wide, wide, 1), Block(wide, wide, 1)))
+        self.conv1 = nn.Conv2d(3, wide, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(wide)
+        self.stages = tuple(f"layer{index}" for index, _ in enumerate(stages, 1))
+        channels = wide
+        for name, (wide, count) in zip(self.stages, stages, strict=True):
+            first = Block(channels, wide, 1 if wide == channels else 2)
+            self.add_module(name, nn.Sequential(first, *(Block(wide, wide, 1) for _ in range(count - 1))))
             channels = wide
-        self.layer1, self.layer2, self.layer3 = stages
-        self.fc = nn.Linear(64, classes)
+        self.fc = nn.Linear(channels, classes)
 
     def head(self) -> nn.Module:
         return self
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn1(self.conv1(x)).relu()
-        scores: Tensor = self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+        for name in self.stages:
+            x = self.get_submodule(name)(x)
+        scores: Tensor = self.fc(x.mean((2, 3)))
         return scores
+
+
+ResNet20 = partial(ResNet, 16, ((16, 3), (32, 3), (64, 3)))
+"""19 convolutions of 16, 32 and 64 channels, 1 x 1 ones around two blocks, dense 64-classes."""
+ResNet8 = partial(ResNet, 64, ((128, 1), (256, 1), (512, 1)))
+"""Seven convolutions of 64 to 512 channels, 1 x 1 ones around each block, dense 512-classes."""

@@ -54,7 +54,10 @@ FIGURES = {
 @paper.command("train")
 def paper_train(
     name: Annotated[
-        str, typer.Argument(help="lenet5-mnist, room-mlp, vgg16-cifar10, vgg16-cifar100 or resnet20-cifar10")
+        str,
+        typer.Argument(
+            help="lenet5-mnist, room-mlp, vgg16-cifar10, vgg16-cifar100, resnet20-cifar10 or resnet8-cifar10"
+        ),
     ],
     seeds: Seeds = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
