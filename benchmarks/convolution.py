@@ -20,10 +20,10 @@ from torch import nn
 
 from benchmarks.quantisation import header
 from slrprop.export import export_onnx
-from slrprop.factors import Factors, Fit, LowRank, Spatial, Tucker
+from slrprop.forms import Fit, Form, LowRank, Spatial, Tucker
 from slrprop.latency import latencies
-from slrprop.layers import layer_from
-from slrprop.network.torch_modules import operator_of
+from slrprop.network.torch.find import operator_of
+from slrprop.network.torch.modules import layer_from
 
 BLOCK = 16
 
@@ -38,7 +38,7 @@ def numbers(rows: int, columns: int) -> torch.Tensor:
     return torch.randn(rows, columns) / rows**0.5
 
 
-def forms(channels: int) -> dict[str, Factors]:
+def forms(channels: int) -> dict[str, Form]:
     """Forms of half and a quarter of the numbers."""
     m, n, found = 9 * channels, channels, {}
     for name, share in (("half", 0.5), ("quarter", 0.25)):

@@ -21,7 +21,7 @@ from slrprop.checks import share
 from slrprop.data import Data
 from slrprop.linalg import truncated_svd
 from slrprop.losses import loss_point
-from slrprop.network.torch import TorchNetwork
+from slrprop.network.torch.network import TorchNetwork
 from slrprop.relevance.changes import Walk, chain_changes
 from slrprop.relevance.cost import cost_scores
 from slrprop.research.experiments import EXPERIMENTS, trained

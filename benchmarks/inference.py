@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from slrprop.export import export_onnx
-from slrprop.factors import Dense, Factors, Fit, LowRank, SparseLowRank
+from slrprop.forms import Dense, Fit, Form, LowRank, SparseLowRank
 from slrprop.latency import latencies
-from slrprop.layers import layer_from
 from slrprop.linalg import SVD
+from slrprop.network.torch.modules import layer_from
 
 SHAPES = ((4096, 4096), (512, 4096))
 
@@ -30,7 +30,7 @@ def random_svd(m: int, n: int, k: int) -> SVD:
     return SVD(torch.randn(m, k) / m**0.5, torch.ones(k), torch.randn(k, n) / n**0.5)
 
 
-def forms(m: int, n: int, k: int) -> dict[str, Factors]:
+def forms(m: int, n: int, k: int) -> dict[str, Form]:
     svd = random_svd(m, n, k)
     rows, columns = torch.randperm(m) < m // 2, torch.randperm(n) < n // 2
     gathered = SparseLowRank.shorten(svd, k // 2, rows, columns)

@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from slrprop.admm import Programme, singular_value_threshold, soft_threshold, solve
-from slrprop.factors import Factors, LowRank, Sparse
+from slrprop.fit.admm import Programme, singular_value_threshold, soft_threshold, solve
+from slrprop.fit.quantize import quantised
+from slrprop.fit.regression import Regression
+from slrprop.forms import Form, LowRank, Sparse
 from slrprop.linalg import truncated_svd
-from slrprop.quantize import quantised
-from slrprop.regression import Regression
 from slrprop.research.experiments import COMPARED, Experiment, trained
 
 GAINS = "0.02,0.05,0.1,0.15,0.2,0.3,0.4,0.5,0.6,0.7"
@@ -81,7 +81,7 @@ def cut(weight: Tensor, method: str, share: float) -> Sparse | LowRank:
     return LowRank(u[:, :rank] * s[:rank], vt[:rank])
 
 
-def stored(form: Sparse | LowRank, x: Tensor, bias: Tensor, bits: int) -> tuple[Factors, Tensor]:
+def stored(form: Sparse | LowRank, x: Tensor, bias: Tensor, bits: int) -> tuple[Form, Tensor]:
     """The form as it is stored, and its bias: rounding errors are made up for on the samples' covariance and mean."""
     if bits == 32:
         return form.with_matrices({key: matrix.float() for key, matrix in form.matrices().items()}), bias

@@ -18,8 +18,8 @@ import torch
 from onnx import helper, numpy_helper
 
 from benchmarks.quantisation import dequantizing, forms, header, session, sizes, written
-from slrprop.factors import Factors, Quantized
-from slrprop.quantize import quantised
+from slrprop.fit.quantize import quantised
+from slrprop.forms import Form, Quantized
 
 RUN = """
 import sys, numpy, openvino
@@ -78,7 +78,7 @@ def main() -> None:
             cells = []
             for opset in (17, 21):
                 for bits in (32, 8, 4):
-                    stored: Factors = form if bits == 32 else quantised(form, bits)
+                    stored: Form = form if bits == 32 else quantised(form, bits)
                     written(path, stored, opset)
                     cells.append(compared(path, m))
             print(f"| {name} | {' | '.join(cells)} |", flush=True)

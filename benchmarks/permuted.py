@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 import slrprop
-from slrprop.factors import Fit
-from slrprop.layers import layer_from
-from slrprop.network.torch import stored_numbers, swapped
-from slrprop.permutations import packed_bytes
-from slrprop.quantize import bias_in_few_bits, quantised
+from slrprop.fit.quantize import bias_in_few_bits, quantised
+from slrprop.forms import Fit
+from slrprop.forms.permutations import packed_bytes
+from slrprop.network.torch.modules import layer_from
+from slrprop.network.torch.network import stored_numbers, swapped
 from slrprop.research.experiments import EXPERIMENTS, trained
 from slrprop.research.networks import LeNet5, RoomMLP
 from slrprop.research.permuted import PermutedLinear, permute, train

@@ -31,10 +31,11 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from slrprop.factors import (
+from slrprop.fit.quantize import bias_in_few_bits, quantised
+from slrprop.forms import (
     Dense,
-    Factors,
     Fit,
+    Form,
     LowRank,
     LowRankPlusSparse,
     Narrowed,
@@ -45,9 +46,8 @@ from slrprop.factors import (
 )
 from slrprop.linalg import SVD
 from slrprop.methods.nested import NestedSettings
-from slrprop.network import onnx_rewrite
-from slrprop.network.onnx import OnnxNetwork
-from slrprop.quantize import bias_in_few_bits, quantised
+from slrprop.network.onnx import rewrite as onnx_rewrite
+from slrprop.network.onnx.network import OnnxNetwork
 
 LAYERS = ["400x120x12", "120x84x8", "784x300x24", "512x4096x64", "4096x4096x64", "4096x4096x256"]
 SPARSE = [
@@ -113,7 +113,7 @@ def model(
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10), path)
 
 
-def written(path: Path, form: Factors, opset: int = 21, integers: bool = False) -> None:
+def written(path: Path, form: Form, opset: int = 21, integers: bool = False) -> None:
     """One layer in a form, by the nodes that slrprop writes, with or without integer products."""
     (m, n), dense = form.shape, path.with_suffix(".dense.onnx")
     weight = numpy_helper.from_array(np.zeros((m, n), np.float32), "weight")
@@ -174,13 +174,13 @@ def spread(times: list[float]) -> str:
     return f"{middle:,.{digits}f} ({low:,.{digits}f}-{high:,.{digits}f})"
 
 
-def bits_of(form: Factors, folder: Path, batches: list[int], turns: int) -> list[str]:
+def bits_of(form: Form, folder: Path, batches: list[int], turns: int) -> list[str]:
     """Rows of the first table for one layer."""
     m, n = form.shape
     base = "dense" if isinstance(form, Dense) else f"k = {next(iter(form.matrices().values())).shape[1]}"
     variants: dict[str, Variant] = {"float32": (folder / "float.onnx", None)}
     written(variants["float32"][0], form)
-    stored: dict[str, Factors] = {"float32": form}
+    stored: dict[str, Form] = {"float32": form}
     for bits in (8, 4):
         few = quantised(form, bits)
         ways: dict[str, Variant] = {
@@ -278,7 +278,7 @@ def limits(values: list[int], columns: list[list[Timed]], allowed: Callable[[int
     return rows
 
 
-def forms(m: int, k: int) -> dict[str, Factors]:
+def forms(m: int, k: int) -> dict[str, Form]:
     """An m x m layer in every form: a tenth of single weights, half of the neurons."""
     low, few = factors(m, m, k), Sparse.of(torch.randn(m, m), torch.rand(m, m) < 0.1)
     nested, slr = sparse_forms(m, m, k).values()
@@ -296,7 +296,7 @@ def forms(m: int, k: int) -> dict[str, Factors]:
     }
 
 
-def around(layers: list[Factors], bits: int, opset: int, folder: Path) -> int:
+def around(layers: list[Form], bits: int, opset: int, folder: Path) -> int:
     """Bytes of a file around the numbers of its layers (m x m, one after the other), their scales, places and biases."""
     m, names = layers[0].shape[0], [f"/layers.{index}/Gemm" for index in range(len(layers))]
     inside = ["x", *(f"h{index}" for index in range(1, len(layers))), "y"]

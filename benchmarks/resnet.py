@@ -18,12 +18,12 @@ from torch import nn
 
 import slrprop
 from benchmarks.quantisation import header
-from slrprop.factors import Fit, LowRank, Spatial
-from slrprop.layers import layer_from
+from slrprop.forms import Fit, LowRank, Spatial
 from slrprop.linalg import truncated_svd
 from slrprop.measure import measure
-from slrprop.network.torch import swapped
-from slrprop.network.torch_modules import operator_of, weight_and_bias
+from slrprop.network.torch.find import operator_of, weight_and_bias
+from slrprop.network.torch.modules import layer_from
+from slrprop.network.torch.network import swapped
 from slrprop.research.datasets import DATASETS
 from slrprop.research.networks import ResNet20
 

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.quantisation import Variant, dequantizing, factors, header, runs, sizes, written
-from slrprop.factors import Dense, Factors, SparseLowRank
+from slrprop.fit.quantize import quantised
+from slrprop.forms import Dense, Form, SparseLowRank
 from slrprop.linalg import SVD
-from slrprop.quantize import quantised
 
 LAYERS = ["768x3072", "1024x4096", "4096x4096", "4096x11008", "25088x4096"]
 
@@ -44,16 +44,16 @@ def slr(m: int, n: int, k: int) -> SparseLowRank:
     return SparseLowRank.shorten(svd, k // 2, torch.arange(m) < m // 2, torch.arange(n) < n // 2)
 
 
-def forms(m: int, n: int, parts: list[int]) -> list[tuple[str, Factors, tuple[int, ...]]]:
+def forms(m: int, n: int, parts: list[int]) -> list[tuple[str, Form, tuple[int, ...]]]:
     """Name, form and widths of numbers to measure it in."""
-    found: list[tuple[str, Factors, tuple[int, ...]]] = [("dense", Dense(torch.randn(m, n) / m**0.5), (32, 8, 4))]
+    found: list[tuple[str, Form, tuple[int, ...]]] = [("dense", Dense(torch.randn(m, n) / m**0.5), (32, 8, 4))]
     for part in parts:
         k = max(2, m * n // (part * (m + n)))
         found += [(f"SVD, k = {k}", factors(m, n, k), (32, 8, 4)), (f"SLR, k = {k}", slr(m, n, k), (32,))]
     return found
 
 
-def variants_of(name: str, form: Factors, bits: tuple[int, ...], folder: Path) -> dict[str, tuple[Variant, int]]:
+def variants_of(name: str, form: Form, bits: tuple[int, ...], folder: Path) -> dict[str, tuple[Variant, int]]:
     """Files of a form, and the bytes of weights that the loaded model reads at every run."""
     found: dict[str, tuple[Variant, int]] = {}
     for width in bits:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slrprop.linalg import SVD
-from slrprop.network.torch_modules import operator_of
+from slrprop.network.torch.find import operator_of
 
 
 def mean_loss(model: nn.Module, x: Tensor, y: Tensor | None, original: Tensor, loss: str) -> float:

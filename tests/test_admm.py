@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slrprop import SlrpropError
-from slrprop.admm import Programme, singular_value_threshold, soft_threshold, solve
+from slrprop.fit.admm import Programme, singular_value_threshold, soft_threshold, solve
 
 NORMS = {
     "net_trim": (soft_threshold, lambda w: float(w.abs().sum()), lambda w: cvxpy.sum(cvxpy.abs(w))),

@@ -8,7 +8,7 @@ import slrprop
 from slrprop import Plan, SlrpropError
 from slrprop.data import Data
 from slrprop.network import TorchNetwork
-from slrprop.network.torch_fold import folded
+from slrprop.network.torch.fold import folded
 
 
 def norm(kind, channels, **settings):

@@ -7,7 +7,7 @@ import torch
 
 import slrprop
 from slrprop import SlrpropError
-from slrprop.admm import Programme, singular_value_threshold, soft_threshold, solve
+from slrprop.fit.admm import Programme, singular_value_threshold, soft_threshold, solve
 from slrprop.methods.ddlr import numerical_rank
 
 LAYERS = ["0", "2"]

@@ -16,14 +16,14 @@ from torch.nn import functional
 import slrprop
 from slrprop import SlrpropError
 from slrprop.data import Data
-from slrprop.factors import Dense, LowRank, Narrowed, Sparse, SparseLowRank, Spatial, Tucker, express, restored
+from slrprop.fit.sides import Sides
+from slrprop.forms import Dense, LowRank, Narrowed, Sparse, SparseLowRank, Spatial, Tucker, express, restored
 from slrprop.linalg import truncated_svd
 from slrprop.methods import METHODS, Problem
 from slrprop.network import open_network
-from slrprop.network.torch_modules import operator_of
+from slrprop.network.torch.find import operator_of
 from slrprop.operators import Convolution, times
 from slrprop.operators.convolution import POSITIONS
-from slrprop.sides import Sides
 from tests.onnx_models import run
 
 

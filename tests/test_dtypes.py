@@ -11,8 +11,8 @@ from torch import nn
 
 import slrprop
 from slrprop import SlrpropError, compress
-from slrprop.calibration import Calibration
 from slrprop.data import Data
+from slrprop.fit.calibration import Calibration
 from slrprop.network import open_network
 from slrprop.tune import TuneSettings, distilled
 

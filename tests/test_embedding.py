@@ -7,11 +7,11 @@ from torch import Tensor, nn
 import slrprop
 from slrprop import SlrpropError
 from slrprop.data import Data
-from slrprop.factors import LowRank, Quantized, Table
+from slrprop.fit.quantize import quantised
+from slrprop.fit.statistics import Counts, moments
+from slrprop.forms import LowRank, Quantized, Table
 from slrprop.methods import Problem
 from slrprop.network import open_network
-from slrprop.quantize import quantised
-from slrprop.statistics import Counts, moments
 from tests.onnx_models import run
 
 WORDS, LENGTH = 200, 12

@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 
 from slrprop import SlrpropError
 from slrprop.checks import share
-from slrprop.factors import Dense, Fit, LowRank, SparseLowRank, express, restored
-from slrprop.layers import layer_from
+from slrprop.forms import Dense, Fit, LowRank, SparseLowRank, express, restored
 from slrprop.linalg import SVD, truncated_svd
 from slrprop.methods.slr import SLRSettings
+from slrprop.network.torch.modules import layer_from
 from slrprop.operators import MatMul
 from tests.oracle import permuted_as_the_weight
 

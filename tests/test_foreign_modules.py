@@ -14,9 +14,9 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 import slrprop
-from slrprop.layers import FactoredLayer
 from slrprop.linalg import truncated_svd
-from slrprop.network.torch_modules import operator_of
+from slrprop.network.torch.find import operator_of
+from slrprop.network.torch.modules import FactoredLayer
 from slrprop.operators import Convolution, MatMul, Operator
 from tests.oracle import mean_loss, naive_cost
 

@@ -14,7 +14,7 @@ import slrprop
 from slrprop import Plan, SlrpropError
 from slrprop.arrange import arranged
 from slrprop.data import Data
-from slrprop.factors import Dense, Narrowed
+from slrprop.forms import Dense, Narrowed
 from slrprop.methods.slr import kept
 from slrprop.network import OnnxNetwork, TorchNetwork
 from slrprop.network.junction import Junction

@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 import slrprop
 from slrprop import SlrpropError, cli, compress
 from slrprop.data import Data
-from slrprop.factors import Dense, LowRank, Quantized, Spatial, Tucker
+from slrprop.fit.quantize import quantised
+from slrprop.forms import Dense, LowRank, Quantized, Spatial, Tucker
 from slrprop.latency import layer_latencies
 from slrprop.methods import METHODS
 from slrprop.network import open_network
 from slrprop.operators import Convolution, MatMul
-from slrprop.quantize import quantised
 from slrprop.search import times
 from slrprop.search.blocks import in_blocks
 from slrprop.search.judge import Door, Log

@@ -8,7 +8,7 @@ from torch import nn
 
 import slrprop
 from slrprop.measure import quality
-from slrprop.network.torch import stored_numbers
+from slrprop.network.torch.network import stored_numbers
 
 
 def test_metrics_are_scikit_learns():

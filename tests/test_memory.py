@@ -11,16 +11,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import slrprop
-from slrprop.calibration import Calibration
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Factors, LowRank
-from slrprop.factors.quantized import CODES
+from slrprop.fit.calibration import Calibration
+from slrprop.fit.quantize import quantised, rounded
+from slrprop.fit.regression import Spread
+from slrprop.forms import Dense, Form, LowRank
+from slrprop.forms.quantized import CODES
 from slrprop.linalg import between, mirrored
 from slrprop.memory import bound
 from slrprop.network import open_network
-from slrprop.quantize import quantised, rounded
-from slrprop.regression import Spread
 
 
 class Convolutions(nn.Module):
@@ -143,7 +143,7 @@ def held(form):
     values = [*vars(form).values()]
     values += [value for inner in values if isinstance(inner, dict) for value in inner.values()]
     own = sum(value.nbytes for value in values if isinstance(value, torch.Tensor) and not value.is_meta)
-    return own + sum(held(value) for value in values if isinstance(value, Factors))
+    return own + sum(held(value) for value in values if isinstance(value, Form))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -200,7 +200,7 @@ class Residual(nn.Module):
 def test_regressions_are_let_go_of_once_the_next_is_asked_for(monkeypatch):
     """Where all do not fit: of six layers two or three at once."""
     torch.manual_seed(0)
-    monkeypatch.setattr("slrprop.calibration.bound", lambda: 600_000)
+    monkeypatch.setattr("slrprop.fit.calibration.bound", lambda: 600_000)
     data = Data(torch.randn(300, 40))
     network = open_network(Residual().eval(), data)
     calibration = Calibration(network, data)
@@ -235,7 +235,7 @@ def test_what_is_done_a_part_at_a_time_is_the_same(monkeypatch):
     assert torch.equal(mirrored(upper), symmetric)
     matrix, x = torch.randn(50, 30, dtype=torch.float64), torch.randn(200, 50, dtype=torch.float64)
     want = rounded(matrix, 0, 4, Spread.of(x.T @ x)), rounded(matrix, 1, 4)
-    monkeypatch.setattr("slrprop.quantize.COLUMNS", 200)
+    monkeypatch.setattr("slrprop.fit.quantize.COLUMNS", 200)
     monkeypatch.setattr("slrprop.linalg.TOGETHER", 100)
     found = rounded(matrix, 0, 4, Spread.of(x.T @ x)), rounded(matrix, 1, 4)
     for one, other in zip(want, found, strict=True):

@@ -12,12 +12,12 @@ from torch import nn
 import slrprop
 from slrprop import SlrpropError
 from slrprop.data import Data
-from slrprop.factors import LowRank, Quantized
+from slrprop.forms import LowRank, Quantized
 from slrprop.methods import METHODS
 from slrprop.methods.slr import CRITERIA, kept
 from slrprop.network import TorchNetwork
 from slrprop.network.junction import Junction
-from slrprop.network.torch_modules import operator_of
+from slrprop.network.torch.find import operator_of
 from slrprop.operators import MatMul
 from slrprop.plan import pack
 from slrprop.relevance import combined, propagated

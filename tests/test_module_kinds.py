@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import slrprop
-from slrprop.factors import Dense, Factors, Fit, LowRank, LowRankPlusSparse, Narrowed, Shared, Sparse, SparseLowRank
-from slrprop.factors.base import KINDS
-from slrprop.layers import FactoredLayer, layer_from
+from slrprop.fit.quantize import quantised as in_bits
+from slrprop.forms import Dense, Fit, Form, LowRank, LowRankPlusSparse, Narrowed, Shared, Sparse, SparseLowRank
+from slrprop.forms.base import KINDS
 from slrprop.linalg import truncated_svd
 from slrprop.network import TorchNetwork
-from slrprop.network.torch import swapped
-from slrprop.network.torch_modules import operator_of
-from slrprop.quantize import quantised as in_bits
+from slrprop.network.torch.find import operator_of
+from slrprop.network.torch.modules import FactoredLayer, layer_from
+from slrprop.network.torch.network import swapped
 
 torch.set_num_threads(1)
 X, Y = torch.randn(24, 16, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 4
@@ -423,7 +423,7 @@ def test_random_numbers_that_a_model_draws_are_put_back() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def of_every_form() -> dict[str, Factors]:
+def of_every_form() -> dict[str, Form]:
     """20 x 20 factors of every form, by kind."""
     torch.manual_seed(0)
     weight, some = torch.randn(20, 20), torch.arange(20) % 3 > 0

@@ -16,21 +16,21 @@ from slrprop import SlrpropError
 from slrprop.api import planned_layer
 from slrprop.arrange import arranged
 from slrprop.data import Data
-from slrprop.factors import Dense, Factors, Fit, LowRank, Narrowed, Quantized, SparseLowRank, express, restored
-from slrprop.factors.base import KINDS
-from slrprop.layers import layer_from
+from slrprop.fit.quantize import quantised
+from slrprop.forms import Dense, Fit, Form, LowRank, Narrowed, Quantized, SparseLowRank, express, restored
+from slrprop.forms.base import KINDS
 from slrprop.linalg import truncated_svd
 from slrprop.methods import Decision, Problem, find_method
 from slrprop.network import TorchNetwork
 from slrprop.network.junction import Junction
+from slrprop.network.torch.modules import layer_from
 from slrprop.operators import MatMul
 from slrprop.plan import Plan
-from slrprop.quantize import quantised
 
 A_TO_B = [Junction(("a",), (), {"b": 1})]
 
 
-def forms(m=9, n=7) -> dict[str, Factors]:
+def forms(m=9, n=7) -> dict[str, Form]:
     """One of each kind that may lose neurons."""
     weight = torch.randn(m, n, generator=torch.Generator().manual_seed(m * n))
     rows, columns = torch.arange(m) % 3 != 1, torch.arange(n) % 2 == 0

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 import slrprop
 from slrprop import cli
 from slrprop.data import Data
-from slrprop.factors import SparseLowRank
+from slrprop.forms import SparseLowRank
 from slrprop.network import OnnxNetwork, TorchNetwork
-from slrprop.network.onnx_file import OnnxFile
+from slrprop.network.onnx.file import OnnxFile
 from slrprop.operators import Lookup
 from tests.onnx_models import KINDS, export, made, run
 

@@ -12,7 +12,7 @@ import slrprop
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
 from slrprop.network import OnnxNetwork, folded
-from slrprop.network.onnx_file import OnnxFile
+from slrprop.network.onnx.file import OnnxFile
 
 RANDOM = np.random.default_rng(0)
 

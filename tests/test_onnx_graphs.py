@@ -360,7 +360,7 @@ def test_bad_input_ends_in_one_sentence(small_file, tmp_path):
 
 def test_a_result_that_differs_is_not_kept(small_file, tmp_path, monkeypatch):
     plan = slrprop.plan(small_file, None, method="svd", rank=2)
-    monkeypatch.setattr("slrprop.network.onnx_parity.FLOAT_TOLERANCE", -1.0)
+    monkeypatch.setattr("slrprop.network.onnx.parity.FLOAT_TOLERANCE", -1.0)
     with pytest.raises(SlrpropError, match="output 'y' of the new file differs from the factors' values by"):
         slrprop.apply(small_file, plan, tmp_path / "s.onnx")
     assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]

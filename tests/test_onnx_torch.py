@@ -8,11 +8,11 @@ import torch
 from onnx import helper
 
 import slrprop
-from slrprop.calibration import Calibration
 from slrprop.data import Data
+from slrprop.fit.calibration import Calibration
 from slrprop.network import OnnxNetwork, TorchNetwork
-from slrprop.network import onnx as onnx_network
-from slrprop.network.onnx_torch import OPS, _computable
+from slrprop.network.onnx import network as onnx_network
+from slrprop.network.onnx.gradients import OPS, _computable
 from tests.test_regression import Block
 
 X = np.random.default_rng(0).standard_normal((2, 3, 4)).astype("f")

@@ -21,15 +21,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slrprop import SlrpropError
-from slrprop.calibration import Calibration
 from slrprop.data import Data
+from slrprop.fit.calibration import Calibration
+from slrprop.fit.statistics import Moments, moments
 from slrprop.network import TorchNetwork
 from slrprop.parallel import each
 from slrprop.research.datasets import Dataset
 from slrprop.research.experiments import EXPERIMENTS, train_missing
 from slrprop.research.paper import run
 from slrprop.research.paper.run import paper_store
-from slrprop.statistics import Moments, moments
 from tests.tasks import ROWS, fails, meet, square, write
 
 SEEDS, CELLS = 4, 15  # 7 methods x 2 ranks and the original

@@ -16,11 +16,11 @@ from torch import nn
 
 import slrprop
 from slrprop import SlrpropError
-from slrprop.factors import Fit, Shared
-from slrprop.layers import layer_from
+from slrprop.fit.regression import Regression
+from slrprop.forms import Fit, Shared
+from slrprop.forms.permutations import entry_bits, pack, packed_bytes, seeded, unpack, words
 from slrprop.methods.permuted import PermutedSettings, fit, fitted, refined
-from slrprop.permutations import entry_bits, pack, packed_bytes, seeded, unpack, words
-from slrprop.regression import Regression
+from slrprop.network.torch.modules import layer_from
 from slrprop.research.networks import LeNet5
 from slrprop.research.permuted import PermutedLinear, permute, train
 
@@ -89,7 +89,7 @@ def test_the_form_is_its_definition(form):
 @given(shared(), st.randoms(use_true_random=False))
 @settings(deadline=None)
 def test_round_trips_are_exact(form, random):
-    again = slrprop.factors.restored(form.description(), form.arrays())
+    again = slrprop.forms.restored(form.description(), form.arrays())
     assert isinstance(again, Shared) and (again.seed is None) == (form.seed is None)
     assert torch.equal(again.dense(), form.dense())
     assert torch.equal(form.with_matrices(form.matrices()).dense(), form.dense())

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 import slrprop
 from benchmarks import quantisation
 from slrprop import SlrpropError, cli
-from slrprop.factors import Dense, Fit, LowRank, SparseLowRank
+from slrprop.fit.quantize import bias_in_few_bits, quantised
+from slrprop.forms import Dense, Fit, LowRank, SparseLowRank
 from slrprop.network import OnnxNetwork, onnx_rewrite
-from slrprop.quantize import bias_in_few_bits, quantised
 
 
 def outputs(path, x):

@@ -1,4 +1,4 @@
-"""Factors in few bits: packing, scales, rounding that compensates itself, and what is stored of it."""
+"""Form in few bits: packing, scales, rounding that compensates itself, and what is stored of it."""
 
 from dataclasses import replace
 
@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 import slrprop
 from slrprop import SlrpropError
-from slrprop.calibration import Calibration
 from slrprop.data import Data
-from slrprop.factors import Bias, Dense, Fit, LowRank, Quantized, SparseLowRank, restored
-from slrprop.factors.blocks import pack_levels, unpack_levels
-from slrprop.factors.quantized import CODES, packed, unpacked
+from slrprop.fit.calibration import Calibration
+from slrprop.fit.quantize import bias_in_few_bits, compensating, quantised, rounded, scales_of
+from slrprop.fit.regression import ROUNDING_DAMPING, Spread
+from slrprop.forms import Bias, Dense, Fit, LowRank, Quantized, SparseLowRank, restored
+from slrprop.forms.blocks import pack_levels, unpack_levels
+from slrprop.forms.quantized import CODES, packed, unpacked
 from slrprop.linalg import truncated_svd
 from slrprop.network import TorchNetwork
-from slrprop.quantize import bias_in_few_bits, compensating, quantised, rounded, scales_of
-from slrprop.regression import ROUNDING_DAMPING, Spread
 
 BITS = [4, 8]
 

@@ -14,10 +14,11 @@ from torch.func import functional_call, jacrev, vmap
 
 import slrprop
 from slrprop import SlrpropError
-from slrprop.calibration import METRIC_DAMPING, Calibration
 from slrprop.data import Data
-from slrprop.factors import Dense
-from slrprop.factors.blocks import members
+from slrprop.fit.calibration import METRIC_DAMPING, Calibration
+from slrprop.fit.pairs import Compressed
+from slrprop.forms import Dense
+from slrprop.forms.blocks import members
 from slrprop.linalg import truncated_svd
 from slrprop.methods import base as methods_base
 from slrprop.methods import refit as refit_module
@@ -28,7 +29,6 @@ from slrprop.methods.nested import fit as fit_nested
 from slrprop.methods.refit import Refit, WideRefit, refit_of
 from slrprop.methods.slr_refit import SLRRefitSettings, refitted
 from slrprop.network import OnnxNetwork, TorchNetwork, open_network
-from slrprop.pairs import Compressed
 from slrprop.plan import Plan
 from tests.test_reduced_rank import random_matrix, weighted_error
 
@@ -553,7 +553,7 @@ def residual(**given):
 
 class TestMetric:
     def test_too_many_outputs_weigh_alike(self, trained, calibration, monkeypatch):
-        monkeypatch.setattr("slrprop.calibration.METRIC_OUTPUTS", 79)
+        monkeypatch.setattr("slrprop.fit.calibration.METRIC_OUTPUTS", 79)
         found = calibration_of(trained, calibration[0])
         found.prepare(("0", "2", "4"))
         assert [found.regression(name, {}).metric is None for name in ("0", "2", "4")] == [True, True, False]

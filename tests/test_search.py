@@ -25,8 +25,8 @@ from slrprop import BudgetError, SlrpropError, cli, compress
 from slrprop.data import Data
 from slrprop.metrics import interval_of
 from slrprop.network import base as network_base
-from slrprop.network.onnx_file import OnnxFile
-from slrprop.network.onnx_graph import Graph
+from slrprop.network.onnx.file import OnnxFile
+from slrprop.network.onnx.graph import Graph
 from slrprop.plan import Plan
 from slrprop.search import Candidate, hull, shares, times
 from slrprop.search.compress import parse_size

@@ -12,12 +12,12 @@ from onnx import helper, numpy_helper
 
 from slrprop import SlrpropError
 from slrprop.export import session
-from slrprop.factors import Fit, LowRank, LowRankPlusSparse, Sparse, restored
-from slrprop.layers import layer_from
+from slrprop.fit.quantize import quantised
+from slrprop.forms import Fit, LowRank, LowRankPlusSparse, Sparse, restored
+from slrprop.forms.positions import decoded, encoded
 from slrprop.network import OnnxNetwork
-from slrprop.network.onnx_rewrite import rewritten
-from slrprop.positions import decoded, encoded
-from slrprop.quantize import quantised
+from slrprop.network.onnx.rewrite import rewritten
+from slrprop.network.torch.modules import layer_from
 from tests.oracle import permuted_as_the_weight
 
 

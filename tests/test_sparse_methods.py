@@ -15,13 +15,13 @@ from sklearn.linear_model import Lasso, MultiTaskLasso
 import slrprop
 from slrprop import SlrpropError, sparsity
 from slrprop.data import Data
-from slrprop.factors import Quantized
+from slrprop.fit.quantize import quantised
+from slrprop.fit.sparsity import SupportedSquares, damped, largest, largest_per_output, least_squares, squared_error
+from slrprop.forms import Quantized
 from slrprop.linalg import reduced_rank, truncated_svd
 from slrprop.methods import METHODS, group_lasso, lasso, low_rank_plus_sparse, magnitude, obd, obs, wanda
 from slrprop.methods.base import Problem
 from slrprop.network import TorchNetwork
-from slrprop.quantize import quantised
-from slrprop.sparsity import SupportedSquares, damped, largest, largest_per_output, least_squares, squared_error
 from slrprop.tune import TuneSettings, distilled
 
 SPARSE = ("magnitude", "wanda", "obd", "obs", "lasso", "group_lasso", "low_rank_plus_sparse")

@@ -9,7 +9,7 @@ from slrprop.api import apply, inspect, plan
 from slrprop.errors import SlrpropError
 from slrprop.export import export_onnx
 from slrprop.measure import measure
-from slrprop.network.onnx_parity import Parity
+from slrprop.network.onnx.parity import Parity
 from slrprop.plan import Plan
 from slrprop.search import BudgetError, compress
 from slrprop.storage import load, save

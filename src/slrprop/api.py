@@ -12,24 +12,24 @@ from slrprop.arrange import arranged
 from slrprop.checks import require_choice, suggestion
 from slrprop.data import Axes, open_data
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Factors, Fit, Quantized
 from slrprop.files import together
+from slrprop.fit.quantize import bias_in_few_bits, quantised
+from slrprop.fit.statistics import QUANTITIES
+from slrprop.forms import Dense, Fit, Form, Quantized
 from slrprop.inspection import Inspection, LayerInfo, Model, inspect, warn_if_compressed
-from slrprop.layers import layer_from, note_shape, original_shape
 from slrprop.methods import METHODS, Decision, Method, Problem, Settings, find_method
 from slrprop.network import folded, open_network
 from slrprop.network.base import Network, fingerprint
-from slrprop.network.onnx import OnnxNetwork
-from slrprop.network.onnx_file import OnnxFile
-from slrprop.network.onnx_parity import Parity, write
-from slrprop.network.onnx_rewrite import rewritten
-from slrprop.network.torch import swapped
-from slrprop.network.torch_fold import carried
-from slrprop.network.torch_modules import computed_arrays, layer_modules, operator_of, weight_and_bias
+from slrprop.network.onnx.file import OnnxFile
+from slrprop.network.onnx.network import OnnxNetwork
+from slrprop.network.onnx.parity import Parity, write
+from slrprop.network.onnx.rewrite import rewritten
+from slrprop.network.torch.find import computed_arrays, layer_modules, operator_of, weight_and_bias
+from slrprop.network.torch.fold import carried
+from slrprop.network.torch.modules import layer_from, note_shape, original_shape
+from slrprop.network.torch.network import swapped
 from slrprop.plan import LayerPlan, Plan, pack
-from slrprop.quantize import bias_in_few_bits, quantised
 from slrprop.selection import treated
-from slrprop.statistics import QUANTITIES
 
 __all__ = ["Inspection", "LayerInfo", "apply", "inspect", "plan"]
 
@@ -284,7 +284,7 @@ def _carried_out(
         if times > 1:
             raise SlrpropError(f"the plan treats layer '{name}' twice; the file is damaged")
     fits = {layer.name: build(layer, weight(layer.name), digest(layer.name)) for layer in plan.layers}
-    forms: dict[str, Factors] = {name: fit.form for name, fit in fits.items()}
+    forms: dict[str, Form] = {name: fit.form for name, fit in fits.items()}
     forms, orders = arranged(forms, plan.junctions, lambda name: Dense(weight(name)))
     moved = {name: replace(fits.get(name, Fit(form)), form=form) for name, form in forms.items()}
     carriers = {name for junction in plan.junctions for name in junction.carriers}

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Factors, Narrowed, Quantized, SparseLowRank
+from slrprop.forms import Dense, Form, Narrowed, Quantized, SparseLowRank
 from slrprop.network.junction import Junction
 
 
 def arranged(
-    forms: Mapping[str, Factors], junctions: Iterable[Junction], weight: Callable[[str], Factors]
-) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    forms: Mapping[str, Form], junctions: Iterable[Junction], weight: Callable[[str], Form]
+) -> tuple[dict[str, Form], dict[str, Tensor]]:
     """Remove the channels of junctions that no layer reads, and make sets of the others slices.
 
     Each goes its own way between the layers, so what nobody reads can go: makers lose outputs, readers inputs, carriers numbers,
@@ -58,7 +58,7 @@ def arranged(
     return {name: _simplest(form) for name, form in forms.items()}, orders
 
 
-def _simplest(form: Factors) -> Factors:
+def _simplest(form: Form) -> Form:
     """A narrowed layer that has lost no neuron, or none any more, is a dense one."""
     blocks = blocks_of(form)
     if not isinstance(blocks, Narrowed) or not blocks.whole:
@@ -68,12 +68,12 @@ def _simplest(form: Factors) -> Factors:
     return Dense(blocks.block)
 
 
-def blocks_of(form: Factors | None) -> Factors | None:
+def blocks_of(form: Form | None) -> Form | None:
     """The form whose neurons have levels: quantised factors have those of their whole numbers."""
     return form.codes if isinstance(form, Quantized) else form
 
 
-def _levels(form: Factors, side: str, count: int) -> Tensor:
+def _levels(form: Form, side: str, count: int) -> Tensor:
     """How many blocks each of so many channels takes part in, on one side of a form: the most that any of its rows does."""
     blocks, levels = blocks_of(form), torch.zeros(count, dtype=torch.long)
     if isinstance(blocks, (SparseLowRank, Narrowed)):

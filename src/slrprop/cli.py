@@ -129,7 +129,7 @@ def plan(
 ) -> None:
     """Decide for each layer of an ONNX file what to do with it.
 
-    Factors that are fitted to the data are written beside the plan, as .safetensors.
+    Form that are fitted to the data are written beside the plan, as .safetensors.
 
     Example: slrprop plan model.onnx --calibration data.npz --method nested --rank 16 --set bits=4 -o plan.json
     """
@@ -166,7 +166,7 @@ def apply_plan(
         parity = importlib.import_module("slrprop.api").apply(
             model, loaded, output, calibration, integer_products, axes_of(batch_axis)
         )
-    files = importlib.import_module("slrprop.network.onnx_file").OnnxFile
+    files = importlib.import_module("slrprop.network.onnx.file").OnnxFile
     before, after = files.open(model).bytes, files.open(output).bytes
     if as_json:
         show_json(asdict(parity) | {"bytes": after, "bytes_before": before, "file": str(output)})

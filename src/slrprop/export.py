@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from slrprop.data import TARGET_KEYS, as_tensor, by_name
 from slrprop.errors import SlrpropError, first_line
-from slrprop.factors import Dense
 from slrprop.files import replacing, scratch
-from slrprop.layers import FactoredLayer, in_place_of_layers
-from slrprop.network.onnx_file import OnnxFile
-from slrprop.network.onnx_rewrite import OWN, placed
-from slrprop.network.onnx_tensors import bare, no_model
-from slrprop.network.torch import swapped
-from slrprop.network.torch_modules import device_of, evaluating
+from slrprop.forms import Dense
+from slrprop.network.onnx.file import OnnxFile
+from slrprop.network.onnx.rewrite import OWN, placed
+from slrprop.network.onnx.tensors import bare, no_model
+from slrprop.network.torch.find import device_of, evaluating
+from slrprop.network.torch.modules import FactoredLayer, in_place_of_layers
+from slrprop.network.torch.network import swapped
 
 RELATIVE, ABSOLUTE = 1e-3, 1e-4  # float32 sums in another order
 OPSET = 21

@@ -7,11 +7,11 @@ from pathlib import Path
 from torch import nn
 
 from slrprop.errors import SlrpropWarning, printable
-from slrprop.layers import FactoredLayer
 from slrprop.network import open_network
-from slrprop.network.onnx_census import forms_of
-from slrprop.network.onnx_file import OnnxFile
-from slrprop.network.onnx_rewrite import is_own
+from slrprop.network.onnx.census import forms_of
+from slrprop.network.onnx.file import OnnxFile
+from slrprop.network.onnx.rewrite import is_own
+from slrprop.network.torch.modules import FactoredLayer
 
 Model = nn.Module | str | Path
 

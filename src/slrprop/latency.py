@@ -10,9 +10,9 @@ from random import Random
 import numpy as np
 
 from slrprop.export import session
-from slrprop.factors import Factors
 from slrprop.files import scratch
-from slrprop.network.onnx_rewrite import layer_file
+from slrprop.forms import Form
+from slrprop.network.onnx.rewrite import layer_file
 from slrprop.operators import Convolution, Operator
 
 FINE = 1e-6  # seconds
@@ -51,13 +51,13 @@ def latencies(
 
 
 def layer_latencies(
-    forms: Mapping[str, Factors], operator: Operator, positions: int, integers: bool = False, repetitions: int = 20
+    forms: Mapping[str, Form], operator: Operator, positions: int, integers: bool = False, repetitions: int = 20
 ) -> dict[str, float]:
     """Median seconds of one sample through one layer in each of these forms, interleaved.
 
     Args:
         positions: products for the sample: rows of tokens, or a convolution's map, which is made as square as it can be.
-        integers: see :func:`slrprop.network.onnx_rewrite.rewritten`.
+        integers: see :func:`slrprop.network.onnx.rewrite.rewritten`.
     """
     m = next(iter(forms.values())).shape[0]
     shape: tuple[int, ...] = (1, positions, m) if positions > 1 else (1, m)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from slrprop.data import content
 from slrprop.errors import SlrpropError, printable
-from slrprop.factors import Bias, Factors, Fit, restored
 from slrprop.files import Refusal, replacing, require_regular, together
+from slrprop.forms import Bias, Fit, Form, restored
 from slrprop.network.junction import Junction
 
 FORMAT = "slrprop-plan"
@@ -66,7 +66,7 @@ class LayerPlan:
 
     ``shape`` is (m, n), inputs x outputs; ``fingerprint`` the SHA-256 of the original weight; ``numbers`` and ``bytes`` are
     what the factors store; ``notes`` what else the method reports. ``fit`` is what the method gave: ``factors``, and ``bias``
-    (n,) if that changes. Factors that were fitted to data can't be rebuilt from the weight: ``form`` is their
+    (n,) if that changes. Form that were fitted to data can't be rebuilt from the weight: ``form`` is their
     description, ``fitted`` the SHA-256 of it and of their arrays, which are saved beside the plan.
     """
 
@@ -85,7 +85,7 @@ class LayerPlan:
     fit: Fit | None = field(default=None, compare=False, repr=False)
 
     @property
-    def factors(self) -> Factors | None:
+    def factors(self) -> Form | None:
         """The form in the place of the weight; None where it is to be built from the weight."""
         return None if self.fit is None else self.fit.form
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Bias, Dense, Fit, restored
-from slrprop.factors.base import KINDS
 from slrprop.files import replacing, require_regular, scratch
-from slrprop.layers import FactoredLayer, layer_from, note_shape, original_shape
-from slrprop.network.torch import swapped
-from slrprop.network.torch_fold import Folded, resized
-from slrprop.network.torch_modules import NORMS, layer_modules, named_modules, operator_of, plain_name, weight_and_bias
+from slrprop.forms import Bias, Dense, Fit, restored
+from slrprop.forms.base import KINDS
+from slrprop.network.torch.find import NORMS, layer_modules, named_modules, operator_of, plain_name, weight_and_bias
+from slrprop.network.torch.fold import Folded, resized
+from slrprop.network.torch.modules import FactoredLayer, layer_from, note_shape, original_shape
+from slrprop.network.torch.network import swapped
 from slrprop.plan import arrays_digest, header_refusal
 
 FORMAT = "slrprop-model"

@@ -1,7 +1,7 @@
 """Distillation: a short fine-tuning of a plan's factors on the original network's outputs; labels are not needed.
 
 The student's outputs come near to the teacher's in Kullback-Leibler divergence at a temperature (Hinton, Vinyals, Dean,
-2015). Factors in few bits are rounded in every step, and the gradient passes the rounding as if it were not there; their
+2015). Form in few bits are rounded in every step, and the gradient passes the rounding as if it were not there; their
 scales learn too (Esser et al., learned step size quantization, ICLR 2020). Samples are mixed (mixup, Zhang et al., ICLR 2018):
 the original answers between the samples too, and says more there than where it was trained to be certain. The mixtures come
 again after a few epochs, so that the original, which is much slower than the plan, answers each of them once.
@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from slrprop.data import Batch, Data, open_data
 from slrprop.distil import Forward, Inputs, TuneSettings, trained
 from slrprop.errors import SlrpropError
-from slrprop.factors import Bias, Factors, Fit, Quantized
-from slrprop.factors.quantized import CODES
-from slrprop.layers import keep_factored
+from slrprop.fit.quantize import LARGEST, SMALLEST, bias_in_few_bits
+from slrprop.forms import Bias, Fit, Form, Quantized
+from slrprop.forms.quantized import CODES
 from slrprop.network import Network, OnnxNetwork, TorchNetwork, folded, open_network
 from slrprop.network.chain import ACTIVATIONS, Step
-from slrprop.network.onnx_torch import Behind, foreign_nodes
-from slrprop.network.torch import evaluating, main_output, swapped
+from slrprop.network.onnx.gradients import Behind, foreign_nodes
+from slrprop.network.torch.modules import keep_factored
+from slrprop.network.torch.network import evaluating, main_output, swapped
 from slrprop.operators import MatMul, Operator
 from slrprop.plan import LayerPlan, Plan
-from slrprop.quantize import LARGEST, SMALLEST, bias_in_few_bits
 
 LEAST = 10  # samples, of which one is held out
 
@@ -78,7 +78,7 @@ class Tunable(nn.Module):
         ratio = matrix / scale
         return (ratio + (ratio.round() - ratio).detach()).clamp(low, high), scale
 
-    def now(self) -> Factors:
+    def now(self) -> Form:
         """The factors at this step, rounded where they will be; differentiable."""
         if self.bits == 32:
             return self.form.with_matrices(dict(self.numbers.items()))
@@ -104,7 +104,7 @@ class Tunable(nn.Module):
             value = None if self.bias is None else self.bias.detach().to(next(iter(like.values())).dtype, copy=True)
             bias = None if value is None else bias_in_few_bits(value) if self.few else Bias(value)
             if self.bits == 32:
-                form: Factors = self.form.with_matrices(
+                form: Form = self.form.with_matrices(
                     {name: matrix.detach().to(like[name].dtype, copy=True) for name, matrix in self.numbers.items()}
                 )
             else:

@@ -8,12 +8,13 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor
 
-from slrprop.calibration import Calibration
 from slrprop.checks import Count, Density, hold, require_choice
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Factors, Fit
-from slrprop.factors.quantized import BITS
+from slrprop.fit.calibration import Calibration
+from slrprop.fit.statistics import collect
+from slrprop.forms import Dense, Fit, Form
+from slrprop.forms.quantized import BITS
 from slrprop.linalg import SOLVERS, SVD, Solver, truncated_svd
 from slrprop.losses import LossName
 from slrprop.network.base import Network
@@ -21,7 +22,6 @@ from slrprop.operators import Lookup, Operator
 from slrprop.plan import LayerPlan
 from slrprop.relevance.cost import Baseline, CostScores, cost_scores
 from slrprop.relevance.simple import Scores, weight_scores
-from slrprop.statistics import collect
 
 WIDEST = 1024  # neurons on a side, beyond which a fit to data takes seconds
 
@@ -242,7 +242,7 @@ class Problem:
         reduced_rank: int,
         baseline: Baseline,
         loss: LossName | None,
-        compressed: dict[str, Factors] | None = None,
+        compressed: dict[str, Form] | None = None,
         inputs: bool = True,
     ) -> CostScores:
         """Exact costs of shortening single neurons, of the outputs alone without ``inputs``, where asked with other layers already ``compressed``."""
@@ -284,7 +284,7 @@ class Method:
     name: str
     settings: type[Settings]
     decide: Callable[[Problem, tuple[str, ...], Any], Iterator[Decision]]
-    build: Callable[[Tensor, LayerPlan, Any], Factors] | None = None
+    build: Callable[[Tensor, LayerPlan, Any], Form] | None = None
     coupled: bool = field(default=False, kw_only=True)
 
     @property

@@ -6,16 +6,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from slrprop.factors import Bias, Dense, Factors, Fit
+from slrprop.fit.pairs import Compressed
+from slrprop.fit.quantize import bias_in_few_bits, quantised
+from slrprop.fit.regression import Regression
+from slrprop.forms import Bias, Dense, Fit, Form
 from slrprop.memory import bound, give_back
 from slrprop.methods.base import Decision, Method, Problem, Settings
 from slrprop.operators import Lookup
-from slrprop.pairs import Compressed
 from slrprop.plan import LayerPlan
-from slrprop.quantize import bias_in_few_bits, quantised
-from slrprop.regression import Regression
 
-Fitting = Callable[[Regression, Any], Factors | Fit]  # a fit's bias was fitted together with its form
+Fitting = Callable[[Regression, Any], Form | Fit]  # a fit's bias was fitted together with its form
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,11 @@ from abc import ABC
 from dataclasses import dataclass
 from typing import Any
 
-from slrprop.admm import Programme, Proximal, Solution, solve
 from slrprop.checks import Count, Positive
-from slrprop.factors import Bias, Factors, Fit
+from slrprop.fit.admm import Programme, Proximal, Solution, solve
+from slrprop.fit.regression import Regression
+from slrprop.forms import Bias, Fit, Form
 from slrprop.methods.calibrated import CalibratedSettings
-from slrprop.regression import Regression
 
 GAINS = (0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02)
 
@@ -19,7 +19,7 @@ class ConstrainedSettings(CalibratedSettings, ABC):
 
     Args:
         gain: the bound, as a share of the outputs' Frobenius norm.
-        rho: where the penalty of the iteration starts, see :func:`slrprop.admm.solve`.
+        rho: where the penalty of the iteration starts, see :func:`slrprop.fit.admm.solve`.
         iterations: limit of the iteration.
         sequential: False is the articles' parallel scheme, every layer on the original inputs; True is Net-Trim's cascade:
             layers behind compressed ones are held to 1.05 times the error that the original weight makes there.
@@ -51,7 +51,7 @@ def constrained(task: Regression, settings: ConstrainedSettings, proximal: Proxi
     return programme, solve(programme, proximal, settings.rho, settings.iterations)
 
 
-def reported(programme: Programme, solution: Solution, form: Factors) -> Fit:
+def reported(programme: Programme, solution: Solution, form: Form) -> Fit:
     """The factors with their bias, and notes: how far they are outside the constraints (shares of ``||Y||_F``), before any rounding to few bits."""
     error, ceiling = programme.violation(form.dense(), solution.bias)
     notes = {

@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from slrprop.admm import TOLERANCE, singular_value_threshold
-from slrprop.factors import Dense, Fit, LowRank
+from slrprop.fit.admm import TOLERANCE, singular_value_threshold
+from slrprop.fit.regression import Regression
+from slrprop.forms import Dense, Fit, LowRank
 from slrprop.linalg import truncated_svd
 from slrprop.methods.calibrated import calibrated
 from slrprop.methods.constrained import ConstrainedSettings, constrained, reported
-from slrprop.regression import Regression
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from slrprop.factors import Dense, Table
+from slrprop.fit.regression import Regression
+from slrprop.forms import Dense, Table
 from slrprop.methods.base import WholeSettings
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.operators import Lookup
-from slrprop.regression import Regression
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,10 @@ from abc import ABC
 from dataclasses import dataclass
 from typing import Any
 
-import slrprop.sparse_rounding  # noqa: F401  (registers how sparse values are rounded)
+import slrprop.fit.sparse_rounding  # noqa: F401  (registers how sparse values are rounded)
 from slrprop.checks import Density
+from slrprop.fit.sparsity import whole_share
 from slrprop.methods.base import Settings
-from slrprop.sparsity import whole_share
 
 
 @dataclass(frozen=True, kw_only=True)

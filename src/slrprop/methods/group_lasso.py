@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from slrprop.factors import Narrowed
+from slrprop.fit.regression import Regression
+from slrprop.fit.sparsity import damped, largest, whole_share
+from slrprop.forms import Narrowed
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.methods.density import DensitySettings
 from slrprop.operators import Operator
-from slrprop.regression import Regression
-from slrprop.sparsity import damped, largest, whole_share
 
 BISECTIONS = 30
 STEPS = 300

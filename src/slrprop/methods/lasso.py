@@ -8,11 +8,11 @@ import torch
 from sklearn.linear_model import lasso_path
 from torch import Tensor
 
-from slrprop.factors import Sparse
+from slrprop.fit.regression import Regression
+from slrprop.fit.sparsity import damped, largest, least_squares
+from slrprop.forms import Sparse
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.methods.density import DensitySettings
-from slrprop.regression import Regression
-from slrprop.sparsity import damped, largest, least_squares
 
 BISECTIONS = 30
 

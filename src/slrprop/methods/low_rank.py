@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from slrprop.factors import LowRank
+from slrprop.fit.regression import Regression
+from slrprop.forms import LowRank
 from slrprop.methods.base import RankSettings
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.operators import Operator
-from slrprop.regression import Regression
 
 
 @dataclass(frozen=True, kw_only=True)

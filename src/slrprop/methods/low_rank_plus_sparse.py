@@ -9,13 +9,21 @@ import torch
 from torch import Tensor
 
 from slrprop.checks import Count, Rate, require_choice
-from slrprop.factors import LowRank, LowRankPlusSparse, Sparse
+from slrprop.fit.regression import Regression
+from slrprop.fit.sparsity import (
+    DAMPING,
+    SupportedSquares,
+    damped,
+    largest,
+    largest_per_output,
+    squared_error,
+    whole_share,
+)
+from slrprop.forms import LowRank, LowRankPlusSparse, Sparse
 from slrprop.linalg import reduced_rank
 from slrprop.methods import obs
 from slrprop.methods.base import RankSettings, ranks_for
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
-from slrprop.regression import Regression
-from slrprop.sparsity import DAMPING, SupportedSquares, damped, largest, largest_per_output, squared_error, whole_share
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # left (m, k), right (k, n), sparse weight (m, n), its support
 

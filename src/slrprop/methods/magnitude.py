@@ -6,11 +6,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from slrprop.factors import Fit, Sparse
+from slrprop.fit.sparsity import largest
+from slrprop.forms import Fit, Sparse
 from slrprop.methods.base import Decision, Method, Problem
 from slrprop.methods.density import DensitySettings
 from slrprop.plan import LayerPlan
-from slrprop.sparsity import largest
 
 
 @dataclass(frozen=True, kw_only=True)

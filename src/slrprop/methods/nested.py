@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from slrprop.checks import Times, require_choice
-from slrprop.factors import SparseLowRank
+from slrprop.fit.regression import Regression
+from slrprop.forms import SparseLowRank
 from slrprop.methods.base import WIDEST, RankSettings, grid
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.methods.refit import refit_of, thin
-from slrprop.regression import Regression
 
 WIDE = 512
 

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from slrprop.admm import soft_threshold
-from slrprop.factors import Fit, Sparse
+from slrprop.fit.admm import soft_threshold
+from slrprop.fit.regression import Regression
+from slrprop.forms import Fit, Sparse
 from slrprop.methods.calibrated import calibrated
 from slrprop.methods.constrained import ConstrainedSettings, constrained, reported
-from slrprop.regression import Regression
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from slrprop.checks import require_choice
 from slrprop.errors import SlrpropError
-from slrprop.factors import Sparse
+from slrprop.fit.regression import Regression
+from slrprop.fit.sparsity import ITERATIONS, SupportedSquares, damped, largest, least_squares, whole_share
+from slrprop.forms import Sparse
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.methods.density import DensitySettings
-from slrprop.regression import Regression
-from slrprop.sparsity import ITERATIONS, SupportedSquares, damped, largest, least_squares, whole_share
 
 STEPS = 10
 DEAR = 1 << 27  # numbers of all outputs' Hessians, beyond which their least squares take minutes

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from slrprop.checks import Times
-from slrprop.factors import Shared
+from slrprop.fit.regression import Regression
+from slrprop.forms import Shared
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
-from slrprop.regression import Regression
 
 DAMPING = 1e-3  # of the inputs' mean variance: what the data does not see stays near the weight
 STEPS = 8  # of conjugate gradients for the sequence, each round

@@ -7,10 +7,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from slrprop.factors import SparseLowRank
+from slrprop.fit.regression import Regression, level
+from slrprop.forms import SparseLowRank
 from slrprop.linalg import balanced, principal, projected, top_eigenvectors
 from slrprop.methods.base import WIDEST
-from slrprop.regression import Regression, level
 
 COMPONENTS = 4  # times the rank: what is fitted of a wide weight
 BLOCK_DAMPING = 1e-6  # of the covariance, times its mean variance: a block's own part of it is inverted
@@ -92,7 +92,7 @@ class Frame:
 
 @dataclass(eq=False)
 class Block:
-    """Factors (r x k) and (k x c), and where they stand."""
+    """Form (r x k) and (k x c), and where they stand."""
 
     frame: Frame
     left: Tensor

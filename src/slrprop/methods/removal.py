@@ -14,13 +14,13 @@ from torch import Tensor
 
 from slrprop.checks import Density
 from slrprop.errors import SlrpropError
-from slrprop.factors import Narrowed
+from slrprop.fit.regression import DAMPING, Regression
+from slrprop.forms import Narrowed
 from slrprop.losses import rows_of
 from slrprop.methods.base import Decision, Method, Problem
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
 from slrprop.network.base import Network
 from slrprop.network.chain import Chain
-from slrprop.regression import DAMPING, Regression
 from slrprop.relevance.simple import by_channel
 
 Score = Callable[[Problem, Mapping[str, str], Any], dict[str, Tensor]]

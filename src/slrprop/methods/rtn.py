@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from slrprop.factors import Dense, Fit, Table
+from slrprop.forms import Dense, Fit, Table
 from slrprop.methods.base import Decision, Method, Problem, WholeSettings
 from slrprop.operators import Lookup
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slrprop.checks import Rate, require_choice, share
-from slrprop.factors import Factors, Fit, SparseLowRank
+from slrprop.forms import Fit, Form, SparseLowRank
 from slrprop.linalg import truncated_svd
 from slrprop.losses import LossName
 from slrprop.methods.base import Decision, Method, Problem, SVDBasedSettings
@@ -80,7 +80,7 @@ def cost_of(
     problem: Problem,
     name: str,
     settings: ShortenSettings,
-    compressed: dict[str, Factors] | None = None,
+    compressed: dict[str, Form] | None = None,
     inputs: bool = True,
 ) -> CostScores:
     """The costs of a layer's neurons under these settings, without ``inputs`` those of its outputs alone."""
@@ -109,9 +109,7 @@ def shortened(problem: Problem, name: str, settings: ShortenSettings, scores: Sc
     return Decision(name, Fit(form), rows, columns)
 
 
-def scores_of(
-    problem: Problem, name: str, settings: SLRSettings, compressed: dict[str, Factors] | None = None
-) -> Scores:
+def scores_of(problem: Problem, name: str, settings: SLRSettings, compressed: dict[str, Form] | None = None) -> Scores:
     """A layer's relevances by the criterion."""
     parts = []
     for part in settings.criterion.split("+"):
@@ -126,7 +124,7 @@ def scores_of(
 
 def decide(problem: Problem, layers: tuple[str, ...], settings: SLRSettings) -> Iterator[Decision]:
     """Every layer by itself, from the last to the first."""
-    compressed: dict[str, Factors] = {}
+    compressed: dict[str, Form] = {}
     for name in reversed(layers):
         settings = settings.at(problem.network.operator(name), problem.network.shape(name))
         decision = shortened(problem, name, settings, scores_of(problem, name, settings, compressed))

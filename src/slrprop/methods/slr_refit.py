@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from slrprop.checks import Times
-from slrprop.factors import Quantized, SparseLowRank
+from slrprop.fit.regression import Regression
+from slrprop.forms import Quantized, SparseLowRank
 from slrprop.methods.base import Decision, Problem
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, Fitting, in_order
 from slrprop.methods.refit import refit_of
 from slrprop.methods.slr import SLRSettings, kept_of, scores_of
 from slrprop.plan import LayerPlan
-from slrprop.regression import Regression
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class SLRRefitSettings(SLRSettings, CalibratedSettings):
 
 
 def refitted(task: Regression, settings: SLRRefitSettings, rows: Tensor, columns: Tensor) -> SparseLowRank:
-    """Factors of SLR's pattern; masks (m,) and (n,) say who keeps the full rank."""
+    """Form of SLR's pattern; masks (m,) and (n,) say who keeps the full rank."""
     m, n = task.weight.shape
     refit, short = refit_of(task, settings.rank), settings.reduced_rank
     sets = [(torch.arange(m), torch.arange(n), short)] if short else []

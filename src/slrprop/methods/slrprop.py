@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Factors
+from slrprop.forms import Form
 from slrprop.methods.base import Decision, Method, Problem
 from slrprop.methods.slr import ShortenSettings, build, channels_of, cost_of, shortened
 from slrprop.network.base import Network
@@ -65,7 +65,7 @@ def response_layers(network: Network, frl: str | None, treats: Callable[[Operato
 def decide(problem: Problem, layers: tuple[str, ...], settings: SLRPropSettings) -> Iterator[Decision]:
     """From the FRL back: columns by cost; rows by cost at the FRL and by propagated relevance before it."""
     path = settings.eligible(problem.network)
-    compressed: dict[str, Factors] = {}
+    compressed: dict[str, Form] = {}
     relevance: Tensor | None = None  # of the current layer's outputs
     for name in reversed(path[path.index(layers[0]) :]):
         settings = settings.at(problem.network.operator(name), problem.network.shape(name))

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from slrprop.checks import Times
-from slrprop.factors import Spatial
+from slrprop.fit.regression import Regression
+from slrprop.fit.sides import Sides
+from slrprop.forms import Spatial
 from slrprop.methods.base import RankSettings, grid
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.operators import Convolution, Operator
-from slrprop.regression import Regression
-from slrprop.sides import Sides
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from slrprop.factors import Fit, LowRank
+from slrprop.forms import Fit, LowRank
 from slrprop.linalg import truncated_svd
 from slrprop.methods.base import Decision, Method, Problem, SVDBasedSettings
 from slrprop.operators import Operator

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 import torch
 
 from slrprop.checks import Density, Times
-from slrprop.factors import Tucker
+from slrprop.fit.regression import Regression
+from slrprop.fit.sides import Sides
+from slrprop.forms import Tucker
 from slrprop.linalg import reduced_rank
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.operators import Convolution, Operator
-from slrprop.regression import Regression
-from slrprop.sides import Sides
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)
 

@@ -5,11 +5,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from slrprop.factors import Sparse
+from slrprop.fit.regression import Regression
+from slrprop.fit.sparsity import largest_per_output, whole_share
+from slrprop.forms import Sparse
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.methods.density import DensitySettings
-from slrprop.regression import Regression
-from slrprop.sparsity import largest_per_output, whole_share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,32 +6,25 @@ from typing import Any
 
 from torch import nn
 
-import slrprop.network.onnx_shared
-import slrprop.network.onnx_sparse  # noqa: F401  (these register their nodes)
+import slrprop.network.onnx.shared
+import slrprop.network.onnx.sparse  # noqa: F401  (these register their nodes)
 from slrprop.data import Data
-from slrprop.network import onnx_fold, torch_fold
 from slrprop.network.base import Flow, Network
 from slrprop.network.chain import Chain, Step
 from slrprop.network.lockstep import Lockstep
-from slrprop.network.onnx import OnnxNetwork
-from slrprop.network.onnx_file import OnnxFile
-from slrprop.network.onnx_lockstep import OnnxLockstep
+from slrprop.network.onnx import fold as onnx_fold
+from slrprop.network.onnx.file import OnnxFile
+from slrprop.network.onnx.lockstep import OnnxLockstep
+from slrprop.network.onnx.network import OnnxNetwork
 from slrprop.network.reading import Reading
-from slrprop.network.torch import TorchNetwork
-from slrprop.network.torch_lockstep import TorchLockstep
+from slrprop.network.torch import fold as torch_fold
+from slrprop.network.torch.lockstep import TorchLockstep
+from slrprop.network.torch.network import TorchNetwork
 
 __all__ = [
-    "Chain",
-    "Flow",
-    "Lockstep",
-    "Network",
-    "OnnxNetwork",
-    "Step",
-    "TorchNetwork",
-    "folded",
-    "in_lockstep",
+    "Chain", "Flow", "Lockstep", "Network", "OnnxNetwork", "Step", "TorchNetwork", "folded", "in_lockstep",
     "open_network",
-]
+]  # fmt: skip
 
 
 def open_network(

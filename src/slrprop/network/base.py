@@ -12,7 +12,7 @@ from torch import Tensor
 from slrprop.checks import suggestion
 from slrprop.data import Batch, Data, content
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense, Fit
+from slrprop.forms import Dense, Fit
 from slrprop.linalg import in_parts
 from slrprop.losses import IGNORED, LossName, pick_loss, rows_of
 from slrprop.network.chain import ACTIVATIONS, Affine, Chain, Element, Linear, Path

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
-from slrprop.factors import Factors, Index, Quantized, express
+from slrprop.forms import Form, Index, Quantized, express
 
 
 class Operator(ABC):
     """How an operation multiplies one weight, seen as a matrix m x n: rows belong to what it reads, columns to what it makes.
 
-    For tensors it is the :class:`slrprop.factors.expression.Builder` of every form.
+    For tensors it is the :class:`slrprop.forms.expression.Builder` of every form.
     """
 
     kind: ClassVar[str]  # in words
@@ -54,7 +54,7 @@ class Operator(ABC):
         """What is made (p x n), at the positions that :meth:`inputs` takes; at all of them for None."""
         return y.movedim(self.axis, -1).reshape(-1, y.shape[self.axis])
 
-    def compute(self, form: Factors, bias: Tensor | None, x: Tensor) -> Tensor:
+    def compute(self, form: Form, bias: Tensor | None, x: Tensor) -> Tensor:
         """The operation with a form in the place of its weight, and a bias (n,)."""
         y = express(form, self, x)
         return y if bias is None else y + bias.to(y).reshape(-1, *[1] * (-1 - self.axis))
@@ -62,10 +62,10 @@ class Operator(ABC):
     def number(self, value: Tensor, *names: str) -> Tensor:
         return value
 
-    def together(self, form: Factors) -> Tensor:
+    def together(self, form: Form) -> Tensor:
         return form.dense()
 
-    def opened(self, form: Quantized) -> tuple[Self, Factors]:
+    def opened(self, form: Quantized) -> tuple[Self, Form]:
         return self, form.plain()
 
     def along(self, axis: int) -> "Operator":
@@ -94,5 +94,5 @@ class Operator(ABC):
     def add_up(self, one: Tensor, other: Tensor) -> Tensor:
         return one + other
 
-    def merged(self, form: Factors, x: Tensor) -> Tensor | None:
+    def merged(self, form: Form, x: Tensor) -> Tensor | None:
         return None

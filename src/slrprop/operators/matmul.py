@@ -6,8 +6,8 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional
 
-from slrprop.factors import Dense, Factors, Quantized, express
-from slrprop.factors.spatial import Sequence
+from slrprop.forms import Dense, Form, Quantized, express
+from slrprop.forms.spatial import Sequence
 from slrprop.operators.base import Operator
 from slrprop.operators.lookup import Lookup
 
@@ -28,7 +28,7 @@ class MatMul(Operator):
     def inputs(self, x: Tensor, first: int = 0) -> Tensor:
         return x.reshape(-1, x.shape[-1])
 
-    def compute(self, form: Factors, bias: Tensor | None, x: Tensor) -> Tensor:
+    def compute(self, form: Form, bias: Tensor | None, x: Tensor) -> Tensor:
         if isinstance(form, Dense) and bias is not None:  # rounded as torch's own layer is
             return functional.linear(x, form.weight.T, bias.to(x))
         return super().compute(form, bias, x)
@@ -37,7 +37,7 @@ class MatMul(Operator):
         return x @ weight
 
 
-def times(rows: Tensor, form: Factors) -> Tensor:
+def times(rows: Tensor, form: Form) -> Tensor:
     """Rows (p x m), whatever operation they were taken from, times the matrix that a form stands for."""
     if not rows.is_floating_point():  # the numbers of rows
         return express(form, Lookup(), rows)

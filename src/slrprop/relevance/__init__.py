@@ -8,13 +8,13 @@ from torch import nn
 from slrprop.checks import require_choice, require_count, require_rate, share
 from slrprop.data import open_data
 from slrprop.errors import SlrpropError
+from slrprop.fit.statistics import QUANTITIES, collect
 from slrprop.linalg import Solver, truncated_svd
 from slrprop.losses import LossName
 from slrprop.network import open_network
 from slrprop.operators import Lookup
 from slrprop.relevance.cost import Baseline, CostScores, cost_scores
 from slrprop.relevance.simple import Scores, combined, propagated, weight_scores
-from slrprop.statistics import QUANTITIES, collect
 
 __all__ = ["CostScores", "Scores", "activation", "combined", "cost", "propagated", "weight"]
 

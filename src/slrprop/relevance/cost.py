@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from slrprop.data import Data
-from slrprop.factors import LowRank
+from slrprop.forms import LowRank
 from slrprop.linalg import SVD
 from slrprop.losses import IGNORED, LossName, Point, check_labels, loss_point, require_labels, rows_of
 from slrprop.network.base import Changing, Flow, Network

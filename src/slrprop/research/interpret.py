@@ -14,7 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from slrprop.checks import require_choice, require_count, require_density
 from slrprop.errors import SlrpropError, first_line
-from slrprop.network.torch_modules import layer_modules, weight_and_bias
+from slrprop.network.torch.find import layer_modules, weight_and_bias
 from slrprop.research.likeness import Likeness, References, compare, correlation, effects
 from slrprop.research.matrix import collapse, collapse_alike
 

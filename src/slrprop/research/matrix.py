@@ -15,11 +15,11 @@ from slrprop.errors import SlrpropError
 from slrprop.losses import rows_of
 from slrprop.network import OnnxNetwork, TorchNetwork, open_network
 from slrprop.network.base import Network
-from slrprop.network.onnx_constants import tensor_of
-from slrprop.network.onnx_feed import Part
-from slrprop.network.onnx_torch import OPS, Behind, Op
+from slrprop.network.onnx.constants import tensor_of
+from slrprop.network.onnx.feed import Part
+from slrprop.network.onnx.gradients import OPS, Behind, Op
 from slrprop.network.samples import alike
-from slrprop.network.torch import evaluating, frozen, main_output
+from slrprop.network.torch.network import evaluating, frozen, main_output
 
 Model = nn.Module | str | Path
 WAYS = ("auto", "product", "gradients")

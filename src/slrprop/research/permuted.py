@@ -11,10 +11,10 @@ from tqdm.auto import tqdm
 from slrprop.checks import require_seed, suggestion
 from slrprop.data import open_data
 from slrprop.errors import SlrpropError
-from slrprop.factors import Bias, Fit, Shared
-from slrprop.layers import FactoredLayer
-from slrprop.network.torch import main_output, swapped
-from slrprop.network.torch_modules import device_of, layer_modules
+from slrprop.forms import Bias, Fit, Shared
+from slrprop.network.torch.find import device_of, layer_modules
+from slrprop.network.torch.modules import FactoredLayer
+from slrprop.network.torch.network import main_output, swapped
 
 
 class PermutedLinear(FactoredLayer):
@@ -25,7 +25,7 @@ class PermutedLinear(FactoredLayer):
     act on the sum of the inputs, m times as strongly as a bias.
 
     Args:
-        seed: of the permutations (:func:`slrprop.permutations.seeded`); the sequence comes from torch's own generator.
+        seed: of the permutations (:func:`slrprop.forms.permutations.seeded`); the sequence comes from torch's own generator.
         bias: whether to add a bias.
         gain: 1 for a linear layer, sqrt(2) in front of a ReLU (He et al., ICCV 2015).
     """

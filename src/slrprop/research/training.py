@@ -99,7 +99,7 @@ def half(device: str) -> bool:
         return False
     times = dict[torch.dtype, float]()
     for kind in (torch.float32, torch.bfloat16):
-        layer = nn.Conv2d(64, 64, 3, padding=1).to(dtype=kind, memory_format=torch.channels_last)
+        layer = nn.Conv2d(64, 64, 3, padding=1).to(dtype=kind, memory_format=torch.channels_last)  # type: ignore[call-overload]
         x = torch.ones(64, 64, 16, 16, dtype=kind).to(memory_format=torch.channels_last)
         layer(x).sum().backward()  # prepares the kernels
         start = time.thread_time()

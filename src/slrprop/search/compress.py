@@ -19,7 +19,7 @@ from slrprop.inspection import warn_if_compressed
 from slrprop.measure import file_bytes
 from slrprop.methods import Problem, find_method
 from slrprop.network import folded, open_network
-from slrprop.network.onnx_file import OnnxFile
+from slrprop.network.onnx.file import OnnxFile
 from slrprop.plan import Plan
 from slrprop.search.blocks import BLOCK
 from slrprop.search.check import Check

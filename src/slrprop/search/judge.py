@@ -26,7 +26,7 @@ from slrprop.latency import latencies
 from slrprop.losses import IGNORED, check_labels, goal_of, loss_point, require_labels, rows_of
 from slrprop.metrics import LABELLED, LOWER, METRICS, NUMBERS, SOME, Score, interval_between, score
 from slrprop.network import Network, OnnxNetwork, open_network
-from slrprop.network.onnx_file import OnnxFile
+from slrprop.network.onnx.file import OnnxFile
 from slrprop.plan import Plan
 from slrprop.storage import size_of
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from slrprop.api import finished, plan_problem, planned_layer
 from slrprop.errors import SlrpropError
-from slrprop.factors import Dense
+from slrprop.fit.quantize import TooLargeError
+from slrprop.forms import Dense
 from slrprop.memory import give_back
 from slrprop.methods import METHODS, Method, Problem, Settings, find_method
 from slrprop.methods.base import ranks_for
@@ -20,7 +21,6 @@ from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_
 from slrprop.network.junction import Junction
 from slrprop.operators import Lookup, times
 from slrprop.plan import LayerPlan, Plan
-from slrprop.quantize import TooLargeError
 from slrprop.search.blocks import in_blocks
 
 Choice = tuple[str, dict[str, Any]]  # a method and settings of it

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from slrprop.factors import Dense, Factors, Quantized
+from slrprop.forms import Dense, Form, Quantized
 from slrprop.latency import layer_latencies
 from slrprop.network import Network
 from slrprop.network.layer import Layer
@@ -57,7 +57,7 @@ class Times:
         slow = {place for place, taken in seconds.items() if not taken <= seconds[id(curve[0])]}
         return [replace(c, seconds=math.nan if id(c) in slow else seconds.get(id(c), math.nan)) for c in curve]
 
-    def _key(self, form: Factors) -> str:
+    def _key(self, form: Form) -> str:
         """What tells forms of different speed apart; nothing for the dense weight."""
         plain = form.codes if isinstance(form, Quantized) else form
         bits = str(form.bits) if self.integers and isinstance(form, Quantized) else ""
@@ -65,7 +65,7 @@ class Times:
             return ""
         return " ".join([plain.kind, bits, *(str(tuple(matrix.shape)) for matrix in plain.matrices().values())])
 
-    def _shares(self, layer: Layer, dense: Dense, forms: Mapping[str, Factors]) -> dict[str, float]:
+    def _shares(self, layer: Layer, dense: Dense, forms: Mapping[str, Form]) -> dict[str, float]:
         told = f"{layer.operator} {layer.shape} {layer.positions}"
         known = self._known.setdefault(told, {})
         missing = [key for key in forms if key and key not in known]

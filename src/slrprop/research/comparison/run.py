@@ -17,7 +17,7 @@ from slrprop.files import scratch
 from slrprop.latency import latencies
 from slrprop.network import OnnxNetwork
 from slrprop.network.junction import Junction
-from slrprop.network.onnx_file import OnnxFile
+from slrprop.network.onnx.file import OnnxFile
 from slrprop.parallel import each
 from slrprop.plan import Plan, wording
 from slrprop.research import require_seen

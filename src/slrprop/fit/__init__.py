@@ -1,0 +1,1 @@
+"""What a form is fitted to, and how its numbers are rounded."""

@@ -1,0 +1,214 @@
+"""Form in 8 or 4 bits: scales by clip search, rounding that compensates its own error on the calibration data.
+
+Rounding one row of a matrix leaves an error; the rows not rounded yet take up what they can of it, as the covariance of
+the inputs says (Frantar et al., GPTQ, ICLR 2023, after optimal brain surgery). Between the two factors of a product the
+second is fitted anew once the first is rounded.
+"""
+
+from collections.abc import Callable
+from functools import partial, singledispatch
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slrprop.errors import SlrpropError
+from slrprop.fit.regression import Regression, Spread, level
+from slrprop.forms import Bias, Dense, Form, LowRank, Narrowed, Quantized, SparseLowRank, Table
+from slrprop.forms.quantized import CODES
+from slrprop.linalg import balanced, between, in_parts
+
+CLIPS = torch.arange(1.0, 0.39, -0.05)  # shares of the largest magnitude that may become the largest code
+BLOCK = 32  # rows whose errors are passed on together
+COLUMNS = 1 << 22  # numbers of the columns that are rounded together
+SMALLEST, LARGEST = 2.0**-24, 65504.0  # positive float16
+TINY = 2.0**-10  # a left component smaller than that is scaled up, its right one down
+
+
+class TooLargeError(SlrpropError):
+    """Numbers that few bits can't store: the scales are no float16."""
+
+
+def scales_of(matrix: Tensor, axis: int, bits: int) -> Tensor:
+    """For every component the float16 scale of least squared rounding error, in the dtype of ``matrix``.
+
+    Args:
+        axis: the axis along which numbers share a scale; a vector has one scale.
+
+    Raises:
+        TooLargeError: not finite, or so large that its scale is no float16.
+    """
+    whole = matrix.reshape(1, -1) if matrix.ndim == 1 else matrix.movedim(axis, 1)
+    (low, high), scales = CODES[bits], []
+    for (part,) in in_parts(whole):
+        flat = part.double()
+        top = (flat.abs().amax(1, keepdim=True) if flat.shape[1] else flat.new_zeros(len(flat), 1)) / high
+        if not (top <= LARGEST).all():  # nor if it is NaN
+            raise TooLargeError(f"a matrix with numbers up to {float(whole.abs().max()):.3g} can't be stored in {bits} bits; leave its layer out, or use bits=32")  # fmt: skip
+        best, error = torch.ones_like(top), torch.full_like(top, torch.inf)
+        for clip in CLIPS.tolist():
+            scale = (top * clip).clamp(SMALLEST, LARGEST).half().double()
+            lost = (flat / scale).round_().clamp_(low, high).mul_(scale).sub_(flat)
+            found = lost.square_().sum(1, keepdim=True)
+            best = torch.where(found < error, scale, best)
+            error = torch.minimum(found, error)
+        scales.append(best[:, 0])
+    return torch.cat(scales).to(matrix)
+
+
+def rounded(matrix: Tensor, axis: int, bits: int, spread: Spread | None = None) -> tuple[Tensor, Tensor]:
+    """Whole numbers and scales of a matrix (r x c).
+
+    Args:
+        axis: along which numbers share a scale.
+        spread: of what the r rows are multiplied with; without it every number is rounded to the nearest.
+
+    Returns:
+        codes (r x c) and scales, both in the dtype of ``matrix``.
+    """
+    scale = scales_of(matrix, axis, bits)
+    low, high = CODES[bits]
+    wide = (scale if matrix.ndim == 1 else scale.unsqueeze(axis)).expand_as(matrix)
+    if spread is not None and matrix.ndim == 2:
+        return compensating(matrix, wide, bits, spread), scale
+    codes = torch.empty_like(matrix)
+    for into, part, by in in_parts(codes, matrix, wide):
+        into.copy_((part.double() / by).round_().clamp_(low, high))
+    return codes, scale
+
+
+def compensating(matrix: Tensor, scale: Tensor, bits: int, spread: Spread) -> Tensor:
+    """Codes of a matrix (r x c) with scales of its shape, row after row, later rows taking up earlier ones' errors."""
+    (low, high), order, upper = CODES[bits], spread.order.numpy(), spread.upper.numpy()
+    found = torch.empty(matrix.shape, dtype=matrix.dtype)
+    for into, part, by in in_parts(found.T, matrix.T, scale.T, together=COLUMNS):  # columns know nothing of each other
+        rest, wide = part.T.numpy()[order], by.T.numpy()[order]  # numpy: its overhead per row is a fraction of torch's
+        codes = np.empty_like(rest)
+        for start in range(0, len(rest), BLOCK):
+            stop = min(start + BLOCK, len(rest))
+            errors = np.empty_like(rest[start:stop])
+            for i in range(start, stop):
+                np.minimum(np.maximum(np.rint(rest[i] / wide[i]), low), high, out=codes[i])
+                errors[i - start] = (rest[i] - codes[i] * wide[i]) / upper[i, i]
+                rest[i + 1 : stop] -= upper[i, i + 1 : stop, None] * errors[i - start]
+            rest[stop:] -= upper[start:stop, stop:].T @ errors
+        into.T[spread.order] = torch.from_numpy(codes)
+    return found
+
+
+def quantised(form: Form, bits: int, task: Regression | None = None) -> Quantized:
+    """A form in 4 or 8 bits a number.
+
+    Args:
+        task: the layer's regression; rounding errors are compensated on its data. Without it every number is rounded to
+            the nearest.
+    """
+    dtype = torch.float64 if task is None else task.weight.dtype
+    form = form.with_matrices({name: matrix.to(dtype) for name, matrix in form.matrices().items()})
+    return _plainly(form, bits) if task is None else compensated(form, bits, task)
+
+
+def bias_in_few_bits(bias: Tensor) -> Bias:
+    """A layer's bias (n,) in 8 bits."""
+    codes, scale = rounded(bias.double(), 0, 8)
+    return Bias(codes.float(), scale.half())
+
+
+def form_of(form: Form, bits: int, found: dict[str, tuple[Tensor, Tensor]]) -> Quantized:
+    """A form of these codes and scales, by its matrices' names."""
+    codes = form.with_matrices({name: codes.to(torch.int8).contiguous() for name, (codes, _) in found.items()})
+    return Quantized(codes, {name: scale.half() for name, (_, scale) in found.items()}, bits)
+
+
+def _plainly(form: Form, bits: int) -> Quantized:
+    axes = form.scale_axes()
+    if isinstance(form, LowRank):
+        form = LowRank(*balanced(form.left, form.right))
+    elif isinstance(form, SparseLowRank):
+        pairs = [balanced(left, right) for left, right in zip(form.left, form.right, strict=True)]
+        form = SparseLowRank(
+            tuple(a for a, _ in pairs), tuple(b for _, b in pairs), form.row_levels, form.column_levels
+        )
+    return form_of(form, bits, {name: rounded(matrix, axes[name], bits) for name, matrix in form.matrices().items()})
+
+
+@singledispatch
+def compensated(form: Form, bits: int, task: Regression) -> Quantized:
+    """A form (float64) in few bits, its rounding errors compensated on the data; a form that can't is rounded plainly."""
+    return _plainly(form, bits)
+
+
+@compensated.register
+def _(form: Dense, bits: int, task: Regression) -> Quantized:
+    return form_of(form, bits, {"weight": rounded(form.weight, 0, bits, task.spread)})
+
+
+@compensated.register
+def _(form: Table, bits: int, task: Regression) -> Quantized:
+    return _plainly(form, bits)  # no row can take up what another's rounding leaves
+
+
+@compensated.register
+def _(form: Narrowed, bits: int, task: Regression) -> Quantized:
+    spread = task.spread if form.rows.all() else Spread.of(task.covariance[form.rows][:, form.rows])
+    return form_of(form, bits, {"block": rounded(form.block, 0, bits, spread)})
+
+
+@compensated.register
+def _(form: LowRank, bits: int, task: Regression) -> Quantized:
+    wanted = partial(between, covariance=task.covariance, right=task.weight)
+    spread = None if task.covariance.ndim == 1 else task.spread
+    left, right = _pair(form.left, form.right, bits, task.covariance, spread, wanted)
+    return form_of(form, bits, {"left": left, "right": right})
+
+
+def _pair(
+    left: Tensor,
+    right: Tensor,
+    bits: int,
+    covariance: Tensor,
+    spread: Spread | None,
+    wanted: Callable[[Tensor], Tensor],
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Round the left factor, fit the right one, round it too: codes and scales of both.
+
+    Args:
+        wanted: of the left factor A: ``A.T @ covariance @ target``.
+    """
+    left, right = balanced(left, right)
+    size = left.abs().amax(0)
+    grown = torch.where((size > 0) & (size < TINY), size, 1.0)  # float16 scales and what is fitted to them reach so far
+    left, right = left / grown, right * grown[:, None]
+    codes, scale = rounded(left, 0, bits, spread)
+    left = codes * scale
+    inner = between(left, covariance, left)
+    mean = level(inner)
+    damped = inner + 1e-8 * mean * torch.eye(len(inner), dtype=inner.dtype)
+    fitted = torch.linalg.solve(damped, wanted(left) + 1e-8 * mean * right)
+    return (codes, scale), rounded(fitted, 1, bits, Spread.of(inner))
+
+
+def _onto_columns(across: Tensor, rest: Tensor, columns: Tensor, metric: Tensor | None, left: Tensor) -> Tensor:
+    """The same with the rest's projection, in the outputs' metric, onto some columns."""
+    found = left.T @ across @ rest
+    if metric is None or len(columns) == len(metric):
+        return found[:, columns]
+    there = metric[:, columns]
+    return torch.cholesky_solve((found @ there).T, torch.linalg.cholesky(there[columns])).T
+
+
+@compensated.register
+def _(form: SparseLowRank, bits: int, task: Regression) -> Quantized:
+    rest = task.weight - form.dense()
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for index, (left, right) in enumerate(zip(form.left, form.right, strict=True)):
+        rows, columns = form.sets.rows[index].places, form.sets.columns[index]
+        rest[rows[:, None], columns] += left @ right
+        across = task.covariance[rows]
+        own = across[:, rows]
+        spread = task.spread if len(rows) == len(task.covariance) else Spread.of(own)
+        wanted = partial(_onto_columns, across, rest, columns, task.metric)
+        one, other = _pair(left, right, bits, own, spread, wanted)
+        found |= {f"left_{index}": one, f"right_{index}": other}
+        rest[rows[:, None], columns] -= (one[0] * one[1]) @ (other[0] * other[1][:, None])
+    return form_of(form, bits, found)
