@@ -1,8 +1,6 @@
 """Neurons removed by how often they are silent."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,14 +10,13 @@ from slrprop.methods.removal import RemovalSettings, removal
 from slrprop.network.base import Network
 
 
-@dataclass(frozen=True, kw_only=True)
 class APoZSettings(RemovalSettings):
     """APoZ: removes the neurons whose activation is zero for the largest share of the calibration samples.
 
     For layers that a ReLU follows: no other activation is zero.
     """
 
-    source: ClassVar[str] = "Hu, Peng, Tai, Tang, arXiv 1607.03250, 2016"
+    source = "Hu, Peng, Tai, Tang, arXiv 1607.03250, 2016"
 
     def eligible(self, network: Network) -> tuple[str, ...]:
         return tuple(name for name in super().eligible(network) if network.activation(name) == "relu")

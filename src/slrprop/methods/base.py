@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
-from typing import Annotated, Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, dataclass_transform
 
 from torch import Tensor
 
@@ -39,9 +39,10 @@ def _solver(what: str, solver: Any) -> Any:
     return solver if callable(solver) else require_choice(what, solver, ("auto", *SOLVERS))
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True)
 @dataclass(frozen=True, kw_only=True)
 class Settings(ABC):
-    """Settings that every method has; annotations say what they may be (:func:`slrprop.checks.hold`).
+    """Settings that every method has; annotations say what they may be (:func:`slrprop.checks.hold`). Subclasses are frozen dataclasses by themselves.
 
     Args:
         bits: of every stored number: 32 (as the layer's own), 8 or 4.
@@ -50,6 +51,9 @@ class Settings(ABC):
     bits: Bits = 32
 
     source: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
 
     def __post_init__(self) -> None:
         hold(self)
@@ -95,7 +99,6 @@ class Settings(ABC):
         return tuple(name for name in network.order if self.treats(network.operator(name)))
 
 
-@dataclass(frozen=True, kw_only=True)
 class RankSettings(Settings):
     """Settings of methods that keep a rank.
 
@@ -126,7 +129,6 @@ class RankSettings(Settings):
         return [{"rank": rank} for rank in ranks_for(m, n)]
 
 
-@dataclass(frozen=True, kw_only=True)
 class SVDBasedSettings(RankSettings):
     """Settings of methods that cut the weight's singular value decomposition.
 
@@ -137,7 +139,6 @@ class SVDBasedSettings(RankSettings):
     solver: Annotated[Solver, _solver] = "auto"
 
 
-@dataclass(frozen=True, kw_only=True)
 class WholeSettings(Settings):
     """Settings of methods that keep every number, in few bits."""
 

@@ -1,10 +1,9 @@
 """Methods that fit a layer's factors to calibration data: what they share."""
 
-from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from slrprop.fit.pairs import Compressed
 from slrprop.fit.quantize import bias_in_few_bits, quantised
@@ -18,8 +17,7 @@ from slrprop.plan import LayerPlan
 Fitting = Callable[[Regression, Any], Form | Fit]  # a fit's bias was fitted together with its form
 
 
-@dataclass(frozen=True, kw_only=True)
-class CalibratedSettings(Settings, ABC):
+class CalibratedSettings(Settings):
     """Settings of every method that fits factors to data.
 
     Args:
@@ -33,10 +31,12 @@ class CalibratedSettings(Settings, ABC):
     bias_correction: bool = True
     refit_head: bool = True
 
+    weighs: ClassVar[bool] = False
+
     @property
     def weighted(self) -> bool:
-        """Whether errors of the outputs are weighed by what they do to the network's outputs."""
-        return False
+        """Whether errors of the outputs are weighed by what they do to the network's outputs: as ``sensitivity`` says, where there is such a setting."""
+        return bool(getattr(self, "sensitivity", self.weighs))
 
     def needs(self) -> tuple[str, ...]:
         return ("inputs", "sensitivity") if self.weighted else ("inputs",)

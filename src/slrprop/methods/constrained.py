@@ -1,7 +1,5 @@
 """What Net-Trim and DDLR share: settings, and the fit of one layer under constraints on its response."""
 
-from abc import ABC
-from dataclasses import dataclass
 from typing import Any
 
 from slrprop.checks import Count, Positive
@@ -13,8 +11,7 @@ from slrprop.methods.calibrated import CalibratedSettings
 GAINS = (0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConstrainedSettings(CalibratedSettings, ABC):
+class ConstrainedSettings(CalibratedSettings):
     """Settings of methods that bound the change of a layer's outputs and let the data decide the size.
 
     Args:

@@ -1,8 +1,5 @@
 """DDLR, data-driven low rank: the lowest rank, by its convex relaxation, that keeps a layer's response."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -14,11 +11,10 @@ from slrprop.methods.calibrated import calibrated
 from slrprop.methods.constrained import ConstrainedSettings, constrained, reported
 
 
-@dataclass(frozen=True, kw_only=True)
 class DDLRSettings(ConstrainedSettings):
     """DDLR: the least nuclear norm under a bound on the change of the outputs."""
 
-    source: ClassVar[str] = "Papadimitriou, Jain, arXiv 2107.05787, 2021"
+    source = "Papadimitriou, Jain, arXiv 2107.05787, 2021"
 
 
 def numerical_rank(weight: Tensor) -> int:

@@ -1,8 +1,5 @@
 """The dense weight itself, in few bits or refitted."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 from slrprop.fit.regression import Regression
 from slrprop.forms import Dense, Table
 from slrprop.methods.base import WholeSettings
@@ -10,11 +7,10 @@ from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.operators import Lookup
 
 
-@dataclass(frozen=True, kw_only=True)
 class DenseSettings(WholeSettings, CalibratedSettings):
     """Dense weight in 8 or 4 bits, rounded so that errors compensate each other on the data."""
 
-    source: ClassVar[str] = "Frantar, Ashkboos, Hoefler, Alistarh, GPTQ, ICLR 2023"
+    source = "Frantar, Ashkboos, Hoefler, Alistarh, GPTQ, ICLR 2023"
 
 
 def fit(task: Regression, settings: DenseSettings) -> Dense:

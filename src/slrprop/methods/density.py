@@ -1,7 +1,5 @@
 """What the methods that keep single weights share: the density, and its ladder."""
 
-from abc import ABC
-from dataclasses import dataclass
 from typing import Any
 
 import slrprop.fit.sparse_rounding  # noqa: F401  (registers how sparse values are rounded)
@@ -10,8 +8,7 @@ from slrprop.fit.sparsity import whole_share
 from slrprop.methods.base import Settings
 
 
-@dataclass(frozen=True, kw_only=True)
-class DensitySettings(Settings, ABC):
+class DensitySettings(Settings):
     """Settings of methods that keep single weights.
 
     Args:

@@ -1,8 +1,5 @@
 """Group LASSO: inputs are removed as a whole, at a price on the norm of each input's weights."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -17,7 +14,6 @@ BISECTIONS = 30
 STEPS = 300
 
 
-@dataclass(frozen=True, kw_only=True)
 class GroupLassoSettings(DensitySettings, CalibratedSettings):
     """Group LASSO: inputs are removed as a whole by a price on the norm of their weights.
 
@@ -28,7 +24,7 @@ class GroupLassoSettings(DensitySettings, CalibratedSettings):
 
     refit: bool = True
 
-    source: ClassVar[str] = "Yuan, Lin, J. Royal Statistical Society B 68, 2006"
+    source = "Yuan, Lin, J. Royal Statistical Society B 68, 2006"
 
     def treats(self, operator: Operator) -> bool:
         return super().treats(operator) and operator.unit == 1

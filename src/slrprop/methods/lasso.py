@@ -1,8 +1,5 @@
 """LASSO: the least error of the layer's outputs with a price on the sum of the weights' magnitudes."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import numpy as np
 import torch
 from sklearn.linear_model import lasso_path
@@ -17,7 +14,6 @@ from slrprop.methods.density import DensitySettings
 BISECTIONS = 30
 
 
-@dataclass(frozen=True, kw_only=True)
 class LassoSettings(DensitySettings, CalibratedSettings):
     """LASSO: a price on the magnitude of the weights leaves only some (size only: no faster).
 
@@ -27,7 +23,7 @@ class LassoSettings(DensitySettings, CalibratedSettings):
 
     refit: bool = True
 
-    source: ClassVar[str] = "Tibshirani, J. Royal Statistical Society B 58, 1996"
+    source = "Tibshirani, J. Royal Statistical Society B 58, 1996"
 
 
 def lasso(weight: Tensor, hessian: Tensor, count: int) -> tuple[Tensor, Tensor]:

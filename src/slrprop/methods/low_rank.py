@@ -1,7 +1,6 @@
 """Low rank fitted to calibration data."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from slrprop.fit.regression import Regression
 from slrprop.forms import LowRank
@@ -10,7 +9,6 @@ from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.operators import Operator
 
 
-@dataclass(frozen=True, kw_only=True)
 class LowRankSettings(RankSettings, CalibratedSettings):
     """Low rank of least error on the data, outputs weighed by what they do to the network's.
 
@@ -21,9 +19,7 @@ class LowRankSettings(RankSettings, CalibratedSettings):
 
     metric: Literal["two_sided", "inputs"] = "two_sided"
 
-    source: ClassVar[str] = (
-        "Chen et al., DRONE, NeurIPS 2021; Wang et al., SVD-LLM, ICLR 2025; Hsu et al., FWSVD, ICLR 2022"
-    )
+    source = "Chen et al., DRONE, NeurIPS 2021; Wang et al., SVD-LLM, ICLR 2025; Hsu et al., FWSVD, ICLR 2022"
 
     def treats(self, operator: Operator) -> bool:
         return not operator.bits_only

@@ -1,9 +1,8 @@
 """Low rank plus sparse: a few directions for all weights, and single weights where those are not enough."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -31,7 +30,6 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # left (m, k), right (k, n), spar
 VARIANTS = ("hassle", "grebdec", "oats")
 
 
-@dataclass(frozen=True, kw_only=True)
 class LowRankPlusSparseSettings(RankSettings, CalibratedSettings):
     """Low rank plus sparse: factors for what all weights share, single weights for the rest (size only: no faster).
 
@@ -47,9 +45,7 @@ class LowRankPlusSparseSettings(RankSettings, CalibratedSettings):
     variant: Annotated[str, partial(require_choice, choices=VARIANTS)] = "hassle"
     sensitivity: bool = True
 
-    source: ClassVar[str] = (
-        "hassle: Makni, Behdin, Xu, Ponomareva, Mazumder, ICML 2025; grebdec: Yu, Liu, Wang, Tao, CVPR 2017; oats: Zhang, Papyan, ICLR 2025"
-    )
+    source = "hassle: Makni, Behdin, Xu, Ponomareva, Mazumder, ICML 2025; grebdec: Yu, Liu, Wang, Tao, CVPR 2017; oats: Zhang, Papyan, ICLR 2025"
 
     @property
     def weighted(self) -> bool:

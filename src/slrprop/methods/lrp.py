@@ -1,8 +1,6 @@
 """Neurons removed by layer-wise relevance propagation."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +11,6 @@ from slrprop.methods.removal import ChainedSettings, Seen, averages, removal
 from slrprop.network.chain import ACTIVATIONS
 
 
-@dataclass(frozen=True, kw_only=True)
 class LRPSettings(ChainedSettings):
     """LRP: removes the neurons that receive the least relevance, handed back from the true class's output.
 
@@ -22,7 +19,7 @@ class LRPSettings(ChainedSettings):
     classes from all of them by magnitude. Activations and batch norm pass relevance through.
     """
 
-    source: ClassVar[str] = "Bach et al., PLoS ONE 10(7), 2015; Yeom et al., Pattern Recognition 115, 2021"
+    source = "Bach et al., PLoS ONE 10(7), 2015; Yeom et al., Pattern Recognition 115, 2021"
 
 
 def z_plus(a: Tensor, weight: Tensor, relevance: Tensor) -> Tensor:

@@ -1,8 +1,6 @@
 """Magnitude pruning."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -13,11 +11,10 @@ from slrprop.methods.density import DensitySettings
 from slrprop.plan import LayerPlan
 
 
-@dataclass(frozen=True, kw_only=True)
 class MagnitudeSettings(DensitySettings):
     """Magnitude: the largest weights stay (size only: no faster)."""
 
-    source: ClassVar[str] = "Han, Pool, Tran, Dally, NIPS 2015"
+    source = "Han, Pool, Tran, Dally, NIPS 2015"
 
 
 def pruned(weight: Tensor, count: int) -> Sparse:

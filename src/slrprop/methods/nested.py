@@ -1,8 +1,7 @@
 """Nested sparse low rank: every neuron has one of several ranks, every block is refitted."""
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +35,6 @@ SHAPES: dict[str, tuple[Level, ...]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
 class NestedSettings(RankSettings, CalibratedSettings):
     """Nested sparse low rank: several ranks per neuron, sets chosen by the residual, blocks refitted in turn.
 
@@ -49,11 +47,8 @@ class NestedSettings(RankSettings, CalibratedSettings):
     shape: Annotated[str, partial(require_choice, choices=SHAPES)] = "four"
     sweeps: Times = 6
 
-    source: ClassVar[str] = "slrprop, 2026; from SLR (Swaminathan et al. 2020) and reduced-rank regression"
-
-    @property
-    def weighted(self) -> bool:
-        return True
+    source = "slrprop, 2026; from SLR (Swaminathan et al. 2020) and reduced-rank regression"
+    weighs = True
 
     def sizes(self, m: int, n: int) -> list[tuple[int, int, int]]:
         """Inputs, outputs and rank of every level of an m x n weight."""

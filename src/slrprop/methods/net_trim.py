@@ -1,8 +1,5 @@
 """Net-Trim: the sparsest weight, by its convex relaxation, that keeps a layer's response."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 from slrprop.fit.admm import soft_threshold
 from slrprop.fit.regression import Regression
 from slrprop.forms import Fit, Sparse
@@ -10,11 +7,10 @@ from slrprop.methods.calibrated import calibrated
 from slrprop.methods.constrained import ConstrainedSettings, constrained, reported
 
 
-@dataclass(frozen=True, kw_only=True)
 class NetTrimSettings(ConstrainedSettings):
     """Net-Trim: the least sum of magnitudes under a bound on the change of the outputs (size only: no faster)."""
 
-    source: ClassVar[str] = "Aghasi, Abdi, Nguyen, Romberg, NIPS 2017; SIAM J. Math. Data Sci. 2, 2020"
+    source = "Aghasi, Abdi, Nguyen, Romberg, NIPS 2017; SIAM J. Math. Data Sci. 2, 2020"
 
 
 def fit(task: Regression, settings: NetTrimSettings) -> Fit:

@@ -1,8 +1,7 @@
 """NISP: neurons removed by importance propagated back from the network's final response."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from scipy.stats import rankdata
@@ -15,7 +14,6 @@ from slrprop.relevance.simple import by_channel, propagated
 RESPONSES = 2000  # samples that feature selection ranks
 
 
-@dataclass(frozen=True, kw_only=True)
 class NISPSettings(RemovalSettings):
     """NISP: removes the neurons with the least importance, propagated back from the final response by ``|W|``.
 
@@ -28,7 +26,7 @@ class NISPSettings(RemovalSettings):
 
     start: Literal["responses", "outputs"] = "responses"
 
-    source: ClassVar[str] = "Yu et al., CVPR 2018; Roffo, Melzi, Cristani, ICCV 2015"
+    source = "Yu et al., CVPR 2018; Roffo, Melzi, Cristani, ICCV 2015"
 
 
 def infinite_selection(x: Tensor) -> Tensor:

@@ -1,8 +1,5 @@
 """OBD, optimal brain damage: weights are judged by the diagonal of the Hessian."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 from torch import Tensor
 
 from slrprop.fit.regression import Regression
@@ -12,7 +9,6 @@ from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.methods.density import DensitySettings
 
 
-@dataclass(frozen=True, kw_only=True)
 class OBDSettings(DensitySettings, CalibratedSettings):
     """OBD: the weights whose removal costs most by the Hessian's diagonal stay (size only: no faster).
 
@@ -24,11 +20,7 @@ class OBDSettings(DensitySettings, CalibratedSettings):
 
     sensitivity: bool = True
 
-    source: ClassVar[str] = "LeCun, Denker, Solla, NIPS 1989, Eq 5"
-
-    @property
-    def weighted(self) -> bool:
-        return self.sensitivity
+    source = "LeCun, Denker, Solla, NIPS 1989, Eq 5"
 
 
 def saliency(weight: Tensor, hessian: Tensor, metric: Tensor | None = None) -> Tensor:

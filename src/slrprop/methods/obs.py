@@ -1,8 +1,7 @@
 """OBS: weights are removed by what their removal costs once the others have made up for it."""
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -23,7 +22,6 @@ ROUGHLY = 4  # iterations of the least squares between two steps
 VARIANTS = ("gradual", "one_shot", "sparsegpt")
 
 
-@dataclass(frozen=True, kw_only=True)
 class OBSSettings(DensitySettings, CalibratedSettings):
     """OBS: the weights that the others can't make up for stay, and the others do (size only: no faster).
 
@@ -36,9 +34,7 @@ class OBSSettings(DensitySettings, CalibratedSettings):
     variant: Annotated[str, partial(require_choice, choices=VARIANTS)] = "gradual"
     sensitivity: bool = True
 
-    source: ClassVar[str] = (
-        "Hassibi, Stork, NIPS 1992, Eq 5; layer-wise: Dong, Chen, Pan, NIPS 2017; sparsegpt: Frantar, Alistarh, ICML 2023"
-    )
+    source = "Hassibi, Stork, NIPS 1992, Eq 5; layer-wise: Dong, Chen, Pan, NIPS 2017; sparsegpt: Frantar, Alistarh, ICML 2023"
 
     @property
     def weighted(self) -> bool:

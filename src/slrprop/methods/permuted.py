@@ -1,9 +1,8 @@
 """Permuted features fitted to a trained layer: every column a permutation of one sequence."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ DAMPING = 1e-3  # of the inputs' mean variance: what the data does not see stays
 STEPS = 8  # of conjugate gradients for the sequence, each round
 
 
-@dataclass(frozen=True, kw_only=True)
 class PermutedSettings(CalibratedSettings):
     """Permuted features: each column a permutation of one sequence, with a scale and an offset; size only, no faster.
 
@@ -31,7 +29,7 @@ class PermutedSettings(CalibratedSettings):
 
     refine: Times = 0
 
-    source: ClassVar[str] = (
+    source = (
         "Nagaraju, Chandrachoodan, IET Computers & Digital Techniques, 2023 (idea; scales, offsets and fit are ours)"
     )
 

@@ -1,8 +1,6 @@
 """Neurons removed because another one has nearly the same weights."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from scipy.cluster.hierarchy import cut_tree, linkage
@@ -12,7 +10,6 @@ from slrprop.methods.base import Problem
 from slrprop.methods.removal import RemovalSettings, kept_count, removal
 
 
-@dataclass(frozen=True, kw_only=True)
 class RedundantSettings(RemovalSettings):
     """Redundant features: clusters neurons by the angles between their weights and keeps one of each cluster.
 
@@ -20,7 +17,7 @@ class RedundantSettings(RemovalSettings):
     threshold); of each cluster the neuron with the longest weight vector stays (the article takes any; we choose).
     """
 
-    source: ClassVar[str] = "Ayinde, Inanc, Zurada, Neural Networks 118, 2019"
+    source = "Ayinde, Inanc, Zurada, Neural Networks 118, 2019"
 
 
 def clusters(vectors: Tensor, count: int) -> Tensor:

@@ -5,7 +5,7 @@ given the next layer's weights anew, by least squares; what the removed ones gav
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +27,6 @@ Score = Callable[[Problem, Mapping[str, str], Any], dict[str, Tensor]]
 SHARES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-@dataclass(frozen=True, kw_only=True)
 class RemovalSettings(CalibratedSettings):
     """Settings of every method that removes neurons, or channels, between a layer and the next one.
 

@@ -1,19 +1,16 @@
 """The dense weight in few bits, every number by itself."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
 
 from slrprop.forms import Dense, Fit, Table
 from slrprop.methods.base import Decision, Method, Problem, WholeSettings
 from slrprop.operators import Lookup
 
 
-@dataclass(frozen=True, kw_only=True)
 class RTNSettings(WholeSettings):
     """Round to nearest: the dense weight in 8 or 4 bits, without data (``dense`` makes errors compensate on the data)."""
 
-    source: ClassVar[str] = "the baseline of Frantar, Ashkboos, Hoefler, Alistarh, GPTQ, ICLR 2023"
+    source = "the baseline of Frantar, Ashkboos, Hoefler, Alistarh, GPTQ, ICLR 2023"
 
 
 def decide(problem: Problem, layers: tuple[str, ...], settings: RTNSettings) -> Iterator[Decision]:

@@ -1,9 +1,8 @@
 """SLR, sparse low rank: less relevant neurons keep fewer ranks."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ from slrprop.relevance.simple import Scores, by_channel, combined
 CRITERIA = ("weight", "activation", "cost", "cost+weight", "cost+activation")
 
 
-@dataclass(frozen=True, kw_only=True)
 class ShortenSettings(SVDBasedSettings):
     """Settings of every method that shortens neurons.
 
@@ -52,7 +50,6 @@ class ShortenSettings(SVDBasedSettings):
         return ("cost",)
 
 
-@dataclass(frozen=True, kw_only=True)
 class SLRSettings(ShortenSettings):
     """SLR: the less relevant neurons of both sides keep only part of the rank.
 
@@ -62,7 +59,7 @@ class SLRSettings(ShortenSettings):
 
     criterion: Annotated[str, partial(require_choice, choices=CRITERIA)] = "cost"
 
-    source: ClassVar[str] = "Swaminathan, Garg, Kannan, Andres, Neurocomputing 398, 2020"
+    source = "Swaminathan, Garg, Kannan, Andres, Neurocomputing 398, 2020"
 
     def needs(self) -> tuple[str, ...]:
         cost = ("cost",) if "cost" in self.criterion else ()

@@ -1,9 +1,9 @@
 """SLR's pattern with refitted factors: the two-level case of nested sparse low rank."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from slrprop.methods.slr import SLRSettings, kept_of, scores_of
 from slrprop.plan import LayerPlan
 
 
-@dataclass(frozen=True, kw_only=True)
 class SLRRefitSettings(SLRSettings, CalibratedSettings):
     """SLR with its factors refitted to the data: neurons are shortened as in SLR, then both blocks fit in turn.
 
@@ -29,13 +28,8 @@ class SLRRefitSettings(SLRSettings, CalibratedSettings):
     order: Literal["independent"] = "independent"  # costs are of the original network
     sweeps: Times = 10
 
-    source: ClassVar[str] = (
-        "Swaminathan, Garg, Kannan, Andres, Neurocomputing 398, 2020, for the pattern; refit: slrprop, 2026"
-    )
-
-    @property
-    def weighted(self) -> bool:
-        return True
+    source = "Swaminathan, Garg, Kannan, Andres, Neurocomputing 398, 2020, for the pattern; refit: slrprop, 2026"
+    weighs = True
 
     def needs(self) -> tuple[str, ...]:
         return (*SLRSettings.needs(self), *CalibratedSettings.needs(self))

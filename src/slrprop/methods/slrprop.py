@@ -1,8 +1,7 @@
 """SLRProp: sparse low rank with relevance propagated from the final response layer."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -15,7 +14,6 @@ from slrprop.operators import Operator
 from slrprop.relevance.simple import Scores, by_channel, propagated
 
 
-@dataclass(frozen=True, kw_only=True)
 class SLRPropSettings(ShortenSettings):
     """SLRProp: costs at the final response layer, propagated back to the inputs of the layers before it.
 
@@ -29,7 +27,7 @@ class SLRPropSettings(ShortenSettings):
     frl: str | None = None
     propagate: Literal["original", "truncated"] = "original"
 
-    source: ClassVar[str] = "Garmendia-Orbegozo, Nunez-Gonzalez, Anton, Sensors 23(5):2718, 2023"
+    source = "Garmendia-Orbegozo, Nunez-Gonzalez, Anton, Sensors 23(5):2718, 2023"
 
     def eligible(self, network: Network) -> tuple[str, ...]:
         layers = response_layers(network, self.frl, self.treats)

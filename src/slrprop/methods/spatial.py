@@ -1,7 +1,6 @@
 """Convolutions as two of one side each, fitted to calibration data."""
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from slrprop.checks import Times
 from slrprop.fit.regression import Regression
@@ -12,7 +11,6 @@ from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.operators import Convolution, Operator
 
 
-@dataclass(frozen=True, kw_only=True)
 class SpatialSettings(RankSettings, CalibratedSettings):
     """A k x l convolution as a k x 1 one and a 1 x l one, the second fitted to what the first really gives.
 
@@ -24,11 +22,8 @@ class SpatialSettings(RankSettings, CalibratedSettings):
     sweeps: Times = 2
     kernel: tuple[int, ...] = (3, 3)
 
-    source: ClassVar[str] = "Jaderberg, Vedaldi, Zisserman, BMVC 2014; the refit: slrprop, 2026"
-
-    @property
-    def weighted(self) -> bool:
-        return True
+    source = "Jaderberg, Vedaldi, Zisserman, BMVC 2014; the refit: slrprop, 2026"
+    weighs = True
 
     def treats(self, operator: Operator) -> bool:
         convolution = super().treats(operator) and isinstance(operator, Convolution) and len(operator.kernel) == 2

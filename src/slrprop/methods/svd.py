@@ -1,8 +1,6 @@
 """Truncated SVD."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -13,11 +11,10 @@ from slrprop.operators import Operator
 from slrprop.plan import LayerPlan
 
 
-@dataclass(frozen=True, kw_only=True)
 class SVDSettings(SVDBasedSettings):
     """Truncated SVD: the best rank-k approximation of the weight itself."""
 
-    source: ClassVar[str] = "Eckart and Young, Psychometrika 1, 1936"
+    source = "Eckart and Young, Psychometrika 1, 1936"
 
     def treats(self, operator: Operator) -> bool:
         return not operator.bits_only

@@ -1,8 +1,7 @@
 """Neurons removed by the first-order Taylor term of the loss."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from slrprop.methods.base import Problem
 from slrprop.methods.removal import ChainedSettings, Seen, averages, removal
 
 
-@dataclass(frozen=True, kw_only=True)
 class TaylorSettings(ChainedSettings):
     """Taylor: removes the neurons whose removal changes the loss least, to first order.
 
@@ -28,7 +26,7 @@ class TaylorSettings(ChainedSettings):
 
     absolute: Literal["sample", "mean"] = "sample"
 
-    source: ClassVar[str] = "Molchanov, Tyree, Karras, Aila, Kautz, ICLR 2017"
+    source = "Molchanov, Tyree, Karras, Aila, Kautz, ICLR 2017"
 
 
 def loss_of(outputs: Tensor, targets: Tensor | None) -> Tensor:

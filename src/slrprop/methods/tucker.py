@@ -1,8 +1,7 @@
 """Convolutions between fewer channels, fitted to calibration data."""
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -17,7 +16,6 @@ from slrprop.operators import Convolution, Operator
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)
 
 
-@dataclass(frozen=True, kw_only=True)
 class TuckerSettings(CalibratedSettings):
     """A convolution between fewer channels: 1 x 1 in front, the kernel, 1 x 1 behind, each fitted to what comes before it.
 
@@ -30,11 +28,8 @@ class TuckerSettings(CalibratedSettings):
     sweeps: Times = 1
     kernel: tuple[int, ...] = (3, 3)
 
-    source: ClassVar[str] = "Kim et al., ICLR 2016 (Tucker-2); the refit: slrprop, 2026"
-
-    @property
-    def weighted(self) -> bool:
-        return True
+    source = "Kim et al., ICLR 2016 (Tucker-2); the refit: slrprop, 2026"
+    weighs = True
 
     def treats(self, operator: Operator) -> bool:
         return super().treats(operator) and isinstance(operator, Convolution) and operator.unit > 1

@@ -1,8 +1,5 @@
 """Wanda: weights are judged by magnitude times the size of their input, each output by itself."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 from torch import Tensor
 
 from slrprop.fit.regression import Regression
@@ -12,14 +9,13 @@ from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.methods.density import DensitySettings
 
 
-@dataclass(frozen=True, kw_only=True)
 class WandaSettings(DensitySettings, CalibratedSettings):
     """Wanda: of every output the weights of largest magnitude times input norm stay (size only: no faster).
 
     As published with ``sequential=False, bias_correction=False, refit_head=False``.
     """
 
-    source: ClassVar[str] = "Sun, Liu, Bair, Kolter, ICLR 2024, Eq 1"
+    source = "Sun, Liu, Bair, Kolter, ICLR 2024, Eq 1"
 
     def stored_numbers(self, m: int, n: int) -> int:
         return n * whole_share(m, self.density)
