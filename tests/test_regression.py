@@ -26,7 +26,7 @@ from slrprop.methods.low_rank import LowRankSettings
 from slrprop.methods.low_rank import fit as fit_low_rank
 from slrprop.methods.nested import SHAPES, Level, NestedSettings
 from slrprop.methods.nested import fit as fit_nested
-from slrprop.methods.refit import Refit, WideRefit, refit_of
+from slrprop.methods.refit import Refit
 from slrprop.methods.slr_refit import SLRRefitSettings, refitted
 from slrprop.network import OnnxNetwork, TorchNetwork, open_network
 from slrprop.plan import Plan
@@ -278,7 +278,7 @@ class TestManyLayers:
     @pytest.mark.parametrize("kept", [1 << 30, 4000, 0])
     def test_prepared_together_they_are_as_one_by_one(self, kept, blocks, monkeypatch):
         for module in ("pairs", "calibration"):
-            monkeypatch.setattr(f"slrprop.{module}.bound", lambda: kept)
+            monkeypatch.setattr(f"slrprop.fit.{module}.bound", lambda: kept)
         plain, _, x = blocks
         alone, together = (calibration_of(plain, x, 17) for _ in range(2))
         together.prepare(self.NAMES)
@@ -665,7 +665,7 @@ class TestNested:
     def test_sweeps_never_raise_the_error(self, shape, task):
         settings = NestedSettings(rank=11, shape=shape, sweeps=0)
         start = fit_nested(task, settings)
-        refit = Refit(task)
+        refit = Refit(task, 8)
         for level, left in enumerate(start.left):
             rows, columns = members(start.row_levels, level), members(start.column_levels, level)
             refit.add(rows, columns, left.shape[1])
@@ -684,7 +684,7 @@ class TestNested:
         )
         whole = fit_nested(narrow, settings)
         monkeypatch.setattr(refit_module, "WIDEST", 8)
-        assert isinstance(refit_of(narrow, settings.rank), WideRefit)
+        assert Refit(narrow, settings.rank).wanted.left.shape[1] == 8
         thin = fit_nested(narrow, settings)
         assert torch.equal(thin.row_levels, whole.row_levels) and torch.equal(thin.column_levels, whole.column_levels)
         torch.testing.assert_close(thin.dense(), whole.dense())
@@ -702,7 +702,7 @@ class TestNested:
 
     def test_a_block_is_the_best_of_its_rank(self, task):
         """By random search around it: no other factors on these neurons come nearer."""
-        refit = Refit(task)
+        refit = Refit(task, 8)
         rows, columns = torch.arange(0, 96, 2), torch.arange(0, 80, 3)
         refit.add(rows, columns, 3)
         best = weighted_error(rest_of(refit), refit.covariance, task.metric)

@@ -11,7 +11,7 @@ from slrprop.fit.regression import Regression
 from slrprop.forms import SparseLowRank
 from slrprop.methods.base import WIDEST, RankSettings, grid
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
-from slrprop.methods.refit import refit_of, thin
+from slrprop.methods.refit import Refit, thin
 
 WIDE = 512
 
@@ -91,7 +91,7 @@ def whole(scores: Tensor, among: Tensor, count: int, unit: int) -> Tensor:
 def fit(task: Regression, settings: NestedSettings) -> SparseLowRank:
     """Levels from the widest to the narrowest; sets by the residual; then sweeps."""
     m, n = task.weight.shape
-    refit = refit_of(task, settings.rank)
+    refit = Refit(task, settings.rank)
     rows, columns = torch.arange(m), torch.arange(n)
     for index, (row_count, column_count, rank) in enumerate(settings.sizes(m, n)):
         if index:

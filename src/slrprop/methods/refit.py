@@ -1,15 +1,15 @@
 """Blocks of a weight, ``sum_g E(R_g) A_g B_g E(C_g)``, each fitted to what the others leave."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from slrprop.fit.regression import Regression, level
 from slrprop.forms import SparseLowRank
-from slrprop.linalg import balanced, principal, projected, top_eigenvectors
+from slrprop.linalg import balanced, top_eigenvectors
 from slrprop.methods.base import WIDEST
 
 COMPONENTS = 4  # times the rank: what is fitted of a wide weight
@@ -22,7 +22,7 @@ def thin(rank: int, m: int, n: int) -> bool:
 
 
 class Term(NamedTuple):
-    """A product of thin matrices that is a part of a wide weight, and both in the metrics of inputs and outputs."""
+    """A product that is a part of a weight, and both its factors in the metrics of inputs and outputs."""
 
     left: Tensor  # (m, j)
     covered: Tensor  # covariance @ left (m, j)
@@ -41,44 +41,39 @@ class Seen(NamedTuple):
 class Frame:
     """Where a block stands, and how what is to be fitted is projected onto it in the metric of inputs and outputs.
 
-    ``rows`` and ``columns`` are ascending.
+    ``rows`` and ``columns`` are ascending; ``wanted`` is the part of the weight that all blocks together come near to.
     """
 
-    def __init__(self, task: Regression, covariance: Tensor, rows: Tensor, columns: Tensor) -> None:
-        self.rows, self.columns = rows, columns
+    def __init__(self, task: Regression, covariance: Tensor, wanted: Term, rows: Tensor, columns: Tensor) -> None:
+        self.rows, self.columns, self.wanted = rows, columns, wanted
         self.root, self.weigh = task.root, task.metric
         self.narrow, self.low = len(columns) < len(task.target_mean), len(rows) < len(covariance)
         if self.narrow and task.metric is not None:
             self.weigh = task.metric[:, columns]
             self.root = torch.linalg.cholesky(self.weigh[columns])
         self.across = covariance[rows] if self.low else covariance
-        self.covariance = self.across[:, rows] if self.low else covariance
-        self.factor = torch.linalg.cholesky(self.covariance) if self.low else None
+        self.factor = torch.linalg.cholesky(self.across[:, rows]) if self.low else None
         self.directions: Tensor | None = None  # of the weighed output, of the last fit
 
-    def fitted(self, rest: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """The best factors for a rest (m x n): its projection onto the block, then reduced rank."""
-        if self.narrow and self.weigh is not None:
-            assert self.root is not None  # times the inverse of the metric among the block's columns
-            rest = torch.cholesky_solve((rest @ self.weigh).T, self.root).T
-        elif self.narrow:
-            rest = rest[:, self.columns]
-        if self.factor is not None:
-            rest = torch.cholesky_solve(self.across @ rest, self.factor)
-        self.directions = principal(rest, self.covariance, self.root, rank, self.directions)
-        return projected(rest, self.root, self.directions)
-
     def seen(self, term: Term) -> Seen:
-        """A term's projection onto the block."""
+        """A term's projection onto the block, of no more components than the block has outputs."""
         covered, turned = term.covered[self.rows], term.weighed[self.columns]
         left = term.left if self.factor is None else torch.cholesky_solve(covered, self.factor)
         if self.root is not None:
             turned = torch.linalg.solve_triangular(self.root, turned, upper=False)
-        return Seen(left, covered, turned)
+        if turned.shape[1] < len(turned):
+            return Seen(left, covered, turned)
+        return Seen(left @ turned.T, covered @ turned.T, torch.eye(len(turned), dtype=turned.dtype))
 
-    def fitted_to_sum(self, seen: list[Seen], rank: int) -> tuple[Tensor, Tensor]:
-        """The best factors for a sum of terms, as :meth:`fitted` but without a product of two wide matrices."""
-        left, covered, turned = (torch.cat(parts, 1) for parts in zip(*seen, strict=True))
+    @cached_property
+    def seen_wanted(self) -> Seen:
+        """The projection of what is wanted."""
+        return self.seen(self.wanted)
+
+    def fitted(self, taken: list[Term], rank: int) -> tuple[Tensor, Tensor]:
+        """The best factors for what is wanted and what other blocks take off it: its projection onto the block, then reduced rank."""
+        parts = zip(self.seen_wanted, *map(self.seen, taken), strict=True)
+        left, covered, turned = (torch.cat(part, 1) for part in parts)
 
         def apply(v: Tensor) -> Tensor:
             return turned @ (covered.T @ (left @ (turned.T @ v)))
@@ -92,38 +87,55 @@ class Frame:
 
 @dataclass(eq=False)
 class Block:
-    """Form (r x k) and (k x c), and where they stand."""
+    """Form (r x k) and (k x c), where they stand, and what they take off the weight."""
 
     frame: Frame
     left: Tensor
     right: Tensor
+    taken: Term
 
 
 class Refit:
-    """Blocks fitted one after the other to what the others leave of a weight."""
+    """Blocks fitted one after the other to what the others leave of a weight; of a wide one for a low ``rank`` of its principal part alone.
 
-    def __init__(self, task: Regression) -> None:
-        self.task = task
+    Then no step multiplies two wide matrices.
+    """
+
+    def __init__(self, task: Regression, rank: int) -> None:
+        self.task, self.blocks = task, list[Block]()
         self.covariance = task.damped(BLOCK_DAMPING)
-        self.blocks: list[Block] = []
+        self.damping = BLOCK_DAMPING * level(task.covariance)
+        if thin(rank, *task.weight.shape):
+            part = task.components(COMPONENTS * rank)
+            covered = task.covered(COMPONENTS * rank) + self.damping * part.left
+            weighed = part.vectors if task.root is None else task.root @ part.vectors
+            self.wanted = Term(part.left, covered, part.right, weighed)
+        else:
+            same = torch.eye(task.weight.shape[1], dtype=task.weight.dtype)
+            weighed = same if task.metric is None else task.metric
+            self.wanted = Term(task.weight, self.covariance @ task.weight, same, weighed)
 
     def add(self, rows: Tensor, columns: Tensor, rank: int) -> None:
         """One more block."""
-        frame = Frame(self.task, self.covariance, rows, columns)
+        frame = Frame(self.task, self.covariance, self.wanted, rows, columns)
         whole = not self.blocks and not frame.narrow and not frame.low
-        self.blocks.append(Block(frame, *(self.task.low_rank(rank) if whole else self._fitted(frame, rank))))
+        factors = self.task.low_rank(rank) if whole else frame.fitted([block.taken for block in self.blocks], rank)
+        self.blocks.append(self._block(frame, *factors))
 
     def sweep(self) -> None:
         """Fit every block anew, the others fixed."""
         for index, block in enumerate(self.blocks):
-            self.blocks[index] = Block(block.frame, *self._fitted(block.frame, block.left.shape[1]))
+            taken = [other.taken for other in self.blocks if other is not block]
+            self.blocks[index] = self._block(block.frame, *block.frame.fitted(taken, block.left.shape[1]))
 
     def scores(self) -> tuple[Tensor, Tensor]:
         """Of inputs (m,) and outputs (n,): the weighed square of what the blocks leave there, inputs over what they vary by alone."""
-        rest, metric = self._rest(), self.task.metric
-        rows = rest.square() if metric is None else rest * (rest @ metric)
-        columns = (rest * (self.task.covariance @ rest)).sum(0)
-        return rows.sum(1) / self.task.freedom, columns if metric is None else columns * metric.diagonal()
+        left, covered, right, weighed = zip(self.wanted, *(block.taken for block in self.blocks), strict=True)
+        rows, columns, metric = torch.cat(left, 1), torch.cat(right), self.task.metric
+        inputs = (rows @ (columns @ torch.cat(weighed, 1))) * rows
+        undamped = torch.cat(covered, 1) - self.damping * rows
+        outputs = (((rows.T @ undamped) @ columns) * columns).sum(0)
+        return inputs.sum(1) / self.task.freedom, outputs if metric is None else outputs * metric.diagonal()
 
     def factors(self) -> SparseLowRank:
         """The blocks as one form."""
@@ -135,57 +147,9 @@ class Refit:
         pairs = [balanced(block.left, block.right) for block in self.blocks]
         return SparseLowRank(tuple(a for a, _ in pairs), tuple(b for _, b in pairs), row_levels, column_levels)
 
-    def _fitted(self, frame: Frame, rank: int) -> tuple[Tensor, Tensor]:
-        return frame.fitted(self._rest(frame), rank)
-
-    def _rest(self, but: Frame | None = None) -> Tensor:
-        """What the blocks leave, or all but one of them."""
-        rest = self.task.weight.clone()
-        for block in self.blocks:
-            if block.frame is not but:
-                rest[block.frame.rows[:, None], block.frame.columns] -= block.left @ block.right
-        return rest
-
-
-class WideRefit(Refit):
-    """The same for a wide weight, of which only the principal part is fitted: no step multiplies two wide matrices."""
-
-    def __init__(self, task: Regression, rank: int) -> None:
-        super().__init__(task)
-        part = task.components(COMPONENTS * rank)
-        covered = task.covered(COMPONENTS * rank) + BLOCK_DAMPING * level(task.covariance) * part.left
-        weighed = part.vectors if task.root is None else task.root @ part.vectors
-        self.principal = Term(part.left, covered, part.right, weighed)
-        self._seen: dict[Frame, Seen] = {}  # the principal part by the blocks' frames
-        self._terms: WeakKeyDictionary[Block, Term] = WeakKeyDictionary()  # what the blocks take off it
-
-    def scores(self) -> tuple[Tensor, Tensor]:
-        left, covered, right, weighed = zip(*self._sum(), strict=True)
-        rows, columns, metric = torch.cat(left, 1), torch.cat(right), self.task.metric
-        inputs = (rows @ (columns @ torch.cat(weighed, 1))) * rows
-        outputs = (((rows.T @ torch.cat(covered, 1)) @ columns) * columns).sum(0)
-        return inputs.sum(1) / self.task.freedom, outputs if metric is None else outputs * metric.diagonal()
-
-    def _fitted(self, frame: Frame, rank: int) -> tuple[Tensor, Tensor]:
-        if frame not in self._seen:
-            self._seen[frame] = frame.seen(self.principal)
-        return frame.fitted_to_sum([self._seen[frame], *map(frame.seen, self._sum(frame)[1:])], rank)
-
-    def _sum(self, but: Frame | None = None) -> list[Term]:
-        """The principal part and what the blocks, or all but one of them, take off it."""
-        return [self.principal, *(self._term(block) for block in self.blocks if block.frame is not but)]
-
-    def _term(self, block: Block) -> Term:
-        if block not in self._terms:
-            m, n = self.task.weight.shape
-            frame, taken = block.frame, -block.right
-            left = taken.new_zeros(m, len(taken)).index_copy(0, frame.rows, block.left)
-            right = taken.new_zeros(len(taken), n).index_copy(1, frame.columns, taken)
-            weighed = right.T if frame.weigh is None else frame.weigh @ taken.T
-            self._terms[block] = Term(left, frame.across.T @ block.left, right, weighed)
-        return self._terms[block]
-
-
-def refit_of(task: Regression, rank: int) -> Refit:
-    """What fits blocks of a rank in all to a layer."""
-    return WideRefit(task, rank) if thin(rank, *task.weight.shape) else Refit(task)
+    def _block(self, frame: Frame, left: Tensor, right: Tensor) -> Block:
+        m, n = self.task.weight.shape
+        wide = left.new_zeros(m, len(right)).index_copy(0, frame.rows, left)
+        high = right.new_zeros(len(right), n).index_copy(1, frame.columns, -right)
+        weighed = high.T if frame.weigh is None else frame.weigh @ -right.T
+        return Block(frame, left, right, Term(wide, frame.across.T @ left, high, weighed))

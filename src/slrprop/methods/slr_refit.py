@@ -13,7 +13,7 @@ from slrprop.fit.regression import Regression
 from slrprop.forms import Quantized, SparseLowRank
 from slrprop.methods.base import Decision, Problem
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, Fitting, in_order
-from slrprop.methods.refit import refit_of
+from slrprop.methods.refit import Refit
 from slrprop.methods.slr import SLRSettings, kept_of, scores_of
 from slrprop.plan import LayerPlan
 
@@ -38,7 +38,7 @@ class SLRRefitSettings(SLRSettings, CalibratedSettings):
 def refitted(task: Regression, settings: SLRRefitSettings, rows: Tensor, columns: Tensor) -> SparseLowRank:
     """Form of SLR's pattern; masks (m,) and (n,) say who keeps the full rank."""
     m, n = task.weight.shape
-    refit, short = refit_of(task, settings.rank), settings.reduced_rank
+    refit, short = Refit(task, settings.rank), settings.reduced_rank
     sets = [(torch.arange(m), torch.arange(n), short)] if short else []
     kept_rows, kept_columns = (mask.nonzero()[:, 0] for mask in (rows, columns))
     rest = min(settings.rank - short, len(kept_rows), len(kept_columns))
