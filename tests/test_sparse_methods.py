@@ -20,7 +20,7 @@ from slrprop.fit.quantize import quantised
 from slrprop.fit.sparsity import SupportedSquares, damped, largest, largest_per_output, least_squares, squared_error
 from slrprop.forms import Quantized
 from slrprop.linalg import reduced_rank, truncated_svd
-from slrprop.methods import METHODS, group_lasso, lasso, low_rank_plus_sparse, magnitude, obd, obs, wanda
+from slrprop.methods import METHODS, lasso, low_rank_plus_sparse, magnitude, obd, obs, wanda
 from slrprop.methods.base import Problem
 from slrprop.network import TorchNetwork
 from slrprop.tune import TuneSettings, distilled
@@ -188,17 +188,22 @@ def test_group_lasso_is_scikit_learns():
     price = 0.5
     model = MultiTaskLasso(price * 9**0.5, fit_intercept=False, tol=1e-10, max_iter=100_000)
     want = model.fit(root.numpy(), (root @ weight).numpy()).coef_.T
-    got = group_lasso.group_lasso(weight, hessian, price, group_lasso.step_size(hessian), steps=20_000)
-    np.testing.assert_allclose(got.numpy(), want, atol=1e-4)
-    assert 0 < int((got != 0).any(1).sum()) < 14
+    found, kept = lasso.lasso(weight, hessian, int(want.any(1).sum()), grouped=True)
+    assert np.array_equal(kept.numpy(), want.any(1)) and 0 < int(kept.sum()) < 14 and not found[~kept].any()
     for count in (1, 5, 14):
-        found, kept = group_lasso.kept_inputs(weight, hessian, count)
+        found, kept = lasso.lasso(weight, hessian, count, grouped=True)
         assert int(kept.sum()) == count and not found[~kept].any()
 
 
-def test_the_proximal_step():
-    rows = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
-    torch.testing.assert_close(group_lasso.shrunk(rows, 1 / 2**0.5), torch.tensor([[2.4, 3.2], [0.0, 0.0]]))
+@pytest.mark.parametrize("count", [2, 6, 9])
+def test_where_group_lasso_ends_every_kept_input_pays_one_price(count):
+    """The gradient of the error is the price along each kept input's weights, and no longer anywhere else."""
+    weight, _, hessian, _ = problem()
+    found, kept = lasso.lasso(weight, hessian, count, grouped=True)
+    gradient = hessian @ (weight - found)
+    price = gradient[kept].norm(dim=1).mean()
+    np.testing.assert_allclose(gradient[kept], price * torch.nn.functional.normalize(found[kept]), atol=2e-2 * price)
+    assert (gradient[~kept].norm(dim=1) <= 1.01 * price).all()
 
 
 @pytest.mark.parametrize("variant", ["hassle", "grebdec", "oats"])

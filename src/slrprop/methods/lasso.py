@@ -1,5 +1,7 @@
 """LASSO: the least error of the layer's outputs with a price on the sum of the weights' magnitudes."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from sklearn.linear_model import lasso_path
@@ -26,36 +28,43 @@ class LassoSettings(DensitySettings, CalibratedSettings):
     source = "Tibshirani, J. Royal Statistical Society B 58, 1996"
 
 
-def lasso(weight: Tensor, hessian: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def lasso(weight: Tensor, hessian: Tensor, count: int, grouped: bool = False) -> tuple[Tensor, Tensor]:
     """``min_s 1/2 (w - s)^T H (w - s) + price * |s|_1`` for every output, by coordinate descent on H (scikit-learn's).
 
     All outputs pay one price: by bisection the highest with ``count`` non-zero weights or more; if there are more, those of
     least magnitude are dropped. Returns the weight (m, n) and its support.
+
+    Args:
+        grouped: the price is on the norm of each input's weights instead, ``count`` is of inputs, and the support (m,).
     """
-    m = len(hessian)
+    m, n = weight.shape
     # scikit-learn divides by the number of samples
-    root = torch.linalg.cholesky(hessian, upper=True).numpy() * np.sqrt(m)
-    targets = root @ weight.numpy()
-    gram, products = np.ascontiguousarray(hessian.numpy() * m), np.ascontiguousarray((hessian @ weight).numpy() * m)
-    low, high = 0.0, float(np.abs(products).max()) / m
+    root = np.asfortranarray(torch.linalg.cholesky(hessian, upper=True).numpy() * np.sqrt(m))
+    targets, given = root @ weight.numpy(), (hessian @ weight).numpy() * m
+    gram: Any = False if grouped else np.ascontiguousarray(hessian.numpy() * m)
+
+    def sizes(some: np.ndarray) -> np.ndarray:
+        found: np.ndarray = np.linalg.norm(some, axis=1) if grouped else np.abs(some)
+        return found
+
+    low, high = 0.0, float(sizes(given).max()) / m
     found, denser = np.zeros(weight.shape), weight.numpy()
     for _ in range(BISECTIONS):
-        if np.count_nonzero(denser) == count or not high > low:
+        if np.count_nonzero(sizes(denser)) == count or not high > low:
             break
         price = (low + high) / 2 if low else high / 4
-        for j in range(weight.shape[1]):
+        for j in [slice(None)] if grouped else range(n):
             _, path, _ = lasso_path(
-                root, targets[:, j], alphas=[price], precompute=gram, Xy=products[:, j], coef_init=np.asfortranarray(found[:, j]),
+                root, targets[:, j], alphas=[price], precompute=gram, Xy=given[:, j], coef_init=np.asfortranarray(found[:, j].T),
                 tol=1e-6, max_iter=10_000,
             )  # fmt: skip
-            found[:, j] = path[:, 0]
-        if np.count_nonzero(found) >= count:
+            found[:, j] = path[..., 0].T
+        if np.count_nonzero(sizes(found)) >= count:
             low, denser = price, found.copy()
         else:
             high = price
-    kept = torch.from_numpy(denser)
-    support = largest(kept.abs(), count)
-    return torch.where(support, kept, 0), support
+    support = largest(torch.from_numpy(sizes(denser)), count)
+    return torch.where(support[:, None] if grouped else support, torch.from_numpy(denser), 0), support
 
 
 def fit(task: Regression, settings: LassoSettings) -> Sparse:
