@@ -19,6 +19,7 @@ from slrprop.methods import Problem, calibrated
 from slrprop.methods.calibrated import METHOD_OF
 from slrprop.methods.slr import SLRSettings, kept
 from slrprop.network import open_network
+from slrprop.relevance.simple import weight_scores
 from slrprop.search import Candidate
 from slrprop.search.judge import Door, Judge, Log
 from slrprop.search.path import LEVELS, best_places, fitted, frontier, hull, neighbours, path_of, undominated
@@ -215,7 +216,7 @@ def test_slr_s_pattern_is_refitted_in_order_with_its_head(bits, trained, fresh):
         settings = SLRSettings(rank=layers[name].settings["rank"], criterion="weight")
         form = layers[name].factors
         form = form if bits == 32 else form.codes
-        scores = shares.problem.weight_scores(name)
+        scores = weight_scores(shares.problem.weight(name))
         for levels, side in ((form.row_levels, scores.rows), (form.column_levels, scores.columns)):
             assert torch.equal(levels == len(form.left), kept(side, settings.sparsity_rate))
 

@@ -218,6 +218,59 @@ def mirrored(upper: Tensor) -> Tensor:
     return upper
 
 
+def conjugate_gradients(
+    apply: Callable[[Tensor], Tensor],
+    rest: Tensor,
+    start: Tensor,
+    steps: int,
+    near: Callable[[Tensor], Tensor] = lambda rest: rest,
+    enough: Callable[[Tensor, float], bool] = lambda rest, gain: False,
+) -> Tensor:
+    """Some steps from ``start`` towards the solution x of ``apply(x) = right``; ``apply`` is symmetric and positive semidefinite.
+
+    Args:
+        rest: ``right - apply(start)``.
+        near: the preconditioner, nearly the inverse of ``apply``.
+        enough: whether to end, given what is left of ``rest`` and twice what the last step took off ``x . apply(x) / 2 - x . right``.
+    """
+    found, along, before = start, torch.zeros_like(start), 0.0
+    for _ in range(steps):
+        close = near(rest)
+        product = float((close * rest).sum())
+        along = close + (product / before if before else 0.0) * along
+        image = apply(along)
+        curvature = float((along * image).sum())
+        if not (product > 0 and curvature > 0):
+            break
+        length = product / curvature
+        found, rest, before = found + length * along, rest - length * image, product
+        if enough(rest, length * product):
+            break
+    return found
+
+
+def passed_on(
+    rows: np.ndarray, upper: np.ndarray, keep: Callable[[int, np.ndarray], np.ndarray | float], block: int
+) -> None:
+    """Make every row i (m x n) in place what ``keep(i, row)`` gives, one after the other; the rows to come take up its error.
+
+    Frantar et al., GPTQ, ICLR 2023, after optimal brain surgery.
+
+    Args:
+        upper: the upper Cholesky factor (m x m) of the inverse of what the rows are multiplied with.
+        block: rows whose errors are passed on together to those behind them.
+    """
+    for start in range(0, len(rows), block):
+        stop = min(start + block, len(rows))
+        errors = np.empty_like(rows[start:stop])
+        for i in range(start, stop):
+            kept = keep(i, rows[i])
+            errors[i - start] = (rows[i] - kept) / upper[i, i]
+            rows[i] = kept
+            rows[i + 1 : stop] -= upper[i, i + 1 : stop, None] * errors[i - start]
+        rows[stop:] -= upper[start:stop, stop:].T @ errors
+
+
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """The same product with orthogonal components whose two sides have the same length."""
     qa, ra = torch.linalg.qr(left)

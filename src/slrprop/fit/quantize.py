@@ -2,10 +2,12 @@
 
 Rounding one row of a matrix leaves an error; the rows not rounded yet take up what they can of it, as the covariance of
 the inputs says (Frantar et al., GPTQ, ICLR 2023, after optimal brain surgery). Between the two factors of a product the
-second is fitted anew once the first is rounded.
+second is fitted anew once the first is rounded. Of sparse values those of an output make up for each other, and the outputs to come for
+those of others.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, singledispatch
 
 import numpy as np
@@ -14,9 +16,20 @@ from torch import Tensor
 
 from slrprop.errors import SlrpropError
 from slrprop.fit.regression import Regression, Spread, level
-from slrprop.forms import Bias, Dense, Form, LowRank, Narrowed, Quantized, SparseLowRank, Table
+from slrprop.fit.sparsity import damped
+from slrprop.forms import (
+    Bias,
+    Dense,
+    Form,
+    LowRank,
+    LowRankPlusSparse,
+    Narrowed,
+    Quantized,
+    Sparse,
+    SparseLowRank,
+)
 from slrprop.forms.quantized import CODES
-from slrprop.linalg import balanced, between, in_parts
+from slrprop.linalg import balanced, between, in_parts, passed_on
 
 CLIPS = torch.arange(1.0, 0.39, -0.05)  # shares of the largest magnitude that may become the largest code
 BLOCK = 32  # rows whose errors are passed on together
@@ -84,14 +97,12 @@ def compensating(matrix: Tensor, scale: Tensor, bits: int, spread: Spread) -> Te
     for into, part, by in in_parts(found.T, matrix.T, scale.T, together=COLUMNS):  # columns know nothing of each other
         rest, wide = part.T.numpy()[order], by.T.numpy()[order]  # numpy: its overhead per row is a fraction of torch's
         codes = np.empty_like(rest)
-        for start in range(0, len(rest), BLOCK):
-            stop = min(start + BLOCK, len(rest))
-            errors = np.empty_like(rest[start:stop])
-            for i in range(start, stop):
-                np.minimum(np.maximum(np.rint(rest[i] / wide[i]), low), high, out=codes[i])
-                errors[i - start] = (rest[i] - codes[i] * wide[i]) / upper[i, i]
-                rest[i + 1 : stop] -= upper[i, i + 1 : stop, None] * errors[i - start]
-            rest[stop:] -= upper[start:stop, stop:].T @ errors
+
+        def nearest(i: int, row: np.ndarray, wide: np.ndarray = wide, codes: np.ndarray = codes) -> np.ndarray:
+            np.minimum(np.maximum(np.rint(row / wide[i]), low), high, out=codes[i])
+            return codes[i] * wide[i]
+
+        passed_on(rest, upper, nearest, BLOCK)
         into.T[spread.order] = torch.from_numpy(codes)
     return found
 
@@ -140,12 +151,10 @@ def compensated(form: Form, bits: int, task: Regression) -> Quantized:
 
 @compensated.register
 def _(form: Dense, bits: int, task: Regression) -> Quantized:
-    return form_of(form, bits, {"weight": rounded(form.weight, 0, bits, task.spread)})
-
-
-@compensated.register
-def _(form: Table, bits: int, task: Regression) -> Quantized:
-    return _plainly(form, bits)  # no row can take up what another's rounding leaves
+    spread = (
+        None if task.covariance.ndim == 1 else task.spread
+    )  # no row of an embedding can take up what another's rounding leaves
+    return form_of(form, bits, {"weight": rounded(form.weight, form.scale_axes()["weight"], bits, spread)})
 
 
 @compensated.register
@@ -212,3 +221,50 @@ def _(form: SparseLowRank, bits: int, task: Regression) -> Quantized:
         found |= {f"left_{index}": one, f"right_{index}": other}
         rest[rows[:, None], columns] -= (one[0] * one[1]) @ (other[0] * other[1][:, None])
     return form_of(form, bits, found)
+
+
+def rounded_values(form: Sparse, weight: Tensor, covariance: Tensor, metric: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Codes (nnz,) and the one scale (1,) of a sparse form's values, rounded one output after the other.
+
+    Each output's values are first fitted anew to what the rounded outputs before leave of ``weight`` (m x n) in the metric
+    (n x n; without it outputs do not help each other), then rounded from the input of most variance down, the rest made to take up the
+    error (Frantar et al., GPTQ, ICLR 2023, here on each output's own support).
+    """
+    scale = scales_of(form.entries, 0, bits)
+    hessian = damped(covariance)
+    couple = torch.eye(weight.shape[1], dtype=torch.float64) if metric is None else metric
+    found, support = form.dense(), form.support()
+    rest, step, (low, high) = weight - found, float(scale[0]), CODES[bits]
+
+    def nearest(_: int, row: np.ndarray) -> float:
+        return step * min(max(round(row[0] / step), low), high)
+
+    for j in couple.diagonal().argsort(descending=True).tolist():
+        index = support[:, j].nonzero()[:, 0]
+        if not len(index):
+            continue
+        index = index[hessian.diagonal()[index].argsort(descending=True)]
+        wanted = rest @ (couple[:, j] / couple[j, j]) + found[:, j]
+        inner = torch.linalg.cholesky(hessian[index[:, None], index])
+        values = torch.cholesky_solve((hessian[index] @ wanted)[:, None], inner)
+        upper = torch.linalg.cholesky(torch.cholesky_inverse(inner), upper=True)
+        passed_on(values.numpy(), upper.numpy(), nearest, BLOCK)
+        found[index, j] = values[:, 0]
+        rest[:, j] = weight[:, j] - found[:, j]
+    return (found.reshape(-1)[form.places] / step).round(), scale
+
+
+@compensated.register
+def _(form: Sparse, bits: int, task: Regression) -> Quantized:
+    codes, scale = rounded_values(form, task.weight, task.covariance, task.metric, bits)
+    return Quantized(form.with_matrices({"entries": codes.float()}), {"entries": scale.half()}, bits)
+
+
+@compensated.register
+def _(form: LowRankPlusSparse, bits: int, task: Regression) -> Quantized:
+    """The low rank first, then the sparse values against what it really leaves."""
+    low = compensated(form.low_rank, bits, replace(task, weight=task.weight - form.sparse.dense()))
+    left = task.weight - low.dense().double()
+    codes, scale = rounded_values(form.sparse, left, task.covariance, task.metric, bits)
+    whole = form.with_matrices(low.codes.matrices() | {"entries": codes.float()})
+    return Quantized(whole, low.scales | {"entries": scale.half()}, bits)

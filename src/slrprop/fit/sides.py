@@ -15,7 +15,7 @@ from torch import Tensor
 from slrprop.fit.quantize import compensated, form_of, rounded
 from slrprop.fit.regression import Regression, Spread, level
 from slrprop.forms import Quantized, Spatial, Tucker
-from slrprop.linalg import reduced_rank
+from slrprop.linalg import conjugate_gradients, reduced_rank
 
 RIDGE = 1e-6  # of what is solved, times its mean diagonal
 STEPS = 12  # of conjugate gradients for a first side
@@ -78,7 +78,7 @@ class Sides:
         weighed = second if self.metric is None else second @ self.metric
         across, rank = weighed @ second.T, start.shape[1]
         target = self.target if self.metric is None else self.target @ self.metric
-        error = (self.crossed * target).sum() - (weighed * self.folded(start, self.crossed)).sum()
+        error = float((self.crossed * target).sum() - (weighed * self.folded(start, self.crossed)).sum())
 
         def taken(rows: Tensor) -> Tensor:
             """``sum_j S[(., j), :] X[:, (., j)]`` (C k x r) of X (m x r l)."""
@@ -89,20 +89,13 @@ class Sides:
             """``spread(F)`` times something (r l x c)."""
             return torch.einsum("sr,rjc->sjc", first, rows.unflatten(0, (rank, self.wide))).flatten(0, 1)
 
-        found, rest = start, taken(self.target @ weighed.T - spread(start, across))
-        along, size = rest, rest.square().sum()
-        for _ in range(STEPS):
-            if not size > 0:
-                break
-            turned = taken(spread(along, across))
-            step = size / (along * turned).sum()
-            found, rest = found + step * along, rest - step * turned
-            gain, error = step * size, error - step * size
-            if gain < GAIN * error:
-                break
-            size, before = rest.square().sum(), size
-            along = rest + size / before * along
-        return found
+        def little(_: Tensor, gain: float) -> bool:
+            nonlocal error
+            error -= gain
+            return gain < GAIN * error
+
+        rest = taken(self.target @ weighed.T - spread(start, across))
+        return conjugate_gradients(lambda first: taken(spread(first, across)), rest, start, STEPS, enough=little)
 
 
 @compensated.register(Spatial)

@@ -17,6 +17,7 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
+from slrprop.linalg import conjugate_gradients
 from slrprop.memory import bound
 
 DAMPING = 1e-3
@@ -122,18 +123,12 @@ class SupportedSquares:
         if metric is None or not (metric - metric.diagonal().diag()).any():
             return self._each(self.hessian @ weight)
         found = torch.zeros_like(weight) if start is None else torch.where(self.support, start, 0)
-        residual = torch.where(self.support, self.hessian @ (weight - found) @ metric, 0)
-        size, before, step = float(residual.norm()), 0.0, torch.zeros_like(found)
-        for _ in range(iterations):
-            near = self._each(residual) / metric.diagonal()
-            product = float((near * residual).sum())
-            if not float(residual.norm()) > 1e-10 * size:
-                break
-            step = near + (product / before if before else 0.0) * step
-            along = self._curvature(step, metric)
-            length = product / float((step * along).sum())
-            found, residual, before = found + length * step, residual - length * along, product
-        return found
+        rest = torch.where(self.support, self.hessian @ (weight - found) @ metric, 0)
+        least, diagonal = 1e-10 * float(rest.norm()), metric.diagonal()
+        return conjugate_gradients(
+            lambda step: self._curvature(step, metric), rest, found, iterations,
+            lambda rest: self._each(rest) / diagonal, lambda rest, _: float(rest.norm()) <= least,
+        )  # fmt: skip
 
     def _curvature(self, step: Tensor, metric: Tensor) -> Tensor:
         """``H step G`` on the support, 0 elsewhere; where that is thin, no other entry is computed."""

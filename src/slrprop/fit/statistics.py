@@ -1,7 +1,7 @@
 """What calibration measured of a layer: streamed, accumulated in float64, in one pass or in parts that are merged."""
 
+import itertools
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,41 +16,28 @@ from slrprop.network.base import Network
 from slrprop.operators import Lookup
 from slrprop.parallel import each
 
-
-@dataclass(frozen=True, eq=False)
-class Statistics:
-    """Sums over ``samples`` calibration samples (each call and token of the layer is one).
-
-    ``input_abs`` (m,) is the sum of ``|x|``; ``output_abs`` (n,) the sum of ``|y|`` after the layer's nonlinearity.
-    Only what was asked for is there.
-    """
-
-    samples: int
-    sums: dict[str, Tensor]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.sums[name]
-
-
 QUANTITIES = ("input_abs", "output_abs")
 
 
-def collect(network: Network, names: tuple[str, ...], data: Data, needs: Collection[str]) -> dict[str, Statistics]:
-    """Collect the needed ``QUANTITIES`` of the named layers in one pass over the data."""
-    sums: dict[str, dict[str, Tensor]] = {name: {} for name in names}
-    samples = dict.fromkeys(names, 0)
+def collect(
+    network: Network, names: tuple[str, ...], data: Data, needs: Collection[str]
+) -> dict[tuple[str, str], Tensor]:
+    """The needed ``QUANTITIES`` of the named layers in one pass over the data, by layer and quantity.
+
+    Sums over the calibration samples (each call and token of the layer is one): ``input_abs`` (m,) of ``|x|``; ``output_abs`` (n,) of ``|y|``
+    after the layer's nonlinearity.
+    """
+    sums: dict[tuple[str, str], Tensor] = {}
     for flow in network.stream(names, data):
-        for name, calls in flow.calls.items():
-            for x, y in calls:
-                samples[name] += len(x)
-                for need in needs:
-                    if need == "input_abs" and isinstance(network.operator(name), Lookup):
-                        total = reads(x, network.shape(name)[0])
-                    else:
-                        values = x if need == "input_abs" else network.activated(name, y)
-                        total = values.abs().sum(0, dtype=torch.float64)
-                    sums[name][need] = sums[name][need] + total if need in sums[name] else total
-    return {name: Statistics(samples[name], sums[name]) for name in names}
+        for name, need in itertools.product(flow.calls, needs):
+            for x, y in flow.calls[name]:
+                if need == "input_abs" and isinstance(network.operator(name), Lookup):
+                    total = reads(x, network.shape(name)[0])
+                else:
+                    values = x if need == "input_abs" else network.activated(name, y)
+                    total = values.abs().sum(0, dtype=torch.float64)
+                sums[name, need] = sums.get((name, need), 0) + total
+    return sums
 
 
 def reads(x: Tensor, m: int) -> Tensor:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from numbers import Integral
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, dataclass_transform
 
@@ -12,7 +13,7 @@ from slrprop.checks import Count, Density, hold, require_choice
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
 from slrprop.fit.calibration import Calibration
-from slrprop.fit.statistics import collect
+from slrprop.fit.statistics import QUANTITIES, collect
 from slrprop.forms import Dense, Fit, Form
 from slrprop.forms.quantized import BITS
 from slrprop.linalg import SOLVERS, SVD, Solver, truncated_svd
@@ -21,7 +22,7 @@ from slrprop.network.base import Network
 from slrprop.operators import Lookup, Operator
 from slrprop.plan import LayerPlan
 from slrprop.relevance.cost import Baseline, CostScores, cost_scores
-from slrprop.relevance.simple import Scores, weight_scores
+from slrprop.relevance.simple import Scores
 
 WIDEST = 1024  # neurons on a side, beyond which a fit to data takes seconds
 
@@ -184,15 +185,12 @@ class Problem:
         self._svds: dict[tuple[Any, ...], SVD] = {}
         self._statistics: dict[tuple[str, str], Tensor] = {}
         self._costs: dict[tuple[Any, ...], CostScores] = {}
-        self._calibration: Calibration | None = None
         self._last: dict[Any, Any] = {}
 
-    @property
+    @cached_property
     def calibration(self) -> Calibration:
         """The layers' regressions on the calibration data."""
-        if self._calibration is None:
-            self._calibration = Calibration(self.network, self.data)
-        return self._calibration
+        return Calibration(self.network, self.data)
 
     @property
     def data(self) -> Data:
@@ -223,17 +221,12 @@ class Problem:
         """Measure what is missing of these quantities, for all these layers in one pass."""
         missing = tuple(need for need in quantities if any((name, need) not in self._statistics for name in layers))
         if missing:
-            for name, found in collect(self.network, layers, self.data, missing).items():
-                self._statistics |= {(name, need): found[need] for need in missing}
-
-    def weight_scores(self, name: str) -> Scores:
-        """Scores by magnitude of the original weight."""
-        return weight_scores(self.weight(name))
+            self._statistics |= collect(self.network, layers, self.data, missing)
 
     def activation_scores(self, name: str) -> Scores:
         """Scores by mean activation."""
-        self.collect((name,), ("input_abs", "output_abs"))
-        return Scores(self._statistics[name, "input_abs"], self._statistics[name, "output_abs"])
+        self.collect((name,), QUANTITIES)
+        return Scores(*(self._statistics[name, need] for need in QUANTITIES))
 
     def cost(
         self,

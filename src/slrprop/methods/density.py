@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import slrprop.fit.sparse_rounding  # noqa: F401  (registers how sparse values are rounded)
 from slrprop.checks import Density
 from slrprop.fit.sparsity import whole_share
 from slrprop.methods.base import Settings

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slrprop.losses import check_labels, pick_loss
 from slrprop.methods.base import Problem
-from slrprop.methods.removal import ChainedSettings, Seen, averages, removal
+from slrprop.methods.removal import ChainedSettings, Seen, averages_before, removal
 from slrprop.network.chain import ACTIVATIONS
 
 
@@ -52,7 +52,7 @@ def relevances(problem: Problem, pairs: Mapping[str, str], settings: LRPSettings
             relevance = z_plus(ACTIVATIONS[step.activation](before), step.weight, relevance)
         return z_plus(seen.x, seen.weight * seen.chain.scale, relevance)
 
-    return averages(problem, pairs, received)
+    return averages_before(problem, pairs, received)
 
 
 METHOD = removal("lrp", LRPSettings, relevances)

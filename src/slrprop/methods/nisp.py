@@ -63,22 +63,12 @@ def importances(problem: Problem, pairs: Mapping[str, str], settings: NISPSettin
                 outputs = by_channel(of_inputs(following), problem.network.shape(name)[1])
                 known[name] = propagated(problem.weight(name).cpu(), outputs)
             elif settings.start == "responses":
-                known[name] = infinite_selection(_inputs(problem, name))
+                known[name] = infinite_selection(problem.calibration.pairs.samples(name, {})[0][:RESPONSES])
             else:
                 known[name] = problem.weight(name).cpu().double().abs().sum(1)
         return known[name]
 
     return {first: of_inputs(following) for first, following in pairs.items()}
-
-
-def _inputs(problem: Problem, name: str) -> Tensor:
-    """The first inputs (p x m) of a layer."""
-    found: list[Tensor] = []
-    for flow in problem.network.stream((name,), problem.data):
-        found += [x for x, _ in flow.calls[name]]
-        if sum(map(len, found)) >= RESPONSES:
-            break
-    return torch.cat(found)[:RESPONSES]
 
 
 METHOD = removal("nisp", NISPSettings, importances)

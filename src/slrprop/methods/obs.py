@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Annotated
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from slrprop.errors import SlrpropError
 from slrprop.fit.regression import Regression
 from slrprop.fit.sparsity import ITERATIONS, SupportedSquares, damped, largest, least_squares, whole_share
 from slrprop.forms import Sparse
+from slrprop.linalg import passed_on
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.methods.density import DensitySettings
 
@@ -91,17 +93,15 @@ def sparsegpt(weight: Tensor, hessian: Tensor, density: float, block: int = BLOC
         raise SlrpropError("the inverse Hessian of the layer's inputs is not positive definite; use more damping")
     found, support = weight.clone(), torch.ones_like(weight, dtype=torch.bool)
     m, n = weight.shape
-    for start in range(0, m, block):
-        stop = min(m, start + block)
-        costs = found[start:stop] ** 2 / upper.diagonal()[start:stop, None] ** 2
-        support[start:stop] = largest(costs, whole_share(stop * n, density) - whole_share(start * n, density))
-        errors = torch.zeros_like(found[start:stop])
-        for i in range(start, stop):
-            kept = torch.where(support[i], found[i], 0)
-            errors[i - start] = (found[i] - kept) / upper[i, i]
-            found[i] = kept
-            found[i + 1 : stop] -= torch.outer(upper[i, i + 1 : stop], errors[i - start])
-        found[stop:] -= upper[start:stop, stop:].T @ errors
+
+    def kept(i: int, row: np.ndarray) -> np.ndarray:
+        if i % block == 0:
+            stop = min(m, i + block)
+            costs = found[i:stop] ** 2 / upper.diagonal()[i:stop, None] ** 2
+            support[i:stop] = largest(costs, whole_share(stop * n, density) - whole_share(i * n, density))
+        return row * support[i].numpy()
+
+    passed_on(found.numpy(), upper.numpy(), kept, block)
     return found, support
 
 

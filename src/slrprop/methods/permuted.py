@@ -1,6 +1,5 @@
 """Permuted features fitted to a trained layer: every column a permutation of one sequence."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from slrprop.checks import Times
 from slrprop.fit.regression import Regression
 from slrprop.forms import Shared
+from slrprop.linalg import conjugate_gradients
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 
 DAMPING = 1e-3  # of the inputs' mean variance: what the data does not see stays near the weight
@@ -89,9 +89,8 @@ def refined(form: Shared, weight: Tensor, metric: Tensor, rounds: int) -> Shared
         return gathered(metric @ (s[places] * scale) * scale)
 
     for _ in range(rounds):
-        sequence = _conjugate_gradients(
-            partial(normal, scale), gathered((seen - torch.outer(ones, offset)) * scale), sequence
-        )
+        apply, right = partial(normal, scale), gathered((seen - torch.outer(ones, offset)) * scale)
+        sequence = conjugate_gradients(apply, right - apply(sequence), sequence, STEPS)
         spread = sequence[places]
         a, b, c = (spread * (metric @ spread)).sum(0), ones @ spread, ones.sum()
         d, e = (spread * seen).sum(0), ones @ weight
@@ -101,22 +100,6 @@ def refined(form: Shared, weight: Tensor, metric: Tensor, rounds: int) -> Shared
         scale = torch.where(solvable, (d * c - b * e) / safe, scale)
         offset = torch.where(solvable, (a * e - b * d) / safe, offset)
     return Shared(sequence, scale, offset, form.packed)
-
-
-def _conjugate_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, start: Tensor) -> Tensor:
-    """``STEPS`` steps towards the solution of ``apply(s) = right``, ``apply`` positive semidefinite, from ``start``."""
-    found, residual = start, right - apply(start)
-    direction, size = residual, residual @ residual
-    for _ in range(STEPS):
-        image = apply(direction)
-        curvature = direction @ image
-        if not curvature > 0:
-            break
-        step = size / curvature
-        found, residual = found + step * direction, residual - step * image
-        size, before = residual @ residual, size
-        direction = residual + size / before * direction
-    return found
 
 
 METHOD = calibrated("permuted", PermutedSettings, fit)

@@ -4,7 +4,8 @@ A criterion scores the neurons between a layer and the one that reads them, of a
 given the next layer's weights anew, by least squares; what the removed ones gave on average goes into its bias.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,10 +20,11 @@ from slrprop.forms import Narrowed
 from slrprop.losses import rows_of
 from slrprop.methods.base import Decision, Method, Problem
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
-from slrprop.network.base import Network
+from slrprop.network.base import Flow, Network
 from slrprop.network.chain import Chain
 from slrprop.relevance.simple import by_channel
 
+Terms = Callable[[str, Tensor, Tensor, Flow], Tensor]
 Score = Callable[[Problem, Mapping[str, str], Any], dict[str, Tensor]]
 SHARES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -81,7 +83,19 @@ class Seen(NamedTuple):
     channels: int
 
 
-def averages(
+def averages(problem: Problem, names: Iterable[str], terms: Terms) -> dict[str, Tensor]:
+    """Means over the samples of what ``terms(layer, inputs, outputs, flow)`` gives (p x n), float64 (n,), by layer."""
+    sums, samples, layers = dict[str, Tensor](), Counter[str](), tuple(dict.fromkeys(names))
+    for flow in problem.network.stream(layers, problem.data):
+        for name in layers:
+            for x, y in flow.calls[name]:
+                found = terms(name, x, y, flow)
+                sums[name] = sums.get(name, 0) + found.sum(0, dtype=torch.float64)
+                samples[name] += len(found)
+    return {name: total / samples[name] for name, total in sums.items()}
+
+
+def averages_before(
     problem: Problem, pairs: Mapping[str, str], terms: Callable[[Seen, Tensor | None], Tensor]
 ) -> dict[str, Tensor]:
     """Means over the samples of what a criterion gives for every neuron, float64 (n,), by the neurons' own layer.
@@ -93,20 +107,19 @@ def averages(
     Raises:
         SlrpropError: on some batch the network does something else than the chain behind a layer.
     """
-    network, sums, samples = problem.network, dict[str, Tensor](), 0
-    for flow in network.stream(tuple(dict.fromkeys(pairs.values())), problem.data):
-        samples += len(rows_of(flow.output))
-        for first, following in pairs.items():
-            (x, y), chain = flow.calls[following][0], network.chain(following)
-            if chain is None or not network.reproduces(chain, y, flow.output):
-                raise SlrpropError(
-                    f"what follows layer '{following}' is not the same for all of this data; choose another criterion, like 'apoz'"
-                )
-            x, y = (rows_of(value).to(chain.scale) for value in (x, y))
-            seen = Seen(x, y, problem.weight(following).to(x), chain, network.shape(first)[1])
-            total = terms(seen, flow.batch.targets).sum(0, dtype=torch.float64)
-            sums[first] = sums[first] + total if first in sums else total
-    return {first: total / samples for first, total in sums.items()}
+    network, makers = problem.network, {following: first for first, following in pairs.items()}
+
+    def seen(name: str, x: Tensor, y: Tensor, flow: Flow) -> Tensor:
+        chain = network.chain(name)
+        if chain is None or not network.reproduces(chain, y, flow.output):
+            raise SlrpropError(
+                f"what follows layer '{name}' is not the same for all of this data; choose another criterion, like 'apoz'"
+            )
+        x, y = (rows_of(value).to(chain.scale) for value in (x, y))
+        return terms(Seen(x, y, problem.weight(name).to(x), chain, network.shape(makers[name])[1]), flow.batch.targets)
+
+    found = averages(problem, makers, seen)
+    return {first: found[following] for first, following in pairs.items()}
 
 
 def kept_count(count: int, keep: float) -> int:

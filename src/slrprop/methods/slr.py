@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from slrprop.checks import Rate, require_choice, share
+from slrprop.fit.statistics import QUANTITIES
 from slrprop.forms import Fit, Form, SparseLowRank
 from slrprop.linalg import truncated_svd
 from slrprop.losses import LossName
 from slrprop.methods.base import Decision, Method, Problem, SVDBasedSettings
 from slrprop.plan import LayerPlan, unpack
 from slrprop.relevance.cost import Baseline, CostScores
-from slrprop.relevance.simple import Scores, by_channel, combined
+from slrprop.relevance.simple import Scores, by_channel, combined, weight_scores
 
 CRITERIA = ("weight", "activation", "cost", "cost+weight", "cost+activation")
 
@@ -63,7 +64,7 @@ class SLRSettings(ShortenSettings):
 
     def needs(self) -> tuple[str, ...]:
         cost = ("cost",) if "cost" in self.criterion else ()
-        return cost + (("input_abs", "output_abs") if "activation" in self.criterion else ())
+        return cost + (QUANTITIES if "activation" in self.criterion else ())
 
 
 def kept(scores: Tensor, sparsity_rate: float) -> Tensor:
@@ -114,7 +115,7 @@ def scores_of(problem: Problem, name: str, settings: SLRSettings, compressed: di
             cost = cost_of(problem, name, settings, compressed)
             parts.append(Scores(cost.rows, cost.columns))
         else:
-            found = problem.weight_scores(name) if part == "weight" else problem.activation_scores(name)
+            found = weight_scores(problem.weight(name)) if part == "weight" else problem.activation_scores(name)
             parts.append(Scores(by_channel(found.rows, channels_of(problem, name)), found.columns))
     return parts[0] if len(parts) == 1 else combined(*parts)
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from slrprop.losses import check_labels, goal_of, pick_loss
 from slrprop.methods.base import Problem
-from slrprop.methods.removal import ChainedSettings, Seen, averages, removal
+from slrprop.methods.removal import ChainedSettings, Seen, averages_before, removal
 
 
 class TaylorSettings(ChainedSettings):
@@ -48,7 +48,9 @@ def taylor_terms(problem: Problem, pairs: Mapping[str, str], settings: TaylorSet
         found = ((gradient @ seen.weight.T) * seen.x).unflatten(1, (seen.channels, -1)).sum(2)  # of all its places
         return found.abs() if settings.absolute == "sample" else found
 
-    return {first: functional.normalize(mean.abs(), dim=0) for first, mean in averages(problem, pairs, terms).items()}
+    return {
+        first: functional.normalize(mean.abs(), dim=0) for first, mean in averages_before(problem, pairs, terms).items()
+    }
 
 
 METHOD = removal("taylor", TaylorSettings, taylor_terms)

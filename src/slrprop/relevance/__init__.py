@@ -33,8 +33,8 @@ def activation(model: nn.Module | str | Path, layer: str, data: Any) -> Scores:
     network.require(layer)
     if told := network.operator(layer).bits_only:
         raise SlrpropError(f"layer '{layer}' is {told}, of which no activations are taken; ask for weight scores")
-    statistics = collect(network, (layer,), opened, QUANTITIES)[layer]
-    return Scores(statistics["input_abs"], statistics["output_abs"])
+    statistics = collect(network, (layer,), opened, QUANTITIES)
+    return Scores(*(statistics[layer, need] for need in QUANTITIES))
 
 
 def cost(

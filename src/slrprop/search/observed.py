@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from slrprop.methods.base import Problem
 from slrprop.methods.slr import SLRSettings, scores_of
 from slrprop.plan import LayerPlan
+from slrprop.relevance.simple import weight_scores
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def observed(problem: Problem, name: str, rank: int, sensitivity: float, chosen:
     """
     weight = problem.weight(name).detach()
     values = problem.svd(name, rank, "auto").s.tolist() if rank else []
-    criterion, scores = "weight", problem.weight_scores(name)
+    criterion, scores = "weight", weight_scores(problem.weight(name))
     if chosen is not None and chosen.method == "slr":
         settings = SLRSettings(**chosen.settings)
         if settings.order == "independent" or "cost" not in settings.criterion:
