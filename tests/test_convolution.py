@@ -20,6 +20,7 @@ from slrprop.fit.sides import Sides
 from slrprop.forms import Dense, LowRank, Narrowed, Sparse, SparseLowRank, Spatial, Tucker, express, restored
 from slrprop.linalg import truncated_svd
 from slrprop.methods import METHODS, Problem
+from slrprop.methods.slr import SLRSettings
 from slrprop.network import open_network
 from slrprop.network.torch.find import operator_of
 from slrprop.operators import Convolution, times
@@ -231,7 +232,7 @@ def test_shortened_channels_have_all_of_their_rows(plain, images):
 def test_the_cost_of_a_channel_is_that_of_the_network_without_its_tail(plain, images):
     model, _ = plain
     problem = Problem(open_network(model, data := Data(images)), data)
-    costs = problem.cost("2", 5, "full", 2, "truncated", None)
+    costs = problem.cost("2", SLRSettings(rank=5, solver="full", reduction_rate=0.4))
     weight = operator_of(model[2]).matrix(model[2].weight.detach())
     svd = truncated_svd(weight, 5, "full")
 

@@ -14,8 +14,9 @@ import slrprop
 from slrprop import SlrpropError
 from slrprop.data import Data
 from slrprop.methods import METHODS, Problem
-from slrprop.methods.removal import kept_count, most_relevant, refitted
+from slrprop.methods.removal import kept_count, refitted
 from slrprop.network import TorchNetwork
+from slrprop.relevance.simple import highest
 from slrprop.tune import distilled
 
 REMOVAL = ("apoz", "lrp", "nisp", "redundant", "taylor")
@@ -152,8 +153,8 @@ def test_redundant_keeps_one_of_each_cluster(trained):
 
 def test_most_relevant_and_ties():
     assert [kept_count(10, keep) for keep in (0.01, 0.25, 0.5, 1.0)] == [1, 3, 5, 10]
-    assert most_relevant(torch.tensor([1.0, 3.0, 1.0, 2.0]), 0.5).tolist() == [False, True, False, True]
-    assert most_relevant(torch.zeros(4), 0.5).tolist() == [False, False, True, True]
+    assert highest(torch.tensor([1.0, 3.0, 1.0, 2.0]), 2).tolist() == [False, True, False, True]
+    assert highest(torch.zeros(4), 2).tolist() == [False, False, True, True]
 
 
 def test_the_head_is_refitted_where_it_is_not_touched(trained, calibration):

@@ -1,7 +1,7 @@
 """What a method is: frozen settings, one function that decides, one that builds the factors."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from numbers import Integral
@@ -17,11 +17,10 @@ from slrprop.fit.statistics import QUANTITIES, collect
 from slrprop.forms import Dense, Fit, Form
 from slrprop.forms.quantized import BITS
 from slrprop.linalg import SOLVERS, SVD, Solver, truncated_svd
-from slrprop.losses import LossName
 from slrprop.network.base import Network
 from slrprop.operators import Lookup, Operator
 from slrprop.plan import LayerPlan
-from slrprop.relevance.cost import Baseline, CostScores, cost_scores
+from slrprop.relevance.cost import CostScores, cost_scores
 from slrprop.relevance.simple import Scores
 
 WIDEST = 1024  # neurons on a side, beyond which a fit to data takes seconds
@@ -229,26 +228,21 @@ class Problem:
         return Scores(*(self._statistics[name, need] for need in QUANTITIES))
 
     def cost(
-        self,
-        name: str,
-        rank: int,
-        solver: Solver,
-        reduced_rank: int,
-        baseline: Baseline,
-        loss: LossName | None,
-        compressed: dict[str, Form] | None = None,
-        inputs: bool = True,
+        self, name: str, settings: Any, compressed: Mapping[str, Form] | None = None, inputs: bool = True
     ) -> CostScores:
-        """Exact costs of shortening single neurons, of the outputs alone without ``inputs``, where asked with other layers already ``compressed``."""
-        svd = self.svd(name, rank, solver)
-        if compressed:
-            network = self.network.with_fits(
-                {key: Fit(Dense(form.dense())) for key, form in compressed.items()}, self.data
-            )
-            return cost_scores(network, self.data, name, svd, reduced_rank, baseline, loss, inputs)
-        key = (name, rank, solver, reduced_rank, baseline, loss)
+        """Exact costs of shortening single neurons under a method's settings, of the outputs alone without ``inputs``.
+
+        Args:
+            settings: see :class:`slrprop.methods.slr.ShortenSettings`; by their order the other layers are ``compressed`` already.
+        """
+        svd, network = self.svd(name, settings.rank, settings.solver), self.network
+        rest = settings.reduced_rank, settings.baseline, settings.loss
+        if compressed and settings.order == "sequential":
+            fits = {key: Fit(Dense(form.dense())) for key, form in compressed.items()}
+            return cost_scores(network.with_fits(fits, self.data), self.data, name, svd, *rest, inputs)
+        key = (name, settings.rank, settings.solver, *rest)
         if key not in self._costs or (inputs and not len(self._costs[key].rows)):
-            self._costs[key] = cost_scores(self.network, self.data, name, svd, reduced_rank, baseline, loss, inputs)
+            self._costs[key] = cost_scores(network, self.data, name, svd, *rest, inputs)
         return self._costs[key]
 
 

@@ -1,9 +1,12 @@
 """What Net-Trim and DDLR share: settings, and the fit of one layer under constraints on its response."""
 
+from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from slrprop.checks import Count, Positive
-from slrprop.fit.admm import Programme, Proximal, Solution, solve
+from slrprop.fit.admm import Programme, Proximal, solve
 from slrprop.fit.regression import Regression
 from slrprop.forms import Bias, Fit, Form
 from slrprop.methods.calibrated import CalibratedSettings
@@ -38,18 +41,20 @@ class ConstrainedSettings(CalibratedSettings):
         return [{"gain": gain} for gain in GAINS]
 
 
-def constrained(task: Regression, settings: ConstrainedSettings, proximal: Proximal) -> tuple[Programme, Solution]:
-    """A layer's programme and its solution."""
+def constrained(
+    task: Regression, settings: ConstrainedSettings, proximal: Proximal, form_of: Callable[[Tensor], Form]
+) -> Fit:
+    """The solution of a layer's programme as a form with its bias.
+
+    Its notes say how far they are outside the constraints (shares of ``||Y||_F``), before any rounding to few bits.
+    """
     x, z = task.samples()
     if settings.sequential:
         programme = Programme.cascade(x, z, task.relu, settings.gain, x @ task.original + task.bias)
     else:
         programme = Programme.parallel(x, z, task.relu, settings.gain)
-    return programme, solve(programme, proximal, settings.rho, settings.iterations)
-
-
-def reported(programme: Programme, solution: Solution, form: Form) -> Fit:
-    """The factors with their bias, and notes: how far they are outside the constraints (shares of ``||Y||_F``), before any rounding to few bits."""
+    solution = solve(programme, proximal, settings.rho, settings.iterations)
+    form = form_of(solution.weight)
     error, ceiling = programme.violation(form.dense(), solution.bias)
     notes = {
         "error_violation": error,

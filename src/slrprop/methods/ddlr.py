@@ -8,7 +8,7 @@ from slrprop.fit.regression import Regression
 from slrprop.forms import Dense, Fit, LowRank
 from slrprop.linalg import truncated_svd
 from slrprop.methods.calibrated import calibrated
-from slrprop.methods.constrained import ConstrainedSettings, constrained, reported
+from slrprop.methods.constrained import ConstrainedSettings, constrained
 
 
 class DDLRSettings(ConstrainedSettings):
@@ -27,13 +27,15 @@ def numerical_rank(weight: Tensor) -> int:
     return max(1, int((s > TOLERANCE * s[0]).sum()))
 
 
+def factored(weight: Tensor) -> LowRank | Dense:
+    """A weight as two factors; as one matrix where they would hold more numbers."""
+    (m, n), rank = weight.shape, numerical_rank(weight)
+    return Dense(weight) if rank * (m + n) >= m * n else LowRank.from_svd(truncated_svd(weight, rank))
+
+
 def fit(task: Regression, settings: DDLRSettings) -> Fit:
-    """The solution as two factors; as one matrix where they would hold more numbers."""
-    programme, solution = constrained(task, settings, singular_value_threshold)
-    (m, n), rank = solution.weight.shape, numerical_rank(solution.weight)
-    if rank * (m + n) >= m * n:
-        return reported(programme, solution, Dense(solution.weight))
-    return reported(programme, solution, LowRank.from_svd(truncated_svd(solution.weight, rank)))
+    """The weight of the lowest singular values."""
+    return constrained(task, settings, singular_value_threshold, factored)
 
 
 METHOD = calibrated("ddlr", DDLRSettings, fit)

@@ -4,7 +4,7 @@ from slrprop.fit.admm import soft_threshold
 from slrprop.fit.regression import Regression
 from slrprop.forms import Fit, Sparse
 from slrprop.methods.calibrated import calibrated
-from slrprop.methods.constrained import ConstrainedSettings, constrained, reported
+from slrprop.methods.constrained import ConstrainedSettings, constrained
 
 
 class NetTrimSettings(ConstrainedSettings):
@@ -15,8 +15,7 @@ class NetTrimSettings(ConstrainedSettings):
 
 def fit(task: Regression, settings: NetTrimSettings) -> Fit:
     """The weights that the soft threshold left."""
-    programme, solution = constrained(task, settings, soft_threshold)
-    return reported(programme, solution, Sparse.of(solution.weight))
+    return constrained(task, settings, soft_threshold, Sparse.of)
 
 
 METHOD = calibrated("net_trim", NetTrimSettings, fit)

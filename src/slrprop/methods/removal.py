@@ -22,7 +22,7 @@ from slrprop.methods.base import Decision, Method, Problem
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
 from slrprop.network.base import Flow, Network
 from slrprop.network.chain import Chain
-from slrprop.relevance.simple import by_channel
+from slrprop.relevance.simple import by_channel, highest
 
 Terms = Callable[[str, Tensor, Tensor, Flow], Tensor]
 Score = Callable[[Problem, Mapping[str, str], Any], dict[str, Tensor]]
@@ -127,13 +127,6 @@ def kept_count(count: int, keep: float) -> int:
     return max(1, int(count * keep + 0.5))
 
 
-def most_relevant(scores: Tensor, keep: float) -> Tensor:
-    """Mask of the neurons that stay: the highest scores; of equal ones the lower index goes."""
-    mask = torch.zeros(len(scores), dtype=torch.bool)
-    mask[scores.cpu().argsort(stable=True)[len(scores) - kept_count(len(scores), keep) :]] = True
-    return mask
-
-
 def refitted(task: Regression, rows: Tensor) -> Tensor:
     """The weights (kept x n) for the inputs that stay, by least squares; a ridge pulls them towards the old ones."""
     damped = task.damped(DAMPING)[rows]
@@ -163,7 +156,7 @@ def removal(name: str, settings: type[RemovalSettings], score: Score) -> Method:
         kept, read = dict[str, Tensor](), dict[str, Tensor]()
         for first, found in score(problem, pairs, chosen).items():
             rows, count = network.shape(pairs[first])[0], network.shape(first)[1]
-            kept[first] = most_relevant(by_channel(found, count), chosen.keep)
+            kept[first] = highest(by_channel(found, count), kept_count(count, chosen.keep))
             read[pairs[first]] = kept[first].repeat_interleave(rows // count)
         made = {first: mask for first, mask in kept.items() if network.junction(first)}
 

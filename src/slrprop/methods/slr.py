@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Annotated, Literal
 
-import torch
 from torch import Tensor
 
 from slrprop.checks import Rate, require_choice, share
@@ -14,8 +13,8 @@ from slrprop.linalg import truncated_svd
 from slrprop.losses import LossName
 from slrprop.methods.base import Decision, Method, Problem, SVDBasedSettings
 from slrprop.plan import LayerPlan, unpack
-from slrprop.relevance.cost import Baseline, CostScores
-from slrprop.relevance.simple import Scores, by_channel, combined, weight_scores
+from slrprop.relevance.cost import Baseline
+from slrprop.relevance.simple import Scores, by_channel, combined, highest, weight_scores
 
 CRITERIA = ("weight", "activation", "cost", "cost+weight", "cost+activation")
 
@@ -69,23 +68,7 @@ class SLRSettings(ShortenSettings):
 
 def kept(scores: Tensor, sparsity_rate: float) -> Tensor:
     """Mask of the neurons that keep the full rank: all but the lowest share; ties fall to the lower index."""
-    mask = torch.ones(len(scores), dtype=torch.bool)
-    mask[scores.cpu().argsort(stable=True)[: share(len(scores), sparsity_rate)]] = False
-    return mask
-
-
-def cost_of(
-    problem: Problem,
-    name: str,
-    settings: ShortenSettings,
-    compressed: dict[str, Form] | None = None,
-    inputs: bool = True,
-) -> CostScores:
-    """The costs of a layer's neurons under these settings, without ``inputs`` those of its outputs alone."""
-    before = compressed if settings.order == "sequential" else None
-    return problem.cost(
-        name, settings.rank, settings.solver, settings.reduced_rank, settings.baseline, settings.loss, before, inputs
-    )
+    return highest(scores, len(scores) - share(len(scores), sparsity_rate))
 
 
 def channels_of(problem: Problem, name: str) -> int:
@@ -112,7 +95,7 @@ def scores_of(problem: Problem, name: str, settings: SLRSettings, compressed: di
     parts = []
     for part in settings.criterion.split("+"):
         if part == "cost":
-            cost = cost_of(problem, name, settings, compressed)
+            cost = problem.cost(name, settings, compressed)
             parts.append(Scores(cost.rows, cost.columns))
         else:
             found = weight_scores(problem.weight(name)) if part == "weight" else problem.activation_scores(name)

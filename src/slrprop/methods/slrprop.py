@@ -8,7 +8,7 @@ from torch import Tensor
 from slrprop.errors import SlrpropError
 from slrprop.forms import Form
 from slrprop.methods.base import Decision, Method, Problem
-from slrprop.methods.slr import ShortenSettings, build, channels_of, cost_of, shortened
+from slrprop.methods.slr import ShortenSettings, build, channels_of, shortened
 from slrprop.network.base import Network
 from slrprop.operators import Operator
 from slrprop.relevance.simple import Scores, by_channel, propagated
@@ -68,7 +68,7 @@ def decide(problem: Problem, layers: tuple[str, ...], settings: SLRPropSettings)
     for name in reversed(path[path.index(layers[0]) :]):
         settings = settings.at(problem.network.operator(name), problem.network.shape(name))
         if relevance is None or name in layers:
-            rows, columns, _ = cost_of(problem, name, settings, compressed, inputs=relevance is None)
+            rows, columns, _ = problem.cost(name, settings, compressed, inputs=relevance is None)
         if relevance is not None:
             weight = problem.weight(name)
             if settings.propagate == "truncated":

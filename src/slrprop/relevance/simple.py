@@ -28,6 +28,13 @@ def combined(first: Scores, second: Scores) -> Scores:
     return Scores(scaled(first.rows) + scaled(second.rows), scaled(first.columns) + scaled(second.columns))
 
 
+def highest(scores: Tensor, count: int) -> Tensor:
+    """Mask of so many neurons of the highest scores; of equal ones the lower index goes."""
+    mask = torch.zeros(len(scores), dtype=torch.bool)
+    mask[scores.cpu().argsort(stable=True)[len(scores) - count :]] = True
+    return mask
+
+
 def by_channel(scores: Tensor, count: int) -> Tensor:
     """Scores of so many channels (count,) from those of rows, which stand in a block for each."""
     return scores.unflatten(0, (count, -1)).sum(1)
