@@ -19,13 +19,13 @@ import torch
 from tqdm.auto import tqdm
 
 from slrprop.api import apply
-from slrprop.distil import distance
 from slrprop.methods.nested import SHAPES
 from slrprop.research.comparison.contenders import SHAPES as TRIED
 from slrprop.research.comparison.contenders import Contender
 from slrprop.research.comparison.run import Bench, plans_of
 from slrprop.research.experiments import COMPARED
 from slrprop.search.result import parse_size
+from slrprop.tune import distance
 
 SWEEPS = (0, 1, 2, 6)
 Row = tuple[float, float, float]  # divergence, accuracy in percent, seconds

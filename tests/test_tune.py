@@ -11,9 +11,8 @@ from torch import nn
 import slrprop
 from slrprop import SlrpropError
 from slrprop.data import Data
-from slrprop.distil import TuneSettings, distance
 from slrprop.network import open_network
-from slrprop.tune import Tunable, distilled
+from slrprop.tune import Tunable, TuneSettings, distance, distilled
 
 FAST = TuneSettings(epochs=3, learning_rate=2e-3, batch=128)
 
@@ -195,7 +194,7 @@ class TestWholeModules:
         assert once == again < 4000
         # 900 samples in 37 mixtures are more than 2**15
         assert asked(60, True)[0] == asked(37, True)[0] > asked(36, True)[0]
-        monkeypatch.setattr(sys.modules["slrprop.distil"], "KEPT", 1000)
+        monkeypatch.setattr(sys.modules["slrprop.tune"], "KEPT", 1000)
         assert asked(8, False) == (again + 7 * 900, divergence)
 
     def test_in_training_mode_are_tuned_as_they_are_used(self, calibration):

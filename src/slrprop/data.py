@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import math
+import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -14,8 +16,8 @@ from torch import Tensor
 
 from slrprop.checks import require_seed
 from slrprop.errors import SlrpropError, first_line
+from slrprop.files import require_regular
 from slrprop.losses import IGNORED
-from slrprop.npz import read_arrays
 
 BATCH_SIZE = 512
 Axes = int | Mapping[Any, int] | None  # where samples stand: of all inputs, or by input
@@ -353,3 +355,45 @@ def open_data(
                 raise SlrpropError(f"{name} must be a whole number, got {value!r}")
             setattr(data, name, value)
     return data
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an ``.npz``, or of an ``.npy`` as the only one; none is larger than the file says it is."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    require_regular(path)
+    if path.suffix == ".npy":
+        with open(path, "rb") as file:
+            _check_header(file, path.stat().st_size, path)
+        if path.stat().st_size > memory:
+            raise SlrpropError(f"'{path}' has {path.stat().st_size:,} bytes, more than this machine's memory; split it")
+        return {"input": np.load(path, allow_pickle=False)}
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        raw = path.read_bytes()[-(1 << 16) - 22 :]
+        record = raw.rfind(b"PK\x05\x06")  # at its end, which says how many members it has
+        if len(members) != int.from_bytes(raw[record + 10 : record + 12], "little"):
+            raise SlrpropError(f"the directory of '{path}' is damaged: it does not list all its arrays")
+        size = sum(member.file_size for member in members)
+        if size > memory:
+            raise SlrpropError(f"'{path}' unpacks to {size:,} bytes, more than this machine's memory; split it")
+        for member in members:
+            if member.filename.endswith(".npy"):
+                with archive.open(member) as part:
+                    _check_header(part, member.file_size, path)
+    with np.load(path, allow_pickle=False) as arrays:
+        return {key: arrays[key] for key in arrays.files}
+
+
+def _check_header(file: Any, size: int, path: Path) -> None:
+    """Refuse an array that claims more numbers than its file has, before memory is taken for it."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    if dtype.hasobject:
+        raise SlrpropError(
+            f"'{path}' can't be read without pickle, for it holds Python objects; save numbers, or text by array.astype(str)"
+        )
+    if math.prod(shape) * dtype.itemsize > size:
+        raise SlrpropError(
+            f"'{path}' holds an array of shape {shape} and type {dtype}, for which the file is too small or wrong"
+        )

@@ -13,6 +13,7 @@ from slrprop.checks import Count, Density, hold, require_choice
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
 from slrprop.fit.calibration import Calibration
+from slrprop.fit.sparsity import whole_share
 from slrprop.fit.statistics import QUANTITIES, collect
 from slrprop.forms import Dense, Fit, Form
 from slrprop.forms.quantized import BITS
@@ -137,6 +138,25 @@ class SVDBasedSettings(RankSettings):
     """
 
     solver: Annotated[Solver, _solver] = "auto"
+
+
+class DensitySettings(Settings):
+    """Settings of methods that keep single weights.
+
+    Args:
+        density: share of the weights kept.
+    """
+
+    density: Density = 0.1
+
+    def stored_numbers(self, m: int, n: int) -> int:
+        return whole_share(m * n, self.density)
+
+    @classmethod
+    def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
+        """1/2, 3/8, 1/4, 3/16, ... down to one weight for two outputs, ascending."""
+        halves = (0.5**power * share for power in range(1, 40) for share in (1.0, 0.75))
+        return [{"density": density} for density in sorted(halves) if density * m * n >= n / 2]
 
 
 class WholeSettings(Settings):

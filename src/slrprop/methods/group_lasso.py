@@ -5,8 +5,8 @@ import torch
 from slrprop.fit.regression import Regression
 from slrprop.fit.sparsity import damped, whole_share
 from slrprop.forms import Narrowed
+from slrprop.methods.base import DensitySettings
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
-from slrprop.methods.density import DensitySettings
 from slrprop.methods.lasso import lasso
 from slrprop.operators import Operator
 

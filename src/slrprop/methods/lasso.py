@@ -10,8 +10,8 @@ from torch import Tensor
 from slrprop.fit.regression import Regression
 from slrprop.fit.sparsity import damped, largest, least_squares
 from slrprop.forms import Sparse
+from slrprop.methods.base import DensitySettings
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
-from slrprop.methods.density import DensitySettings
 
 BISECTIONS = 30
 

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from slrprop.fit.sparsity import largest
 from slrprop.forms import Fit, Sparse
-from slrprop.methods.base import Decision, Method, Problem
-from slrprop.methods.density import DensitySettings
+from slrprop.methods.base import Decision, DensitySettings, Method, Problem
 from slrprop.plan import LayerPlan
 
 

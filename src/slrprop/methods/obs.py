@@ -13,8 +13,8 @@ from slrprop.fit.regression import Regression
 from slrprop.fit.sparsity import ITERATIONS, SupportedSquares, damped, largest, least_squares, whole_share
 from slrprop.forms import Sparse
 from slrprop.linalg import passed_on
+from slrprop.methods.base import DensitySettings
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
-from slrprop.methods.density import DensitySettings
 
 STEPS = 10
 DEAR = 1 << 27  # numbers of all outputs' Hessians, beyond which their least squares take minutes

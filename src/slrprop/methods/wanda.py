@@ -5,8 +5,8 @@ from torch import Tensor
 from slrprop.fit.regression import Regression
 from slrprop.fit.sparsity import largest_per_output, whole_share
 from slrprop.forms import Sparse
+from slrprop.methods.base import DensitySettings
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
-from slrprop.methods.density import DensitySettings
 
 
 class WandaSettings(DensitySettings, CalibratedSettings):

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from slrprop.distil import EPOCHS, LEAST_STEPS
 from slrprop.errors import SlrpropError
 from slrprop.files import holding, replacing
 from slrprop.research.comparison.contenders import CONTENDERS, ORIGINAL
 from slrprop.research.comparison.run import SLOW_SEEDS, Comparison
 from slrprop.research.experiments import Experiment
 from slrprop.research.tables import markdown, plus_minus
+from slrprop.tune import EPOCHS, LEAST_STEPS
 
 LEVELS = ("weights", "calibrated", "tuned", "trained")
 KNOWN = {contender.name: contender for contender in CONTENDERS}
