@@ -91,12 +91,11 @@ def _run(name: str, *tensors: Tensor) -> None:
     import numba
 
     most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    threads = min(torch.get_num_threads(), most)
     with RUNNING:
         before = numba.get_num_threads()
-        numba.set_num_threads(threads)
+        numba.set_num_threads(min(torch.get_num_threads(), most))
         try:
-            getattr(loops(), name)(*(tensor.contiguous().numpy() for tensor in tensors), threads)
+            getattr(loops(), name)(*(tensor.contiguous().numpy() for tensor in tensors))
         finally:
             numba.set_num_threads(before)
 

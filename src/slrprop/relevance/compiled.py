@@ -6,7 +6,7 @@ are is found by bounds and then by looking, for every tile of a sample's candida
 """
 
 import numpy as np
-from numba import njit, prange
+from numba import get_num_threads, njit, prange
 
 from slrprop.relevance.alike import SLACK, TILE
 
@@ -44,8 +44,9 @@ def _add(total, weight, rows, columns, moved):  # type: ignore[no-untyped-def]
 
 
 @njit(parallel=True, cache=True)
-def gathered(source, rows, columns, out, threads):  # type: ignore[no-untyped-def]
+def gathered(source, rows, columns, out):  # type: ignore[no-untyped-def]
     """Sets ``out`` (k x u x TILE) to ``source[rows[u], columns[:]]`` in blocks of TILE columns; zeros fill the last one."""
+    threads = get_num_threads()
     for thread in prange(threads):
         for u in range(thread, len(rows), threads):
             row = source[rows[u]]
@@ -77,7 +78,7 @@ def _picked(row, blocks, u, places, together):  # type: ignore[no-untyped-def]
 
 
 @njit(parallel=True, fastmath=FAST, cache=True)
-def one_layer(z, reference, ends, likely, near, peaks, weight, linear, samples, candidates, moves, out, threads):  # type: ignore[no-untyped-def]
+def one_layer(z, reference, ends, likely, near, peaks, weight, linear, samples, candidates, moves, out):  # type: ignore[no-untyped-def]
     """What follows one ReLU layer changes by, for injections of ``moves[t, j]`` times what is ``near`` for candidate ``candidates[t, j]`` into it.
 
     Args:
@@ -88,10 +89,9 @@ def one_layer(z, reference, ends, likely, near, peaks, weight, linear, samples, 
         weight: outgoing (u x c).
         linear: the change by the reference for a move of 1, in blocks (k x c x TILE).
         samples: of each tile (t,); ``candidates``, ``moves``: t x TILE.
-        out: the changes (t x c x TILE).
-        threads: each takes every so many tiles.
+        out: the changes (t x c x TILE); each thread takes every so many tiles.
     """
-    every, c, zero = len(peaks), weight.shape[1], z.dtype.type(0)
+    every, c, zero, threads = len(peaks), weight.shape[1], z.dtype.type(0), get_num_threads()
     columns, near_blocks, linear_blocks = np.arange(c), near.reshape(-1), linear.reshape(-1)
     for thread in prange(threads):
         places = np.empty(TILE, np.int64)
@@ -153,22 +153,7 @@ def _flips(share, z, right, lengths, listed, flip):  # type: ignore[no-untyped-d
 
 @njit(parallel=True, fastmath=FAST, cache=True)
 def low_rank(  # type: ignore[no-untyped-def]
-    z,
-    right,
-    lengths,
-    behind,
-    between,
-    z_next,
-    reference,
-    basis,
-    reaches,
-    spans,
-    weight,
-    linear,
-    samples,
-    shares,
-    out,
-    threads,
+    z, right, lengths, behind, between, z_next, reference, basis, reaches, spans, weight, linear, samples, shares, out
 ):
     """What follows two ReLU layers changes by, for injections ``right @ shares[t, :, j]`` into the first; one layer, where the second has no units.
 
@@ -185,10 +170,9 @@ def low_rank(  # type: ignore[no-untyped-def]
         weight: outgoing of the second layer (m x c).
         linear: the change for each component while no unit flips and the second layer is the reference (b x r x c).
         samples: of each tile (t,); ``shares``: t x r x TILE.
-        out: the changes (t x c x TILE).
-        threads: each takes every so many tiles.
+        out: the changes (t x c x TILE); each thread takes every so many tiles.
     """
-    n, m, r, c = z.shape[1], z_next.shape[1], shares.shape[1], weight.shape[1]
+    n, m, r, c, threads = z.shape[1], z_next.shape[1], shares.shape[1], weight.shape[1], get_num_threads()
     zero, slack, columns, components = z.dtype.type(0), z.dtype.type(SLACK), np.arange(c), np.arange(r)
     for thread in prange(threads):
         flip, shift = _rows_of_tiles(n, z.dtype), _rows_of_tiles(m, z.dtype)

@@ -1,7 +1,6 @@
 """Cost: how much the loss changes when one neuron is shortened, exactly and without re-running the network."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +18,9 @@ from slrprop.relevance.changes import Walk, chain_changes
 
 Baseline = Literal["truncated", "original"]
 CANDIDATES_AT_ONCE = 32
+Seen = tuple[
+    Tensor, Tensor, Tensor | None
+]  # a layer's inputs in one batch (p x m), the network's output (p x c) and the targets
 HELD = 1 << 25  # numbers of one layer's inputs or outputs for which a chain is walked at once
 
 
@@ -49,7 +51,7 @@ def cost_scores(
     Args:
         inputs: False leaves the inputs' scores out; SLRProp has others for the layers before the last.
     """
-    sums, held, chain = _Sums(), list[_Seen](), network.chain(name)
+    sums, held, chain = list[tuple[Tensor, Tensor, Tensor]](), list[Seen](), network.chain(name)
     original, samples, most = 0.0, 0, HELD // max(svd.vt.shape[1], svd.left.shape[0])
     for flow in tqdm(network.stream((name,), data), desc=f"cost of {name}", unit="batch", disable=None, leave=False):
         target = flow.batch.targets
@@ -66,9 +68,9 @@ def cost_scores(
         samples += len(output)
         seen_through = not (network.ending and chosen == "squared")
         if chain is not None and seen_through and network.reproduces(chain, flow.calls[name][0][1], flow.output):
-            held.append(_Seen(flow.calls[name][0][0].to(svd.u)[counted], output, target))
-            if sum(len(seen.x) for seen in held) >= most:
-                sums.add(*_by_chain(chain, network.bias(name), held, svd, reduced_rank, chosen, inputs))
+            held.append((flow.calls[name][0][0].to(svd.u)[counted], output, target))
+            if sum(len(x) for x, _, _ in held) >= most:
+                sums.append(_by_chain(chain, network.bias(name), held, svd, reduced_rank, chosen, inputs))
                 held.clear()
         else:
             outputs = _changed_outputs(network, flow, name, svd, chosen, counted)
@@ -76,48 +78,27 @@ def cost_scores(
                 lambda x, _: torch.zeros((), dtype=x.dtype, device=x.device), torch.zeros(1, dtype=torch.long)
             )[0]
             point = loss_point(chosen, base, target, output)
-            sums.add(_general_changes(outputs, network.operator(name), svd, reduced_rank, base, point, inputs), point)
+            changes = _general_changes(outputs, network.operator(name), svd, reduced_rank, base, point, inputs)
+            sums.append((*changes, point.values.double().sum()))
     if chain is not None and held:
-        sums.add(*_by_chain(chain, network.bias(name), held, svd, reduced_rank, chosen, inputs))
+        sums.append(_by_chain(chain, network.bias(name), held, svd, reduced_rank, chosen, inputs))
     require_labels(samples)
-    rows, columns = sums.rows / samples, sums.columns / samples
-    if baseline == "original":
-        shift = (sums.truncated - original) / samples
-        return CostScores((rows + shift).abs(), (columns + shift).abs(), original / samples)
-    return CostScores(rows.abs(), columns.abs(), sums.truncated / samples)
-
-
-@dataclass
-class _Sums:
-    """Over all samples: the loss changes of the inputs and the outputs, and the loss of the truncated network."""
-
-    rows: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    columns: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    truncated: float = 0.0
-
-    def add(self, changes: tuple[Tensor, Tensor], point: Point) -> None:
-        self.rows, self.columns = self.rows + changes[0], self.columns + changes[1]
-        self.truncated += float(point.values.double().sum())
-
-
-class _Seen(NamedTuple):
-    """What a layer of a chain saw in one batch (p x m), the network's output (p x c) and the targets."""
-
-    x: Tensor
-    output: Tensor
-    target: Tensor | None
+    rows, columns, truncated = (sum(parts) / samples for parts in zip(*sums, strict=True))
+    start = original / samples if baseline == "original" else float(truncated)
+    shift = float(truncated) - start
+    return CostScores((rows + shift).abs(), (columns + shift).abs(), start)
 
 
 def _by_chain(
-    chain: Chain, bias: Tensor | None, held: list[_Seen], svd: SVD, reduced_rank: int, loss: LossName, inputs: bool
-) -> tuple[tuple[Tensor, Tensor], Point]:
-    """The changes over several batches at once: the more samples, the more of them are alike."""
-    x, output = (torch.cat(parts) for parts in zip(*((seen.x, seen.output) for seen in held), strict=True))
-    targets = [seen.target for seen in held if seen.target is not None]
+    chain: Chain, bias: Tensor | None, held: list[Seen], svd: SVD, reduced_rank: int, loss: LossName, inputs: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The changes over several batches at once, and the loss of the truncated network: the more samples, the more of them are alike."""
+    x, output = torch.cat([x for x, _, _ in held]), torch.cat([output for _, output, _ in held])
+    targets = [target for _, _, target in held if target is not None]
     y = (x @ svd.left) @ svd.vt
     z = chain.values(y if bias is None else y + bias)
     point = loss_point(loss, z[-1], torch.cat(targets) if targets else None, output)
-    return chain_changes(x, svd, reduced_rank, Walk(chain, z, point), inputs), point
+    return *chain_changes(x, svd, reduced_rank, Walk(chain, z, point), inputs), point.values.double().sum()
 
 
 Outputs = Callable[[Changing, Tensor], Tensor]
