@@ -73,17 +73,18 @@ def _randomized(w: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return u[:, :k], s[:k], v[:, :k].T
 
 
+def _auto(w: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    small = min(w.shape)
+    return SOLVERS["full" if small <= FULL_BELOW or k > small // 8 else "arpack"](w, k)
+
+
 SOLVERS: dict[str, Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]] = {
+    "auto": _auto,
     "full": _full,
     "arpack": _iterative("arpack"),
     "lanczos": _iterative("propack"),
     "randomized": _randomized,
 }
-
-
-def _auto(w: Tensor, k: int) -> Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]:
-    small = min(w.shape)
-    return SOLVERS["full"] if small <= FULL_BELOW or k > small // 8 else SOLVERS["arpack"]
 
 
 def truncated_svd(w: Tensor, rank: int, solver: Solver = "auto") -> SVD:
@@ -108,13 +109,10 @@ def truncated_svd(w: Tensor, rank: int, solver: Solver = "auto") -> SVD:
         raise SlrpropError(
             f"the {w.shape[0]} x {w.shape[1]} weight holds NaN or infinite values; repair the model first"
         )
-    if isinstance(solver, str) and solver != "auto" and solver not in SOLVERS:
-        raise SlrpropError(
-            f"no solver is called '{solver}'; choose one of auto, {', '.join(SOLVERS)}, or pass a function"
-        )
+    if isinstance(solver, str) and solver not in SOLVERS:
+        raise SlrpropError(f"no solver is called '{solver}'; choose one of {', '.join(SOLVERS)}, or pass a function")
     w = w if w.dtype in (torch.float32, torch.float64) else w.float()
-    solve = (_auto(w, rank) if solver == "auto" else SOLVERS[solver]) if isinstance(solver, str) else solver
-    u, s, vt = solve(w, rank)
+    u, s, vt = (SOLVERS[solver] if isinstance(solver, str) else solver)(w, rank)
     if u.shape != (w.shape[0], rank) or s.shape != (rank,) or vt.shape != (rank, w.shape[1]):
         raise SlrpropError(
             f"the solver gave factors of shapes {tuple(u.shape)}, {tuple(s.shape)}, {tuple(vt.shape)} for rank {rank} of a {w.shape[0]} x {w.shape[1]} weight"

@@ -37,7 +37,7 @@ Bits = Annotated[int, _bits]
 
 
 def _solver(what: str, solver: Any) -> Any:
-    return solver if callable(solver) else require_choice(what, solver, ("auto", *SOLVERS))
+    return solver if callable(solver) else require_choice(what, solver, SOLVERS)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -52,6 +52,7 @@ class Settings(ABC):
     bits: Bits = 32
 
     source: ClassVar[str]
+    rungs: ClassVar[tuple[str, tuple[float, ...]]] = ("", ())  # a setting, and values of it that a search may try
 
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True, kw_only=True)(cls)
@@ -69,9 +70,9 @@ class Settings(ABC):
         """Numbers that an m x n weight takes under these settings; None where the data decide."""
 
     @classmethod
-    @abstractmethod
     def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
         """Settings for an m x n weight that a search may try, from the smallest result to the largest."""
+        return [{cls.rungs[0]: value} for value in cls.rungs[1]] or [{}]
 
     def refusal(self, m: int, n: int) -> str:
         """Why an m x n weight can't be treated; empty if it can."""
@@ -110,6 +111,9 @@ class RankSettings(Settings):
 
     rank: Count = 16
     compression_rate: Density | None = None
+
+    def stored_numbers(self, m: int, n: int) -> int:
+        return self.rank * (m + n)
 
     def at(self, operator: Operator, shape: tuple[int, int]) -> Self:
         found = super().at(operator, shape)
@@ -169,10 +173,6 @@ class WholeSettings(Settings):
 
     def treats(self, operator: Operator) -> bool:
         return True
-
-    @classmethod
-    def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
-        return [{}]
 
 
 COARSE_ABOVE = 1024  # neurons on a side: half as many ranks from 16 on are tried

@@ -1,7 +1,6 @@
 """What Net-Trim and DDLR share: settings, and the fit of one layer under constraints on its response."""
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
@@ -10,8 +9,6 @@ from slrprop.fit.admm import Programme, Proximal, solve
 from slrprop.fit.regression import Regression
 from slrprop.forms import Bias, Fit, Form
 from slrprop.methods.calibrated import CalibratedSettings
-
-GAINS = (0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02)
 
 
 class ConstrainedSettings(CalibratedSettings):
@@ -33,12 +30,10 @@ class ConstrainedSettings(CalibratedSettings):
     bias_correction: bool = False
     refit_head: bool = False
 
+    rungs = ("gain", (0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02))
+
     def stored_numbers(self, m: int, n: int) -> None:
         """Not known before the data are seen."""
-
-    @classmethod
-    def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
-        return [{"gain": gain} for gain in GAINS]
 
 
 def constrained(

@@ -28,9 +28,6 @@ class LowRankSettings(RankSettings, CalibratedSettings):
     def weighted(self) -> bool:
         return self.metric == "two_sided"
 
-    def stored_numbers(self, m: int, n: int) -> int:
-        return self.rank * (m + n)
-
 
 def fit(task: Regression, settings: LowRankSettings) -> LowRank:
     """Reduced-rank regression in both metrics."""

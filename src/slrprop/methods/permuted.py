@@ -1,7 +1,6 @@
 """Permuted features fitted to a trained layer: every column a permutation of one sequence."""
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,10 +34,6 @@ class PermutedSettings(CalibratedSettings):
 
     def stored_numbers(self, m: int, n: int) -> int:
         return m + 2 * n  # the packed permutations are bytes, not numbers
-
-    @classmethod
-    def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
-        return [{}]
 
 
 def fit(task: Regression, settings: PermutedSettings) -> Shared:

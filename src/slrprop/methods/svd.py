@@ -19,9 +19,6 @@ class SVDSettings(SVDBasedSettings):
     def treats(self, operator: Operator) -> bool:
         return not operator.bits_only
 
-    def stored_numbers(self, m: int, n: int) -> int:
-        return self.rank * (m + n)
-
 
 def decide(problem: Problem, layers: tuple[str, ...], settings: SVDSettings) -> Iterator[Decision]:
     """Every layer by itself."""

@@ -1,7 +1,6 @@
 """Convolutions between fewer channels, fitted to calibration data."""
 
 import math
-from typing import Any
 
 import torch
 
@@ -12,8 +11,6 @@ from slrprop.forms import Tucker
 from slrprop.linalg import reduced_rank
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
 from slrprop.operators import Convolution, Operator
-
-SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)
 
 
 class TuckerSettings(CalibratedSettings):
@@ -30,6 +27,7 @@ class TuckerSettings(CalibratedSettings):
 
     source = "Kim et al., ICLR 2016 (Tucker-2); the refit: slrprop, 2026"
     weighs = True
+    rungs = ("keep", tuple(step / 20 for step in range(1, 17)))
 
     def treats(self, operator: Operator) -> bool:
         return super().treats(operator) and isinstance(operator, Convolution) and operator.unit > 1
@@ -42,10 +40,6 @@ class TuckerSettings(CalibratedSettings):
     def stored_numbers(self, m: int, n: int) -> int:
         unit, inputs, outputs = self.channels(m, n)
         return m // unit * inputs + inputs * unit * outputs + outputs * n
-
-    @classmethod
-    def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
-        return [{"keep": share} for share in SHARES]
 
 
 def fit(task: Regression, settings: TuckerSettings) -> Tucker:
