@@ -33,12 +33,7 @@ class Spread(NamedTuple):
         order = covariance.diagonal().argsort(descending=True)
         spread = covariance[order[:, None], order]
         spread.diagonal().add_(ROUNDING_DAMPING * level(spread))
-        # from A = U U^T with U upper triangular: A^-1 = R^T R for R = U^-1
-        spread = spread.flip(0, 1)
-        factor = torch.linalg.cholesky(spread)
-        del spread
-        factor = factor.flip(0, 1)
-        return cls(order, torch.linalg.solve_triangular(factor, torch.eye(len(order), dtype=factor.dtype), upper=True))
+        return cls(order, torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(spread)), upper=True))
 
 
 class Components(NamedTuple):

@@ -49,9 +49,7 @@ def largest_per_output(scores: Tensor, count: int) -> Tensor:
     m = len(scores)
     if not 0 < count < m:
         return torch.full_like(scores, count > 0, dtype=torch.bool)
-    bound = torch.from_numpy(np.partition(scores.detach().double().cpu().numpy(), m - count, axis=0)[m - count]).to(
-        scores
-    )
+    bound = scores.kthvalue(m - count + 1, dim=0).values
     above, level = scores > bound, scores == bound
     missing = count - above.sum(0)
     return above | (level & (level.cumsum(0) <= missing)) if (level.sum(0) > missing).any() else above | level

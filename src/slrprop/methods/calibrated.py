@@ -80,8 +80,10 @@ def in_order(
     Args:
         fixed: layers that are compressed already and stay as they are.
     """
-    compressed = {name: computed_by(problem, layer) for name, layer in (fixed or {}).items()}
-    order = problem.network.order
+    compressed, order = dict[str, Compressed](), problem.network.order
+    for name, layer in (fixed or {}).items():
+        assert layer.fit is not None
+        compressed[name] = Compressed.of(layer.fit.over(problem.network.bias(name)))
     names = [name for name in order if name in chosen]
     fitted = tuple(name for name in names if not problem.network.operator(name).bits_only)
     given = [settings for _, settings in chosen.values()]
@@ -107,12 +109,6 @@ def in_order(
             yield Decision(last, fit, method="dense", settings=METHOD_OF["dense"].settings(bits=32))
     finally:
         problem.calibration.rest()
-
-
-def computed_by(problem: Problem, layer: LayerPlan) -> Compressed:
-    """What a planned layer computes."""
-    assert layer.fit is not None
-    return Compressed.of(layer.fit.over(problem.network.bias(layer.name)))
 
 
 def head_after(problem: Problem, names: list[str]) -> str | None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from slrprop.checks import Times, require_choice
 from slrprop.fit.regression import Regression
+from slrprop.fit.sparsity import largest
 from slrprop.forms import SparseLowRank
 from slrprop.methods.base import WIDEST, RankSettings, grid
 from slrprop.methods.calibrated import CalibratedSettings, calibrated
@@ -75,17 +76,11 @@ class NestedSettings(RankSettings, CalibratedSettings):
         return [{"rank": rank} for rank in ranks if cls(rank=rank).stored_numbers(m, n) <= most]
 
 
-def largest(scores: Tensor, among: Tensor, count: int) -> Tensor:
-    """The ``count`` neurons of highest score among some, ascending; ties fall to the lower index."""
-    return among[scores[among].argsort(descending=True, stable=True)[:count]].sort().values
-
-
-def whole(scores: Tensor, among: Tensor, count: int, unit: int) -> Tensor:
-    """The same in whole channels of ``unit`` rows, as many as ``count`` rows hold, one at least."""
-    if unit == 1:
-        return largest(scores, among, count)
-    channels = largest(scores.unflatten(0, (-1, unit)).sum(1), among[::unit] // unit, max(1, count // unit))
-    return (channels[:, None] * unit + torch.arange(unit)).flatten()
+def chosen(scores: Tensor, among: Tensor, count: int, unit: int = 1) -> Tensor:
+    """The ``count`` neurons of highest score among some, ascending, in whole channels of ``unit`` rows, one at least; ties fall to the lower index."""
+    channels = among[::unit] // unit
+    kept = channels[largest(scores.unflatten(0, (-1, unit)).sum(1)[channels], max(1, count // unit))]
+    return (kept[:, None] * unit + torch.arange(unit)).flatten()
 
 
 def fit(task: Regression, settings: NestedSettings) -> SparseLowRank:
@@ -96,10 +91,8 @@ def fit(task: Regression, settings: NestedSettings) -> SparseLowRank:
     for index, (row_count, column_count, rank) in enumerate(settings.sizes(m, n)):
         if index:
             row_scores, column_scores = refit.scores()
-            rows, columns = (
-                whole(row_scores, rows, row_count, task.operator.unit),
-                largest(column_scores, columns, column_count),
-            )
+            rows = chosen(row_scores, rows, row_count, task.operator.unit)
+            columns = chosen(column_scores, columns, column_count)
         refit.add(rows, columns, rank)
     for _ in range(settings.sweeps if len(refit.blocks) > 1 else 0):
         refit.sweep()

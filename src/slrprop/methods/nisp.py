@@ -36,13 +36,7 @@ def infinite_selection(x: Tensor) -> Tensor:
     standard deviations scaled to 1 at most. A constant column counts as known from the others.
     """
     ranks = torch.from_numpy(rankdata(x.cpu().double().numpy(), axis=0))
-    ranks = ranks - ranks.mean(0)
-    length = ranks.norm(dim=0)
-    constant = length == 0
-    ranks = ranks / length.clamp_min(torch.finfo(torch.float64).tiny)
-    apart = 1 - (ranks.T @ ranks).abs()
-    apart[constant] = 0
-    apart[:, constant] = 0
+    apart = (1 - torch.corrcoef(ranks.T).abs()).nan_to_num(0).reshape(x.shape[1], -1)  # none where a column is constant
     deviation = x.cpu().double().std(0, correction=0)
     spread = torch.maximum(deviation[:, None], deviation) / deviation.max().clamp_min(1e-300)
     affinity = (spread + apart) / 2

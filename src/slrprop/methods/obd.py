@@ -25,8 +25,7 @@ class OBDSettings(DensitySettings, CalibratedSettings):
 
 def saliency(weight: Tensor, hessian: Tensor, metric: Tensor | None = None) -> Tensor:
     """``h_kk w_k^2 / 2`` of every weight (m, n), h_kk the product of both diagonals."""
-    costs = hessian.diagonal()[:, None] * weight**2 / 2
-    return costs if metric is None else costs * metric.diagonal()
+    return hessian.diagonal()[:, None] * weight**2 / 2 * (1 if metric is None else metric.diagonal())
 
 
 def fit(task: Regression, settings: OBDSettings) -> Sparse:

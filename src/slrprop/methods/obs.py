@@ -46,11 +46,7 @@ class OBSSettings(DensitySettings, CalibratedSettings):
 def saliency(weight: Tensor, hessian: Tensor, metric: Tensor | None = None) -> Tensor:
     """``w_q^2 / (2 [H^-1]_qq)`` of every weight (m, n) with all others present, times the metric's diagonal."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian)).diagonal()
-    return _weighted(weight**2 / (2 * inverse[:, None]), metric)
-
-
-def _weighted(costs: Tensor, metric: Tensor | None) -> Tensor:
-    return costs if metric is None else costs * metric.diagonal()
+    return weight**2 / (2 * inverse[:, None]) * (1 if metric is None else metric.diagonal())
 
 
 def one_shot(weight: Tensor, hessian: Tensor, count: int, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -77,7 +73,7 @@ def gradual(
         squares = SupportedSquares(hessian, support)
         found = squares.solve(weight, metric, ROUGHLY if step < steps else ITERATIONS, found)
         if step < steps:
-            costs = _weighted(squares.removal_costs(found), metric)
+            costs = squares.removal_costs(found) * (1 if metric is None else metric.diagonal())
         del squares  # before there is another
     return found, support
 

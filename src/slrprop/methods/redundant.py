@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from scipy.cluster.hierarchy import cut_tree, linkage
+from sklearn.cluster import AgglomerativeClustering
 from torch import Tensor
 
 from slrprop.methods.base import Problem
@@ -31,9 +31,9 @@ def clusters(vectors: Tensor, count: int) -> Tensor:
         return torch.arange(n)
     unit = torch.nn.functional.normalize(vectors.double(), dim=1)
     distance = (1 - unit @ unit.T).clamp_min(0)
-    upper = torch.triu_indices(n, n, 1)
-    merges = linkage(distance[upper[0], upper[1]].numpy(), "complete")
-    return torch.from_numpy(cut_tree(merges, count)[:, 0])
+    return torch.from_numpy(
+        AgglomerativeClustering(count, metric="precomputed", linkage="complete").fit_predict(distance)
+    )
 
 
 def representatives(problem: Problem, pairs: Mapping[str, str], settings: RedundantSettings) -> dict[str, Tensor]:
