@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import cache, partial
@@ -12,11 +12,25 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from slrprop.errors import SlrpropError
 
 
+def number(kind: Any, told: str, holds: Callable[[Any], bool]) -> Callable[[str, Any], Any]:
+    """What refuses all but numbers of a kind for which something holds, in the words told; numpy's are made Python's, which JSON takes."""
+
+    def check(what: str, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
+            raise SlrpropError(f"{what} must be {told}, got {value!r}")
+        return int(value) if kind is Integral else float(value)
+
+    return check
+
+
+require_rate = number(Real, "at least 0 and below 1", lambda rate: 0 <= rate < 1)
+require_density = number(Real, "above 0 and at most 1", lambda density: 0 < density <= 1)  # or a share that stays
+require_positive = number(Real, "a number above 0", lambda value: 0 < value <= sys.float_info.max)
+
+
 def require_count(what: str, value: Any, least: int) -> int:
-    """A count is a whole number from ``least``; numpy's are made Python's, which JSON takes."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise SlrpropError(f"{what} must be a whole number from {least}, got {value!r}")
-    return int(value)
+    """A count is a whole number from ``least``."""
+    return int(number(Integral, f"a whole number from {least}", lambda count: count >= least)(what, value))
 
 
 def require_seed(seed: Any) -> int:
@@ -25,13 +39,6 @@ def require_seed(seed: Any) -> int:
         told = "a longer one" if isinstance(seed, int) and abs(seed) >= 2**128 else repr(seed)[:40]
         raise SlrpropError(f"seed must be a whole number from 0 to 2^63 - 1, got {told}")
     return int(seed)
-
-
-def require_rate(what: str, rate: Any) -> float:
-    """A rate is a number in [0, 1)."""
-    if isinstance(rate, bool) or not isinstance(rate, Real) or rate < 0 or not rate < 1:
-        raise SlrpropError(f"{what} must be at least 0 and below 1, got {rate!r}")
-    return float(rate)
 
 
 def require_flag(what: str, value: Any) -> bool:
@@ -59,20 +66,6 @@ def suggestion(name: str, known: Collection[str]) -> str:
 def share(count: int, rate: float) -> int:
     """``int(count * rate)`` as the articles write it, safe from 0.29 * 100 = 28.999..."""
     return int(count * rate + 1e-9)
-
-
-def require_density(what: str, density: Any) -> float:
-    """A density, or a share that stays, is a number above 0, at most 1."""
-    if isinstance(density, bool) or not isinstance(density, Real) or density <= 0 or not density <= 1:
-        raise SlrpropError(f"{what} must be above 0 and at most 1, got {density!r}")
-    return float(density)
-
-
-def require_positive(what: str, value: Any) -> float:
-    """A number above 0 that float64 holds."""
-    if isinstance(value, bool) or not isinstance(value, Real) or value <= 0 or not value <= sys.float_info.max:
-        raise SlrpropError(f"{what} must be a number above 0, got {value!r}")
-    return float(value)
 
 
 def need_extra(module: str, extra: str) -> Any:

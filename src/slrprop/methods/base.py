@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self, dataclass_transfo
 
 from torch import Tensor
 
-from slrprop.checks import Count, Density, hold, require_choice
+from slrprop.checks import Count, Density, hold, number, require_choice
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
 from slrprop.fit.calibration import Calibration
@@ -27,13 +27,7 @@ from slrprop.relevance.simple import Scores
 WIDEST = 1024  # neurons on a side, beyond which a fit to data takes seconds
 
 
-def _bits(what: str, bits: Any) -> int:
-    if isinstance(bits, bool) or not isinstance(bits, Integral) or bits not in (32, *BITS):
-        raise SlrpropError(f"{what} must be 32, 8 or 4, got {bits!r}")
-    return int(bits)
-
-
-Bits = Annotated[int, _bits]
+Bits = Annotated[int, number(Integral, "32, 8 or 4", lambda bits: bits in (32, *BITS))]
 
 
 def _solver(what: str, solver: Any) -> Any:

@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -30,33 +30,27 @@ def facts_of(
     command = without_passwords(command) if isinstance(command, str) else [without_passwords(part) for part in command]
     plans = {layer.name: layer for layer in compression.plan.layers}
     layers = [_layer(compression, name, plans.get(name)) for name in compression.curves]
-    return {
+    plain = ("met", "metric", "quality", "drop", "change", "interval", "bytes", "latency", "chosen", "left_dense")
+    return {name: _plain(getattr(compression, name)) for name in plain} | {
         "model": str(compression.settings.get("model", "")),
-        "met": compression.met,
         "verdict": _verdict(compression),
-        "metric": compression.metric,
         "meaning": MEANING.get(compression.metric, compression.metric),
         "percent": compression.metric in PERCENT,
-        "quality": list(compression.quality),
-        "drop": compression.drop,
-        "change": compression.change,
-        "interval": [_finite(end) for end in compression.interval],
-        "bytes": list(compression.bytes),
-        "latency": [_finite(seconds) for seconds in compression.latency],
         "summary": _summary(compression),
         "goals": _goals(compression),
-        "chosen": compression.chosen,
         "command": command if isinstance(command, str) else shlex.join(command),
         "points": _points(compression, command, layers),
         "comparable": len(compression.curves) > 1,  # one layer's damage is its own error, no divergence
         "layers": layers,
-        "left_dense": dict(compression.left_dense),
         "repeat": _repeat(compression, command, parity),
     }
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _plain(value: Any) -> Any:
+    """A value for JSON: pairs as lists, what is not finite as None."""
+    if isinstance(value, (tuple, list)):
+        return list(map(_plain, value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _short(values: Sequence[float]) -> list[float]:
@@ -103,21 +97,18 @@ def _summary(c: Compression) -> Rows:
 
 def _goals(c: Compression) -> list[tuple[str, str, str, bool]]:
     """For every limit of the budget: its name, what was asked, what was reached, and whether that holds."""
-    found: list[tuple[str, str, str, bool]] = []
-    if c.budget.max_drop is not None:
-        confident = bool(c.settings.get("confident"))
-        value = c.interval[1] if confident else c.drop
-        what = f"{c.change}, upper end of its interval" if confident else c.change
-        asked = f"at most {words.drop(c.budget.max_drop, c.metric)}"
-        found.append((what, asked, words.drop(value, c.metric), value <= c.budget.max_drop))
-    if c.budget.max_bytes is not None:
-        limit = c.budget.max_bytes
-        found.append(("file", f"at most {words.size(limit)}", words.size(c.bytes[1]), c.bytes[1] <= limit))
-    if c.budget.max_latency is not None:
-        slow = c.budget.max_latency
-        reached = words.milliseconds(c.latency[1])
-        found.append(("latency", f"at most {words.milliseconds(slow)}", reached, c.latency[1] <= slow))
-    return found
+    confident = bool(c.settings.get("confident"))
+    lost = f"{c.change}, upper end of its interval" if confident else c.change
+    rows: list[tuple[str, Any, Any, Callable[[Any], str]]] = [
+        (lost, c.budget.max_drop, c.interval[1] if confident else c.drop, lambda value: words.drop(value, c.metric)),
+        ("file", c.budget.max_bytes, c.bytes[1], words.size),
+        ("latency", c.budget.max_latency, c.latency[1], words.milliseconds),
+    ]
+    return [
+        (what, f"at most {told(most)}", told(value), value <= most)
+        for what, most, value, told in rows
+        if most is not None
+    ]
 
 
 def _points(c: Compression, command: str | Sequence[str], layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -129,22 +120,20 @@ def _points(c: Compression, command: str | Sequence[str], layers: list[dict[str,
     found = []
     for index, point in enumerate(c.points):
         plans = {layer.name: layer for layer in point.plan.layers}
-        exact = {0: c.bytes[0], c.chosen: c.bytes[1]}.get(
-            index, None if point.measured is None else point.measured.bytes
-        )
-        reached = point.predicted_bytes if exact is None else exact
+        measured, written = point.measured, {0: 0, c.chosen: 1}.get(index)
+        exact = measured.bytes if measured else None
+        reached = c.bytes[written] if written is not None else exact or point.predicted_bytes
         room = 0
-        if exact is None:
-            step = c.points[index - 1].predicted_bytes - point.predicted_bytes if index else 0
-            room = min(step // 2, MORE * len(plans))
+        if written is None and exact is None:
+            room = min((c.points[index - 1].predicted_bytes - point.predicted_bytes) // 2, MORE * len(plans))
         found.append(
             {
                 "bytes": reached,
-                "exact": exact is not None,
-                "damage": _finite(point.predicted_damage),
-                "quality": None if point.measured is None else _finite(point.measured.quality),
-                "divergence": None if point.measured is None else _finite(point.measured.divergence),
-                "latency": _finite({0: c.latency[0], c.chosen: c.latency[1]}.get(index, point.latency)),
+                "exact": written is not None or exact is not None,
+                "damage": _plain(point.predicted_damage),
+                "quality": _plain(measured.quality if measured else None),
+                "divergence": _plain(measured.divergence if measured else None),
+                "latency": _plain(point.latency if written is None else c.latency[written]),
                 "plan": [_place(places[name], plans.get(name)) for name in c.curves],
                 "command": words.command_for(command, reached + room),
             }
@@ -177,26 +166,21 @@ def _candidates(curve: Sequence[Candidate]) -> list[dict[str, Any]]:
 def _layer(c: Compression, name: str, layer: LayerPlan | None) -> dict[str, Any]:
     candidates = _candidates(c.curves[name])
     place = _place({x["form"]: i for i, x in enumerate(candidates)}, layer)
-    before, after = candidates[0]["bytes"], candidates[place]["bytes"]
     seen, masks = c.observed.get(name), words.kept(layer)
     shape = layer.shape if layer is not None else seen.shape if seen is not None else None
     reduced = 0 if masks is None or layer is None else share(layer.settings["rank"], layer.settings["reduction_rate"])
-    return {
+    return {key: candidates[place][key] for key in ("method", "form", "rank", "error")} | {
         "name": name,
-        "shape": None if shape is None else list(shape),
-        "method": candidates[place]["method"],
-        "form": candidates[place]["form"],
-        "rank": candidates[place]["rank"],
+        "shape": _plain(shape),
         "reduced_rank": reduced,
         "settings": "" if layer is None else words.settings(layer),
-        "before": before,
-        "after": after,
+        "before": candidates[0]["bytes"],
+        "after": candidates[place]["bytes"],
         "compression_rate": 1.0 if layer is None else layer.numbers / (layer.shape[0] * layer.shape[1]),
-        "error": candidates[place]["error"],
         "place": place,
         "candidates": candidates,
         "kept": None if masks is None else ["".join("1" if bit else "0" for bit in mask) for mask in masks],
-        "sensitivity": None if seen is None else _finite(seen.sensitivity),
+        "sensitivity": None if seen is None else _plain(seen.sensitivity),
         "energy": None if seen is None else seen.energy,
         "singular_values": [] if seen is None else _short(seen.singular_values),
         "criterion": "" if seen is None else words.criterion(seen.criterion),

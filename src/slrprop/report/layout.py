@@ -44,7 +44,7 @@ def _rendered(name: str, facts: dict[str, Any], **further: Any) -> str:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     layout.filters |= {
-        "plain": _plain, "tied": _tied, "number": _number, "ranges": _ranges, "spectrum": _spectrum, "candidates": _candidates,
+        "plain": _plain, "tied": _tied, "number": _number, "ranges": _ranges, "spectrum": _spectrum,
     }  # fmt: skip
     layout.globals |= {
         "zip": zip, "sides": SIDES, "columns": COLUMNS, "rows": list(map(_layer, facts["layers"])), "facts": facts,
@@ -103,16 +103,3 @@ def _spectrum(layer: dict[str, Any]) -> list[tuple[str, str]]:
     values, rank = layer["singular_values"], layer["rank"]
     marks = {1 << power for power in range(11) if 1 << power < len(values)} | {len(values), rank} - {0}
     return [(f"{at} (chosen)" if at == rank else f"{at}", _number(values[at - 1])) for at in sorted(marks)]
-
-
-def _candidates(layer: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of what the layer could become."""
-    return [
-        (
-            f"{x['form']} (chosen)" if place == layer["place"] else x["form"],
-            f"{x['bytes']:,}",
-            _number(x["error"]),
-            "yes" if x["hull"] else "",
-        )
-        for place, x in enumerate(layer["candidates"])
-    ]
