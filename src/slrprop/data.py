@@ -39,8 +39,7 @@ class Batch(NamedTuple):
         def move(value: Any) -> Any:
             return value.to(device) if isinstance(value, Tensor) else value
 
-        named = {key: move(value) for key, value in self.named.items()}
-        return Batch(tuple(map(move, self.inputs)), named, move(self.targets), self.axes)
+        return self.filled({key: move(value) for key, value in self.values().items()}, move(self.targets))
 
     def values(self) -> dict[str | int, Any]:
         """The inputs by position or name."""
@@ -67,8 +66,11 @@ class Batch(NamedTuple):
             return value[(slice(None),) * axis + (rows,)] if _axes_of(value) else value
 
         found = {key: part(value, self.axes.get(key, 0)) for key, value in self.values().items()}
-        inputs = tuple(found[place] for place in range(len(self.inputs)))
-        return Batch(inputs, {name: found[name] for name in self.named}, part(self.targets), self.axes)
+        return self.filled(found, part(self.targets))
+
+    def filled(self, values: Mapping[Any, Any], targets: Any) -> "Batch":
+        """A batch like this one of other values by position or name, and targets."""
+        return Batch(tuple(map(values.get, range(len(self.inputs)))), {name: values[name] for name in self.named}, targets, self.axes)  # fmt: skip
 
 
 def _axes_of(value: Any) -> int:
@@ -230,9 +232,7 @@ class Data:
             one = torch.cat(targets) if targets else None
         except (RuntimeError, TypeError, KeyError) as error:
             raise SlrpropError(f"the data has {len(batches)} batches that can't be put together, too few to keep some for the check; give more batches") from error  # fmt: skip
-        inputs = tuple(found[place] for place in range(len(first.inputs)))
-        whole._whole = Batch(inputs, {name: found[name] for name in first.named}, one, first.axes)
-        whole._loader = None
+        whole._whole, whole._loader = first.filled(found, one), None
         return whole
 
     def __iter__(self) -> Iterator[Batch]:
