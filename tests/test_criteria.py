@@ -9,11 +9,11 @@ from torch.nn import functional
 
 from slrprop.data import Data
 from slrprop.methods import Problem
-from slrprop.methods.apoz import APoZSettings, shares_active
-from slrprop.methods.lrp import LRPSettings, relevances
-from slrprop.methods.nisp import NISPSettings, importances, infinite_selection
+from slrprop.methods.apoz import APoZSettings
+from slrprop.methods.lrp import LRPSettings
+from slrprop.methods.nisp import NISPSettings, infinite_selection
 from slrprop.methods.redundant import clusters
-from slrprop.methods.taylor import TaylorSettings, taylor_terms
+from slrprop.methods.taylor import TaylorSettings
 from slrprop.network import TorchNetwork
 
 PAIRS = {"0": "2", "2": "4"}
@@ -27,7 +27,7 @@ def problem_of(model, data):
 def test_taylor_is_autograd_on_the_plain_module(trained, calibration):
     x, y = calibration
     for labels, absolute in ((y, "sample"), (y, "mean"), (None, "sample")):
-        found = taylor_terms(problem_of(trained, (x, labels)), PAIRS, TaylorSettings(absolute=absolute))
+        found = TaylorSettings(absolute=absolute).scores(problem_of(trained, (x, labels)), PAIRS)
         for name, position in (("0", 2), ("2", 4)):
             z = trained[:position](x).detach().requires_grad_()
             outputs = trained[position:](z)
@@ -42,7 +42,7 @@ def test_taylor_is_autograd_on_the_plain_module(trained, calibration):
 def test_taylor_is_a_finite_difference(trained, calibration):
     """The mean loss moves by -t times the signed score when a neuron is turned down by a share t."""
     model, x, y = copy.deepcopy(trained).double(), calibration[0].double(), calibration[1]
-    found = taylor_terms(problem_of(model, (x, y)), {"2": "4"}, TaylorSettings(absolute="mean"))["2"]
+    found = TaylorSettings(absolute="mean").scores(problem_of(model, (x, y)), {"2": "4"})["2"]
     z = model[:4](x).detach()
     moved = []
     for neuron in range(z.shape[1]):
@@ -70,7 +70,7 @@ def naive_z_plus(a, weight, relevance):
 def test_lrp_is_the_z_plus_rule(trained, calibration):
     x, y = calibration[0][:4].double(), calibration[1][:4]
     model = copy.deepcopy(trained).double()
-    found = relevances(problem_of(model, (x, y)), PAIRS, LRPSettings())
+    found = LRPSettings().scores(problem_of(model, (x, y)), PAIRS)
     first, second = torch.zeros(96).double(), torch.zeros(80).double()
     for sample, label in zip(x, y, strict=True):
         with torch.no_grad():
@@ -86,7 +86,7 @@ def test_lrp_is_the_z_plus_rule(trained, calibration):
 
 def test_lrp_conserves_relevance(trained, calibration):
     x, y = calibration
-    found = relevances(problem_of(trained, (x, y)), PAIRS, LRPSettings())
+    found = LRPSettings().scores(problem_of(trained, (x, y)), PAIRS)
     with torch.no_grad():
         logits = trained(x).gather(1, y[:, None]).mean().double()
     for relevance in found.values():
@@ -105,14 +105,14 @@ def test_lrp_sees_through_batch_norm(calibration):
     scale = (model[3].running_var + model[3].eps).rsqrt() * model[3].weight
     plain[2].weight.data = model[2].weight.data * scale[:, None]
     plain[2].bias.data = (model[2].bias - model[3].running_mean) * scale + model[3].bias
-    for score, settings in ((relevances, LRPSettings()), (taylor_terms, TaylorSettings())):
-        folded = score(problem_of(plain, calibration), {"0": "2"}, settings)["0"]
-        torch.testing.assert_close(score(problem_of(model, calibration), {"0": "2"}, settings)["0"], folded)
+    for settings in (LRPSettings(), TaylorSettings()):
+        folded = settings.scores(problem_of(plain, calibration), {"0": "2"})["0"]
+        torch.testing.assert_close(settings.scores(problem_of(model, calibration), {"0": "2"})["0"], folded)
 
 
 def test_apoz_counts_zeros(trained, calibration):
     x, _ = calibration
-    found = shares_active(problem_of(trained, calibration), PAIRS, APoZSettings())
+    found = APoZSettings().scores(problem_of(trained, calibration), PAIRS)
     with torch.no_grad():
         for name, end in (("0", 2), ("2", 4)):
             h = trained[:end](x)
@@ -123,10 +123,10 @@ def test_apoz_counts_zeros(trained, calibration):
 def test_nisp_is_its_recursion(trained, calibration):
     weights = {name: trained.get_submodule(name).weight.detach().T.double() for name in ("2", "4")}
     problem = problem_of(trained, calibration)
-    by_outputs = importances(problem, PAIRS, NISPSettings(start="outputs"))
+    by_outputs = NISPSettings(start="outputs").scores(problem, PAIRS)
     want = [sum(abs(float(w)) for w in row) for row in weights["4"]]
     torch.testing.assert_close(by_outputs["2"], torch.tensor(want, dtype=torch.float64))
-    by_responses = importances(problem, PAIRS, NISPSettings())
+    by_responses = NISPSettings().scores(problem, PAIRS)
     with torch.no_grad():
         selected = infinite_selection(trained[:4](calibration[0]))
     torch.testing.assert_close(by_responses["2"], selected)
@@ -164,8 +164,8 @@ def test_redundant_clusters_are_scipys(trained):
 
 def test_a_softmax_at_the_end_is_seen_through(trained, calibration):
     ended = nn.Sequential(*copy.deepcopy(trained), nn.Softmax(-1))
-    for score, settings in ((taylor_terms, TaylorSettings()), (relevances, LRPSettings())):
-        plain, other = (score(problem_of(model, calibration), PAIRS, settings) for model in (trained, ended))
+    for settings in (TaylorSettings(), LRPSettings()):
+        plain, other = (settings.scores(problem_of(model, calibration), PAIRS) for model in (trained, ended))
         for name in PAIRS:
             torch.testing.assert_close(plain[name], other[name])
 
@@ -174,7 +174,7 @@ def test_taylor_of_networks_without_classes(calibration):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(64, 20), nn.Tanh(), nn.Linear(20, 2)).double(), calibration[0].double()
     goals = torch.randn(300, 2, dtype=torch.float64)
-    found = taylor_terms(problem_of(model, (x, goals)), {"0": "2"}, TaylorSettings())["0"]
+    found = TaylorSettings().scores(problem_of(model, (x, goals)), {"0": "2"})["0"]
     z = model[:2](x).detach().requires_grad_()
     (model[2](z) - goals).square().sum().backward()
     want = (z.grad * z.detach()).abs().mean(0)

@@ -19,7 +19,7 @@ from slrprop import SlrpropError
 from slrprop.fit.regression import Regression
 from slrprop.forms import Fit, Shared
 from slrprop.forms.permutations import entry_bits, pack, packed_bytes, seeded, unpack, words
-from slrprop.methods.permuted import PermutedSettings, fit, fitted, refined
+from slrprop.methods.permuted import PermutedSettings, fitted, refined
 from slrprop.network.torch.modules import layer_from
 from slrprop.research.networks import LeNet5
 from slrprop.research.permuted import PermutedLinear, permute, train
@@ -219,7 +219,7 @@ def test_a_weight_that_is_permuted_is_fitted_exactly(m, n):
     weight = really_permuted(m, n)
     torch.testing.assert_close(fitted(weight).dense(), weight, rtol=1e-9, atol=1e-9)
     task = Regression("", weight, weight, weight[0], weight[:, 0], torch.eye(m, dtype=torch.float64), weight[0], None, None, False, None)  # fmt: skip
-    torch.testing.assert_close(fit(task, PermutedSettings(refine=3)).dense(), weight, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(PermutedSettings(refine=3).fit(task).dense(), weight, rtol=1e-8, atol=1e-8)
 
 
 def test_a_permuted_network_is_found_again_through_the_api(calibration):

@@ -23,9 +23,7 @@ from slrprop.linalg import truncated_svd
 from slrprop.methods import base as methods_base
 from slrprop.methods import refit as refit_module
 from slrprop.methods.low_rank import LowRankSettings
-from slrprop.methods.low_rank import fit as fit_low_rank
 from slrprop.methods.nested import SHAPES, Level, NestedSettings
-from slrprop.methods.nested import fit as fit_nested
 from slrprop.methods.refit import Refit
 from slrprop.methods.slr_refit import SLRRefitSettings, refitted
 from slrprop.network import OnnxNetwork, TorchNetwork, open_network
@@ -509,7 +507,7 @@ class TestInOrder:
         first = made.layers[0]
         before = {"0": Compressed(first.factors, first.bias.double())}
         task = calibration_of(trained, calibration[0]).regression("2", before)
-        want = fit_low_rank(task, LowRankSettings(rank=5)).dense()
+        want = LowRankSettings(rank=5).fit(task).dense()
         torch.testing.assert_close(made.layers[1].factors.dense().double(), want, rtol=1e-3, atol=1e-5)
         alone = slrprop.plan(trained, calibration, method="low_rank", layers=["0", "2"], rank=5, sequential=False)
         single = slrprop.plan(trained, calibration, method="low_rank", layers=["2"], rank=5)
@@ -621,7 +619,7 @@ class TestMetric:
 
         task = calibration_of(Deaf(), torch.randn(20, 4)).regression("a", {})
         assert task.metric is None and task.root is None
-        assert torch.isfinite(fit_nested(task, NestedSettings(rank=2, shape="half")).dense()).all()
+        assert torch.isfinite(NestedSettings(rank=2, shape="half").fit(task).dense()).all()
 
 
 @pytest.fixture(scope="module")
@@ -647,14 +645,14 @@ def sweeps_of(refit, count):
 class TestNested:
     def test_one_level_is_low_rank(self, task, monkeypatch):
         monkeypatch.setitem(SHAPES, "one", (Level(1, 1, 1),))
-        nested = fit_nested(task, NestedSettings(rank=5, shape="one"))
-        low = fit_low_rank(task, LowRankSettings(rank=5))
+        nested = NestedSettings(rank=5, shape="one").fit(task)
+        low = LowRankSettings(rank=5).fit(task)
         torch.testing.assert_close(nested.dense(), low.dense())
         assert nested.numbers == low.numbers
 
     def test_two_levels_with_the_same_sets_are_slr_refit(self, task, monkeypatch):
         """Half of the neurons, a quarter of the rank for all: what SLR at these rates shortens."""
-        nested = fit_nested(task, NestedSettings(rank=8, shape="half", sweeps=3))
+        nested = NestedSettings(rank=8, shape="half", sweeps=3).fit(task)
         rows, columns = nested.row_levels == 2, nested.column_levels == 2
         settings = SLRRefitSettings(rank=8, reduction_rate=0.25, sweeps=3)
         slr = refitted(task, settings, rows, columns)
@@ -664,7 +662,7 @@ class TestNested:
     @pytest.mark.parametrize("shape", SHAPES)
     def test_sweeps_never_raise_the_error(self, shape, task):
         settings = NestedSettings(rank=11, shape=shape, sweeps=0)
-        start = fit_nested(task, settings)
+        start = settings.fit(task)
         refit = Refit(task, 8)
         for level, left in enumerate(start.left):
             rows, columns = members(start.row_levels, level), members(start.column_levels, level)
@@ -677,15 +675,15 @@ class TestNested:
     @pytest.mark.parametrize("unweighted", [{}, {"metric": None, "root": None}])
     def test_the_principal_part_of_a_wide_layer_is_fitted_like_a_matrix(self, shape, unweighted, task, monkeypatch):
         """A weight of rank 7, of which 8 components are all."""
-        weight = fit_low_rank(task, LowRankSettings(rank=7)).dense()
+        weight = LowRankSettings(rank=7).fit(task).dense()
         narrow, settings = (
             dataclasses.replace(task, weight=weight, **unweighted),
             NestedSettings(rank=2, shape=shape, sweeps=2),
         )
-        whole = fit_nested(narrow, settings)
+        whole = settings.fit(narrow)
         monkeypatch.setattr(refit_module, "WIDEST", 8)
         assert Refit(narrow, settings.rank).wanted.left.shape[1] == 8
-        thin = fit_nested(narrow, settings)
+        thin = settings.fit(narrow)
         assert torch.equal(thin.row_levels, whole.row_levels) and torch.equal(thin.column_levels, whole.column_levels)
         torch.testing.assert_close(thin.dense(), whole.dense())
 
@@ -693,7 +691,7 @@ class TestNested:
     @pytest.mark.parametrize("rank", [1, 6, 40, 200])
     def test_sets_are_nested_and_sizes_are_as_said(self, shape, rank, task):
         settings = NestedSettings(rank=rank, shape=shape, sweeps=0)
-        found = fit_nested(task, settings)
+        found = settings.fit(task)
         m, n = task.weight.shape
         assert found.numbers == settings.stored_numbers(m, n)
         for level, (rows, columns, k) in enumerate(settings.sizes(m, n)):
@@ -716,7 +714,7 @@ class TestNested:
 
     def test_more_sweeps_and_ranks_come_nearer(self, task):
         def error(**given):
-            rest = task.weight - fit_nested(task, NestedSettings(shape="three", **given)).dense()
+            rest = task.weight - NestedSettings(shape="three", **given).fit(task).dense()
             return weighted_error(rest, task.covariance, task.metric)
 
         assert error(rank=8, sweeps=4) < error(rank=8, sweeps=0)

@@ -89,7 +89,7 @@ def plan_problem(
     planned: dict[str, LayerPlan] = {}
     if wanted:
         problem.collect(wanted, tuple(need for need in choices.needs() if need in QUANTITIES))
-        for decision in chosen.decide(problem, wanted, choices):
+        for decision in choices.decide(problem, wanted):
             layer = planned_layer(problem, decision, chosen, choices)
             size, before = network.stored(layer.name, layer.fit), network.stored(layer.name)
             if size < before or layer.name not in wanted:
@@ -131,7 +131,7 @@ def planned_layer(problem: Problem, decision: Decision, method: Method, settings
         notes=fit.notes,
         fit=fit,
     )
-    return layer.sealed() if method.build is None or isinstance(fit.form, Quantized) else layer
+    return layer.sealed() if not settings.rebuilt or isinstance(fit.form, Quantized) else layer
 
 
 def settings_of(method: Method, /, **given: Any) -> Settings:
@@ -316,7 +316,7 @@ def build(layer: LayerPlan, weight: Tensor, digest: str) -> Fit:
         return layer.fit
     require_choice("the plan's method", layer.method, METHODS)
     method = METHODS[layer.method]
-    if method.build is None or layer.settings.get("bits", 32) < 32:
+    if not method.settings.rebuilt or layer.settings.get("bits", 32) < 32:
         raise SlrpropError(
             f"the plan lacks the fitted factors of layer '{layer.name}'; the file is damaged, or its 'fitted' was taken out"
         )
@@ -325,7 +325,7 @@ def build(layer: LayerPlan, weight: Tensor, digest: str) -> Fit:
         raise SlrpropError(
             f"the plan's settings of layer '{layer.name}' are not those of method '{layer.method}'; the file is damaged"
         )
-    built = method.build(weight.contiguous(), layer, method.settings(**layer.settings))
+    built = method.settings(**layer.settings).build(weight.contiguous(), layer)
     if built.numbers != layer.numbers:
         raise SlrpropError(
             f"the plan says that layer '{layer.name}' takes {layer.numbers} numbers, its settings give {built.numbers}; the file is damaged"

@@ -4,13 +4,15 @@ from importlib import import_module
 
 from slrprop.checks import require_choice
 from slrprop.errors import SlrpropError
-from slrprop.methods.base import Decision, Method, Problem, Settings
+from slrprop.methods.base import METHOD_OF, Decision, Method, Problem, Settings
 
 NAMES = (
     "svd slr slrprop slr_refit low_rank nested spatial tucker low_rank_plus_sparse dense rtn magnitude wanda obd obs lasso "
     "group_lasso nisp taylor lrp apoz redundant permuted net_trim ddlr"
 )
-METHODS: dict[str, Method] = {name: import_module(f"slrprop.methods.{name}").METHOD for name in NAMES.split()}
+for name in NAMES.split():
+    import_module(f"slrprop.methods.{name}")
+METHODS: dict[str, Method] = {name: METHOD_OF[name] for name in NAMES.split()}
 
 
 def find_method(name: str) -> Method:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from slrprop.methods.base import Problem
-from slrprop.methods.removal import RemovalSettings, averages, removal
+from slrprop.methods.removal import RemovalSettings, averages
 from slrprop.network.base import Network
 
 
@@ -20,10 +20,6 @@ class APoZSettings(RemovalSettings):
     def eligible(self, network: Network) -> tuple[str, ...]:
         return tuple(name for name in super().eligible(network) if network.activation(name) == "relu")
 
-
-def shares_active(problem: Problem, pairs: Mapping[str, str], settings: APoZSettings) -> dict[str, Tensor]:
-    """``1 - APoZ``: the share of samples for which a neuron is not zero, float64 (n,)."""
-    return averages(problem, pairs, lambda first, _, y, flow: problem.network.activated(first, y) != 0)
-
-
-METHOD = removal("apoz", APoZSettings, shares_active)
+    def scores(self, problem: Problem, pairs: Mapping[str, str]) -> dict[str, Tensor]:
+        """``1 - APoZ``: the share of samples for which a neuron is not zero, float64 (n,)."""
+        return averages(problem, pairs, lambda first, _, y, flow: problem.network.activated(first, y) != 0)

@@ -1,8 +1,8 @@
-"""What a method is: frozen settings, one function that decides, one that builds the factors."""
+"""What a method is: frozen settings that decide what each layer becomes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from numbers import Integral
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, dataclass_transform
@@ -24,6 +24,7 @@ from slrprop.plan import LayerPlan
 from slrprop.relevance.cost import CostScores, cost_scores
 from slrprop.relevance.simple import Scores
 
+METHOD_OF: "dict[str, Method]" = {}  # every method that was imported, by name
 WIDEST = 1024  # neurons on a side, beyond which a fit to data takes seconds
 
 
@@ -48,8 +49,37 @@ class Settings(ABC):
     source: ClassVar[str]
     rungs: ClassVar[tuple[str, tuple[float, ...]]] = ("", ())  # a setting, and values of it that a search may try
 
+    coupled: ClassVar[bool] = False  # layers are treated together: one's factors make no sense without the others'
+    rebuilt: ClassVar[bool] = False  # a saved plan's factors are built from the weight again, not saved with it
+
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True, kw_only=True)(cls)
+        if "source" in vars(cls):  # settings with a source are those of the method of their module's name
+            METHOD_OF[cls.called()] = cls.method()
+
+    @classmethod
+    def called(cls) -> str:
+        """The method's name."""
+        return cls.__module__.rpartition(".")[2]
+
+    @classmethod
+    def method(cls) -> "Method":
+        """The method with these settings."""
+        return Method(cls.called(), cls)
+
+    def decide(self, problem: "Problem", layers: tuple[str, ...]) -> "Iterator[Decision]":
+        """A decision for each of these layers."""
+        for name in layers:
+            settings = self.at(problem.network.operator(name), problem.network.shape(name))
+            yield Decision(name, Fit(settings.alone(problem, name)))
+
+    def alone(self, problem: "Problem", name: str) -> Form:
+        """The form of a layer that is decided on by itself."""
+        raise NotImplementedError
+
+    def build(self, weight: Tensor, layer: LayerPlan) -> Form:
+        """The factors of a planned layer from its m x n weight, where they are ``rebuilt``."""
+        raise NotImplementedError
 
     def __post_init__(self) -> None:
         hold(self)
@@ -276,18 +306,15 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method.
-
-    ``decide(problem, layers, settings)`` yields one decision per layer; ``build(weight, layer_plan, settings)`` rebuilds
-    the factors of a saved plan from the weight (None: they are saved with the plan). ``coupled``: it treats layers together,
-    so that one layer's factors make no sense without the others'.
-    """
+    """A registered method: its name and what its settings are."""
 
     name: str
     settings: type[Settings]
-    decide: Callable[[Problem, tuple[str, ...], Any], Iterator[Decision]]
-    build: Callable[[Tensor, LayerPlan, Any], Form] | None = None
-    coupled: bool = field(default=False, kw_only=True)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether it treats layers together, see :class:`Settings`."""
+        return self.settings.coupled
 
     @property
     def source(self) -> str:

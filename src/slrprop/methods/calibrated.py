@@ -10,7 +10,7 @@ from slrprop.fit.quantize import bias_in_few_bits, quantised
 from slrprop.fit.regression import Regression
 from slrprop.forms import Bias, Dense, Fit, Form
 from slrprop.memory import bound, give_back
-from slrprop.methods.base import Decision, Method, Problem, Settings
+from slrprop.methods.base import METHOD_OF, Decision, Method, Problem, Settings
 from slrprop.operators import Lookup
 from slrprop.plan import LayerPlan
 
@@ -41,33 +41,42 @@ class CalibratedSettings(Settings):
     def needs(self) -> tuple[str, ...]:
         return ("inputs", "sensitivity") if self.weighted else ("inputs",)
 
+    @classmethod
+    def method(cls) -> "CalibratedMethod":
+        return CalibratedMethod(cls.called(), cls)
+
+    def decide(self, problem: Problem, layers: tuple[str, ...]) -> Iterator[Decision]:
+        """One layer after the other in order of execution, see :func:`in_order`."""
+        method = METHOD_OF[self.called()]
+        assert isinstance(method, CalibratedMethod)
+        yield from in_order(problem, dict.fromkeys(layers, (method, self)))
+
+    def fit(self, task: Regression) -> Form | Fit:
+        """One layer's factors (float)."""
+        raise NotImplementedError
+
+    @classmethod
+    def fit_of(cls, layer: LayerPlan) -> Fitting:
+        """What fits a planned layer once more."""
+        return fit_by_settings
+
+
+def fit_by_settings(task: Regression, settings: Any) -> Form | Fit:
+    """What the settings alone say."""
+    found: Form | Fit = settings.fit(task)
+    return found
+
 
 @dataclass(frozen=True)
 class CalibratedMethod(Method):
-    """A method whose ``fit(task, settings)`` gives one layer's factors (float).
+    """A method whose ``fit(task, settings)`` gives one layer's factors (float)."""
 
-    Where more than the settings says how a layer is fitted, ``fit_of`` has it from a planned layer.
-    """
-
-    fit: Fitting | None = None
-    fit_of: Callable[[LayerPlan], Fitting] | None = None
+    settings: type[CalibratedSettings]
+    fit: Fitting = fit_by_settings
 
     def anew(self, layer: LayerPlan) -> "CalibratedMethod":
         """The method to fit a planned layer once more."""
-        return self if self.fit_of is None else replace(self, fit=self.fit_of(layer))
-
-
-def calibrated(name: str, settings: type[CalibratedSettings], fit: Fitting) -> CalibratedMethod:
-    """A method from the function that fits one layer."""
-
-    def decide(problem: Problem, layers: tuple[str, ...], chosen: Any) -> Iterator[Decision]:
-        yield from in_order(problem, dict.fromkeys(layers, (METHOD_OF[name], chosen)))
-
-    METHOD_OF[name] = CalibratedMethod(name, settings, decide, None, fit)
-    return METHOD_OF[name]
-
-
-METHOD_OF: dict[str, CalibratedMethod] = {}
+        return replace(self, fit=self.settings.fit_of(layer))
 
 
 def in_order(
@@ -128,7 +137,6 @@ def fit_layer(
     compressed: Mapping[str, Compressed],
 ) -> tuple[Decision, Compressed]:
     """One layer's factors, rounded if so asked, and its bias; and what it computes by now. All on the CPU."""
-    assert method.fit is not None
     if problem.network.operator(name).bits_only:  # every number by itself
         own = problem.network.bias(name)
         fit = Fit(quantised(Dense(problem.weight(name)), settings.bits), None if own is None else bias_in_few_bits(own))

@@ -7,7 +7,6 @@ from slrprop.fit.admm import TOLERANCE, singular_value_threshold
 from slrprop.fit.regression import Regression
 from slrprop.forms import Dense, Fit, LowRank
 from slrprop.linalg import truncated_svd
-from slrprop.methods.calibrated import calibrated
 from slrprop.methods.constrained import ConstrainedSettings, constrained
 
 
@@ -15,6 +14,10 @@ class DDLRSettings(ConstrainedSettings):
     """DDLR: the least nuclear norm under a bound on the change of the outputs."""
 
     source = "Papadimitriou, Jain, arXiv 2107.05787, 2021"
+
+    def fit(self, task: Regression) -> Fit:
+        """The weight of the lowest singular values."""
+        return constrained(task, self, singular_value_threshold, factored)
 
 
 def numerical_rank(weight: Tensor) -> int:
@@ -31,11 +34,3 @@ def factored(weight: Tensor) -> LowRank | Dense:
     """A weight as two factors; as one matrix where they would hold more numbers."""
     (m, n), rank = weight.shape, numerical_rank(weight)
     return Dense(weight) if rank * (m + n) >= m * n else LowRank.from_svd(truncated_svd(weight, rank))
-
-
-def fit(task: Regression, settings: DDLRSettings) -> Fit:
-    """The weight of the lowest singular values."""
-    return constrained(task, settings, singular_value_threshold, factored)
-
-
-METHOD = calibrated("ddlr", DDLRSettings, fit)

@@ -3,7 +3,7 @@
 from slrprop.fit.regression import Regression
 from slrprop.forms import Dense, Table
 from slrprop.methods.base import WholeSettings
-from slrprop.methods.calibrated import CalibratedSettings, calibrated
+from slrprop.methods.calibrated import CalibratedSettings
 from slrprop.operators import Lookup
 
 
@@ -12,10 +12,6 @@ class DenseSettings(WholeSettings, CalibratedSettings):
 
     source = "Frantar, Ashkboos, Hoefler, Alistarh, GPTQ, ICLR 2023"
 
-
-def fit(task: Regression, settings: DenseSettings) -> Dense:
-    """The layer's least-squares weight."""
-    return (Table if isinstance(task.operator, Lookup) else Dense)(task.weight)
-
-
-METHOD = calibrated("dense", DenseSettings, fit)
+    def fit(self, task: Regression) -> Dense:
+        """The layer's least-squares weight."""
+        return (Table if isinstance(task.operator, Lookup) else Dense)(task.weight)

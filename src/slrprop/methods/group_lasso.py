@@ -6,7 +6,7 @@ from slrprop.fit.regression import Regression
 from slrprop.fit.sparsity import damped, whole_share
 from slrprop.forms import Narrowed
 from slrprop.methods.base import DensitySettings
-from slrprop.methods.calibrated import CalibratedSettings, calibrated
+from slrprop.methods.calibrated import CalibratedSettings
 from slrprop.methods.lasso import lasso
 from slrprop.operators import Operator
 
@@ -29,16 +29,12 @@ class GroupLassoSettings(DensitySettings, CalibratedSettings):
     def stored_numbers(self, m: int, n: int) -> int:
         return n * whole_share(m, self.density)
 
-
-def fit(task: Regression, settings: GroupLassoSettings) -> Narrowed:
-    """The inputs that are worth their price."""
-    hessian = damped(task.covariance)
-    weight, kept = lasso(task.weight, hessian, whole_share(len(hessian), settings.density), grouped=True)
-    if settings.refit:
-        weight = torch.zeros_like(weight)
-        inner = hessian[kept]
-        weight[kept] = torch.linalg.solve(inner[:, kept], inner @ task.weight)
-    return Narrowed.cut(weight, rows=kept)
-
-
-METHOD = calibrated("group_lasso", GroupLassoSettings, fit)
+    def fit(self, task: Regression) -> Narrowed:
+        """The inputs that are worth their price."""
+        hessian = damped(task.covariance)
+        weight, kept = lasso(task.weight, hessian, whole_share(len(hessian), self.density), grouped=True)
+        if self.refit:
+            weight = torch.zeros_like(weight)
+            inner = hessian[kept]
+            weight[kept] = torch.linalg.solve(inner[:, kept], inner @ task.weight)
+        return Narrowed.cut(weight, rows=kept)

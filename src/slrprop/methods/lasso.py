@@ -11,7 +11,7 @@ from slrprop.fit.regression import Regression
 from slrprop.fit.sparsity import damped, largest, least_squares
 from slrprop.forms import Sparse
 from slrprop.methods.base import DensitySettings
-from slrprop.methods.calibrated import CalibratedSettings, calibrated
+from slrprop.methods.calibrated import CalibratedSettings
 
 BISECTIONS = 30
 
@@ -26,6 +26,12 @@ class LassoSettings(DensitySettings, CalibratedSettings):
     refit: bool = True
 
     source = "Tibshirani, J. Royal Statistical Society B 58, 1996"
+
+    def fit(self, task: Regression) -> Sparse:
+        """The weights that are worth their price."""
+        hessian = damped(task.covariance)
+        weight, support = lasso(task.weight, hessian, self.stored_numbers(*task.weight.shape))
+        return Sparse.of(least_squares(hessian, task.weight, support) if self.refit else weight, support)
 
 
 def lasso(weight: Tensor, hessian: Tensor, count: int, grouped: bool = False) -> tuple[Tensor, Tensor]:
@@ -65,13 +71,3 @@ def lasso(weight: Tensor, hessian: Tensor, count: int, grouped: bool = False) ->
             high = price
     support = largest(torch.from_numpy(sizes(denser)), count)
     return torch.where(support[:, None] if grouped else support, torch.from_numpy(denser), 0), support
-
-
-def fit(task: Regression, settings: LassoSettings) -> Sparse:
-    """The weights that are worth their price."""
-    hessian = damped(task.covariance)
-    weight, support = lasso(task.weight, hessian, settings.stored_numbers(*task.weight.shape))
-    return Sparse.of(least_squares(hessian, task.weight, support) if settings.refit else weight, support)
-
-
-METHOD = calibrated("lasso", LassoSettings, fit)

@@ -5,7 +5,7 @@ from typing import Literal
 from slrprop.fit.regression import Regression
 from slrprop.forms import LowRank
 from slrprop.methods.base import RankSettings
-from slrprop.methods.calibrated import CalibratedSettings, calibrated
+from slrprop.methods.calibrated import CalibratedSettings
 from slrprop.operators import Operator
 
 
@@ -28,10 +28,6 @@ class LowRankSettings(RankSettings, CalibratedSettings):
     def weighted(self) -> bool:
         return self.metric == "two_sided"
 
-
-def fit(task: Regression, settings: LowRankSettings) -> LowRank:
-    """Reduced-rank regression in both metrics."""
-    return LowRank(*task.low_rank(settings.rank, settings.weighted))
-
-
-METHOD = calibrated("low_rank", LowRankSettings, fit)
+    def fit(self, task: Regression) -> LowRank:
+        """Reduced-rank regression in both metrics."""
+        return LowRank(*task.low_rank(self.rank, self.weighted))

@@ -22,7 +22,7 @@ from slrprop.forms import LowRank, LowRankPlusSparse, Sparse
 from slrprop.linalg import reduced_rank
 from slrprop.methods import obs
 from slrprop.methods.base import RankSettings, ranks_for
-from slrprop.methods.calibrated import CalibratedSettings, calibrated
+from slrprop.methods.calibrated import CalibratedSettings
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # left (m, k), right (k, n), sparse weight (m, n), its support
 
@@ -63,6 +63,23 @@ class LowRankPlusSparseSettings(RankSettings, CalibratedSettings):
             for rank in ranks_for(m, n)
             if 2 * rank * (m + n) < m * n
         ]
+
+    def fit(self, task: Regression) -> LowRank | LowRankPlusSparse:
+        """Both parts; the low rank alone at density 0."""
+        weight, hessian = task.weight, damped(task.covariance)
+        m, n = weight.shape
+        count = self.stored_numbers(m, n) - self.rank * (m + n)
+        metric = torch.eye(n, dtype=torch.float64) if task.metric is None else task.metric
+        if self.variant == "oats":
+            squares = task.covariance.diagonal().clamp_min(0) + task.mean**2
+            norms = damped(squares.diag(), DAMPING).diagonal().sqrt()
+            parts = oats(weight, norms, self.rank, count // n)
+        elif self.variant == "grebdec":
+            parts = grebdec(weight, hessian, metric, self.rank, count)
+        else:
+            parts = hassle(weight, hessian, metric, self.rank, count)
+        left, right, sparse, support = parts
+        return LowRankPlusSparse(LowRank(left, right), Sparse.of(sparse, support)) if count else LowRank(left, right)
 
 
 def _alternated(
@@ -144,24 +161,3 @@ def hassle(weight: Tensor, hessian: Tensor, metric: Tensor, rank: int, count: in
         return found, support
 
     return _alternated(weight, hessian, metric, rank, rounds + refits, sparse)
-
-
-def fit(task: Regression, settings: LowRankPlusSparseSettings) -> LowRank | LowRankPlusSparse:
-    """Both parts; the low rank alone at density 0."""
-    weight, hessian = task.weight, damped(task.covariance)
-    m, n = weight.shape
-    count = settings.stored_numbers(m, n) - settings.rank * (m + n)
-    metric = torch.eye(n, dtype=torch.float64) if task.metric is None else task.metric
-    if settings.variant == "oats":
-        squares = task.covariance.diagonal().clamp_min(0) + task.mean**2
-        norms = damped(squares.diag(), DAMPING).diagonal().sqrt()
-        parts = oats(weight, norms, settings.rank, count // n)
-    elif settings.variant == "grebdec":
-        parts = grebdec(weight, hessian, metric, settings.rank, count)
-    else:
-        parts = hassle(weight, hessian, metric, settings.rank, count)
-    left, right, sparse, support = parts
-    return LowRankPlusSparse(LowRank(left, right), Sparse.of(sparse, support)) if count else LowRank(left, right)
-
-
-METHOD = calibrated("low_rank_plus_sparse", LowRankPlusSparseSettings, fit)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slrprop.losses import check_labels, pick_loss
 from slrprop.methods.base import Problem
-from slrprop.methods.removal import ChainedSettings, Seen, averages_before, removal
+from slrprop.methods.removal import ChainedSettings, Seen, averages_before
 from slrprop.network.chain import ACTIVATIONS
 
 
@@ -20,6 +20,18 @@ class LRPSettings(ChainedSettings):
     """
 
     source = "Bach et al., PLoS ONE 10(7), 2015; Yeom et al., Pattern Recognition 115, 2021"
+
+    def scores(self, problem: Problem, pairs: Mapping[str, str]) -> dict[str, Tensor]:
+        """Mean relevance of every neuron between the layers of a pair, float64 (n,)."""
+
+        def received(seen: Seen, targets: Tensor | None) -> Tensor:
+            z = seen.chain.values(seen.y)
+            relevance = at_outputs(z[-1], targets)
+            for step, before in zip(reversed(seen.chain.steps), reversed(z[:-1]), strict=True):
+                relevance = z_plus(ACTIVATIONS[step.activation](before), step.weight, relevance)
+            return z_plus(seen.x, seen.weight * seen.chain.scale, relevance)
+
+        return averages_before(problem, pairs, received)
 
 
 def z_plus(a: Tensor, weight: Tensor, relevance: Tensor) -> Tensor:
@@ -40,19 +52,3 @@ def at_outputs(outputs: Tensor, targets: Tensor | None) -> Tensor:
     labels = outputs.argmax(1) if targets is None else check_labels(targets, outputs)
     at = labels.clamp_min(0)[:, None]  # rows whose label is to be ignored start with nothing
     return torch.zeros_like(outputs).scatter(1, at, outputs.gather(1, at) * (labels >= 0)[:, None])
-
-
-def relevances(problem: Problem, pairs: Mapping[str, str], settings: LRPSettings) -> dict[str, Tensor]:
-    """Mean relevance of every neuron between the layers of a pair, float64 (n,)."""
-
-    def received(seen: Seen, targets: Tensor | None) -> Tensor:
-        z = seen.chain.values(seen.y)
-        relevance = at_outputs(z[-1], targets)
-        for step, before in zip(reversed(seen.chain.steps), reversed(z[:-1]), strict=True):
-            relevance = z_plus(ACTIVATIONS[step.activation](before), step.weight, relevance)
-        return z_plus(seen.x, seen.weight * seen.chain.scale, relevance)
-
-    return averages_before(problem, pairs, received)
-
-
-METHOD = removal("lrp", LRPSettings, relevances)

@@ -1,12 +1,10 @@
 """Magnitude pruning."""
 
-from collections.abc import Iterator
-
 from torch import Tensor
 
 from slrprop.fit.sparsity import largest
-from slrprop.forms import Fit, Sparse
-from slrprop.methods.base import Decision, DensitySettings, Method, Problem
+from slrprop.forms import Sparse
+from slrprop.methods.base import DensitySettings, Problem
 from slrprop.plan import LayerPlan
 
 
@@ -14,23 +12,15 @@ class MagnitudeSettings(DensitySettings):
     """Magnitude: the largest weights stay (size only: no faster)."""
 
     source = "Han, Pool, Tran, Dally, NIPS 2015"
+    rebuilt = True
+
+    def alone(self, problem: Problem, name: str) -> Sparse:
+        return pruned(problem.weight(name), self.stored_numbers(*problem.network.shape(name)))
+
+    def build(self, weight: Tensor, layer: LayerPlan) -> Sparse:
+        return pruned(weight, self.stored_numbers(*layer.shape))
 
 
 def pruned(weight: Tensor, count: int) -> Sparse:
     """The ``count`` weights of largest magnitude."""
     return Sparse.of(weight, largest(weight.abs(), count))
-
-
-def decide(problem: Problem, layers: tuple[str, ...], settings: MagnitudeSettings) -> Iterator[Decision]:
-    """Every layer by itself."""
-    for name in layers:
-        weight = problem.weight(name)
-        yield Decision(name, Fit(pruned(weight, settings.stored_numbers(*weight.shape))))
-
-
-def build(weight: Tensor, layer: LayerPlan, settings: MagnitudeSettings) -> Sparse:
-    """The factors of a planned layer from its m x n weight."""
-    return pruned(weight, settings.stored_numbers(*weight.shape))
-
-
-METHOD = Method("magnitude", MagnitudeSettings, decide, build)

@@ -11,7 +11,7 @@ from slrprop.fit.regression import Regression
 from slrprop.fit.sparsity import largest
 from slrprop.forms import SparseLowRank
 from slrprop.methods.base import WIDEST, RankSettings, grid
-from slrprop.methods.calibrated import CalibratedSettings, calibrated
+from slrprop.methods.calibrated import CalibratedSettings
 from slrprop.methods.refit import Refit, thin
 
 WIDE = 512
@@ -75,28 +75,24 @@ class NestedSettings(RankSettings, CalibratedSettings):
             ranks, most = [rank for rank in ranks if thin(rank, m, n)], m * n // 32
         return [{"rank": rank} for rank in ranks if cls(rank=rank).stored_numbers(m, n) <= most]
 
+    def fit(self, task: Regression) -> SparseLowRank:
+        """Levels from the widest to the narrowest; sets by the residual; then sweeps."""
+        m, n = task.weight.shape
+        refit = Refit(task, self.rank)
+        rows, columns = torch.arange(m), torch.arange(n)
+        for index, (row_count, column_count, rank) in enumerate(self.sizes(m, n)):
+            if index:
+                row_scores, column_scores = refit.scores()
+                rows = chosen(row_scores, rows, row_count, task.operator.unit)
+                columns = chosen(column_scores, columns, column_count)
+            refit.add(rows, columns, rank)
+        for _ in range(self.sweeps if len(refit.blocks) > 1 else 0):
+            refit.sweep()
+        return refit.factors()
+
 
 def chosen(scores: Tensor, among: Tensor, count: int, unit: int = 1) -> Tensor:
     """The ``count`` neurons of highest score among some, ascending, in whole channels of ``unit`` rows, one at least; ties fall to the lower index."""
     channels = among[::unit] // unit
     kept = channels[largest(scores.unflatten(0, (-1, unit)).sum(1)[channels], max(1, count // unit))]
     return (kept[:, None] * unit + torch.arange(unit)).flatten()
-
-
-def fit(task: Regression, settings: NestedSettings) -> SparseLowRank:
-    """Levels from the widest to the narrowest; sets by the residual; then sweeps."""
-    m, n = task.weight.shape
-    refit = Refit(task, settings.rank)
-    rows, columns = torch.arange(m), torch.arange(n)
-    for index, (row_count, column_count, rank) in enumerate(settings.sizes(m, n)):
-        if index:
-            row_scores, column_scores = refit.scores()
-            rows = chosen(row_scores, rows, row_count, task.operator.unit)
-            columns = chosen(column_scores, columns, column_count)
-        refit.add(rows, columns, rank)
-    for _ in range(settings.sweeps if len(refit.blocks) > 1 else 0):
-        refit.sweep()
-    return refit.factors()
-
-
-METHOD = calibrated("nested", NestedSettings, fit)

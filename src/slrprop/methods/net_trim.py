@@ -3,7 +3,6 @@
 from slrprop.fit.admm import soft_threshold
 from slrprop.fit.regression import Regression
 from slrprop.forms import Fit, Sparse
-from slrprop.methods.calibrated import calibrated
 from slrprop.methods.constrained import ConstrainedSettings, constrained
 
 
@@ -12,10 +11,6 @@ class NetTrimSettings(ConstrainedSettings):
 
     source = "Aghasi, Abdi, Nguyen, Romberg, NIPS 2017; SIAM J. Math. Data Sci. 2, 2020"
 
-
-def fit(task: Regression, settings: NetTrimSettings) -> Fit:
-    """The weights that the soft threshold left."""
-    return constrained(task, settings, soft_threshold, Sparse.of)
-
-
-METHOD = calibrated("net_trim", NetTrimSettings, fit)
+    def fit(self, task: Regression) -> Fit:
+        """The weights that the soft threshold left."""
+        return constrained(task, self, soft_threshold, Sparse.of)

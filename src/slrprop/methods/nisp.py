@@ -8,7 +8,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from slrprop.methods.base import Problem
-from slrprop.methods.removal import RemovalSettings, removal
+from slrprop.methods.removal import RemovalSettings
 from slrprop.relevance.simple import by_channel, propagated
 
 RESPONSES = 2000  # samples that feature selection ranks
@@ -28,6 +28,27 @@ class NISPSettings(RemovalSettings):
 
     source = "Yu et al., CVPR 2018; Roffo, Melzi, Cristani, ICCV 2015"
 
+    def scores(self, problem: Problem, pairs: Mapping[str, str]) -> dict[str, Tensor]:
+        """Importance of every neuron between the layers of a pair, float64 (n,), by the recursion of NISP."""
+        known: dict[str, Tensor] = {}  # of a layer's inputs
+
+        def of_inputs(name: str) -> Tensor:
+            if name not in known:
+                following = problem.network.next_layer(name)
+                known[name] = torch.ones(
+                    problem.network.shape(name)[0], dtype=torch.float64
+                )  # for a network of circles
+                if following is not None:
+                    outputs = by_channel(of_inputs(following), problem.network.shape(name)[1])
+                    known[name] = propagated(problem.weight(name).cpu(), outputs)
+                elif self.start == "responses":
+                    known[name] = infinite_selection(problem.calibration.pairs.samples(name, {})[0][:RESPONSES])
+                else:
+                    known[name] = problem.weight(name).cpu().double().abs().sum(1)
+            return known[name]
+
+        return {first: of_inputs(following) for first, following in pairs.items()}
+
 
 def infinite_selection(x: Tensor) -> Tensor:
     """Infinite feature selection of the columns of x (p x m): their energies, float64 (m,), larger is more important.
@@ -43,26 +64,3 @@ def infinite_selection(x: Tensor) -> Tensor:
     ones = torch.ones(len(affinity), dtype=torch.float64)
     radius = torch.linalg.eigvalsh(affinity)[-1].clamp_min(1e-300)  # of a matrix without negative entries
     return torch.linalg.solve(torch.eye(len(ones), dtype=torch.float64) - 0.9 / radius * affinity, ones) - 1
-
-
-def importances(problem: Problem, pairs: Mapping[str, str], settings: NISPSettings) -> dict[str, Tensor]:
-    """Importance of every neuron between the layers of a pair, float64 (n,), by the recursion of NISP."""
-    known: dict[str, Tensor] = {}  # of a layer's inputs
-
-    def of_inputs(name: str) -> Tensor:
-        if name not in known:
-            following = problem.network.next_layer(name)
-            known[name] = torch.ones(problem.network.shape(name)[0], dtype=torch.float64)  # for a network of circles
-            if following is not None:
-                outputs = by_channel(of_inputs(following), problem.network.shape(name)[1])
-                known[name] = propagated(problem.weight(name).cpu(), outputs)
-            elif settings.start == "responses":
-                known[name] = infinite_selection(problem.calibration.pairs.samples(name, {})[0][:RESPONSES])
-            else:
-                known[name] = problem.weight(name).cpu().double().abs().sum(1)
-        return known[name]
-
-    return {first: of_inputs(following) for first, following in pairs.items()}
-
-
-METHOD = removal("nisp", NISPSettings, importances)

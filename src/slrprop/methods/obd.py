@@ -6,7 +6,7 @@ from slrprop.fit.regression import Regression
 from slrprop.fit.sparsity import largest
 from slrprop.forms import Sparse
 from slrprop.methods.base import DensitySettings
-from slrprop.methods.calibrated import CalibratedSettings, calibrated
+from slrprop.methods.calibrated import CalibratedSettings
 
 
 class OBDSettings(DensitySettings, CalibratedSettings):
@@ -22,16 +22,12 @@ class OBDSettings(DensitySettings, CalibratedSettings):
 
     source = "LeCun, Denker, Solla, NIPS 1989, Eq 5"
 
+    def fit(self, task: Regression) -> Sparse:
+        """The chosen weights as they are."""
+        costs = saliency(task.weight, task.covariance, task.metric)
+        return Sparse.of(task.weight, largest(costs, self.stored_numbers(*costs.shape)))
+
 
 def saliency(weight: Tensor, hessian: Tensor, metric: Tensor | None = None) -> Tensor:
     """``h_kk w_k^2 / 2`` of every weight (m, n), h_kk the product of both diagonals."""
     return hessian.diagonal()[:, None] * weight**2 / 2 * (1 if metric is None else metric.diagonal())
-
-
-def fit(task: Regression, settings: OBDSettings) -> Sparse:
-    """The chosen weights as they are."""
-    costs = saliency(task.weight, task.covariance, task.metric)
-    return Sparse.of(task.weight, largest(costs, settings.stored_numbers(*costs.shape)))
-
-
-METHOD = calibrated("obd", OBDSettings, fit)

@@ -14,7 +14,7 @@ from slrprop.fit.sparsity import ITERATIONS, SupportedSquares, damped, largest, 
 from slrprop.forms import Sparse
 from slrprop.linalg import passed_on
 from slrprop.methods.base import DensitySettings
-from slrprop.methods.calibrated import CalibratedSettings, calibrated
+from slrprop.methods.calibrated import CalibratedSettings
 
 STEPS = 10
 DEAR = 1 << 27  # numbers of all outputs' Hessians, beyond which their least squares take minutes
@@ -41,6 +41,14 @@ class OBSSettings(DensitySettings, CalibratedSettings):
     @property
     def weighted(self) -> bool:
         return self.sensitivity and self.variant != "sparsegpt"
+
+    def fit(self, task: Regression) -> Sparse:
+        """The kept weights, moved to make up for the others."""
+        hessian, count = damped(task.covariance), self.stored_numbers(*task.weight.shape)
+        if self.variant == "sparsegpt":
+            return Sparse.of(*sparsegpt(task.weight, hessian, self.density))
+        prune = gradual if self.variant == "gradual" else one_shot
+        return Sparse.of(*prune(task.weight, hessian, count, task.metric))
 
 
 def saliency(weight: Tensor, hessian: Tensor, metric: Tensor | None = None) -> Tensor:
@@ -99,15 +107,3 @@ def sparsegpt(weight: Tensor, hessian: Tensor, density: float, block: int = BLOC
 
     passed_on(found.numpy(), upper.numpy(), kept, block)
     return found, support
-
-
-def fit(task: Regression, settings: OBSSettings) -> Sparse:
-    """The kept weights, moved to make up for the others."""
-    hessian, count = damped(task.covariance), settings.stored_numbers(*task.weight.shape)
-    if settings.variant == "sparsegpt":
-        return Sparse.of(*sparsegpt(task.weight, hessian, settings.density))
-    prune = gradual if settings.variant == "gradual" else one_shot
-    return Sparse.of(*prune(task.weight, hessian, count, task.metric))
-
-
-METHOD = calibrated("obs", OBSSettings, fit)

@@ -9,7 +9,7 @@ from slrprop.checks import Times
 from slrprop.fit.regression import Regression
 from slrprop.forms import Shared
 from slrprop.linalg import conjugate_gradients
-from slrprop.methods.calibrated import CalibratedSettings, calibrated
+from slrprop.methods.calibrated import CalibratedSettings
 
 DAMPING = 1e-3  # of the inputs' mean variance: what the data does not see stays near the weight
 STEPS = 8  # of conjugate gradients for the sequence, each round
@@ -35,15 +35,14 @@ class PermutedSettings(CalibratedSettings):
     def stored_numbers(self, m: int, n: int) -> int:
         return m + 2 * n  # the packed permutations are bytes, not numbers
 
+    def fit(self, task: Regression) -> Shared:
+        """The sequence is the mean of the sorted columns, each column's places are its ranks (methods "fitted").
 
-def fit(task: Regression, settings: PermutedSettings) -> Shared:
-    """The sequence is the mean of the sorted columns, each column's places are its ranks (methods "fitted").
-
-    Columns whose third central moment is negative are turned over first, and have a negative scale: two columns that are
-    permutations of one sequence up to scales of different signs are then sorted alike.
-    """
-    form = fitted(task.weight)
-    return refined(form, task.weight, task.damped(DAMPING), settings.refine) if settings.refine else form
+        Columns whose third central moment is negative are turned over first, and have a negative scale: two columns that are
+        permutations of one sequence up to scales of different signs are then sorted alike.
+        """
+        form = fitted(task.weight)
+        return refined(form, task.weight, task.damped(DAMPING), self.refine) if self.refine else form
 
 
 def fitted(weight: Tensor) -> Shared:
@@ -95,6 +94,3 @@ def refined(form: Shared, weight: Tensor, metric: Tensor, rounds: int) -> Shared
         scale = torch.where(solvable, (d * c - b * e) / safe, scale)
         offset = torch.where(solvable, (a * e - b * d) / safe, offset)
     return Shared(sequence, scale, offset, form.packed)
-
-
-METHOD = calibrated("permuted", PermutedSettings, fit)

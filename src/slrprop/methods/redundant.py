@@ -7,7 +7,7 @@ from sklearn.cluster import AgglomerativeClustering
 from torch import Tensor
 
 from slrprop.methods.base import Problem
-from slrprop.methods.removal import RemovalSettings, kept_count, removal
+from slrprop.methods.removal import RemovalSettings, kept_count
 
 
 class RedundantSettings(RemovalSettings):
@@ -18,6 +18,20 @@ class RedundantSettings(RemovalSettings):
     """
 
     source = "Ayinde, Inanc, Zurada, Neural Networks 118, 2019"
+
+    def scores(self, problem: Problem, pairs: Mapping[str, str]) -> dict[str, Tensor]:
+        """Scores (n,) in float64: the norm of a neuron's weights for the one that stands for its cluster; all others below 0, the longer the higher."""
+        found = {}
+        for first in pairs:
+            vectors = problem.weight(first).T.cpu().double()
+            length = vectors.norm(dim=1)
+            member = clusters(vectors, kept_count(len(vectors), self.keep))
+            best = torch.zeros(len(vectors), dtype=torch.bool)
+            for cluster in member.unique():
+                inside = (member == cluster).nonzero()[:, 0]
+                best[inside[length[inside].argmax()]] = True
+            found[first] = torch.where(best, length, length - length.max() - 1)
+        return found
 
 
 def clusters(vectors: Tensor, count: int) -> Tensor:
@@ -34,21 +48,3 @@ def clusters(vectors: Tensor, count: int) -> Tensor:
     return torch.from_numpy(
         AgglomerativeClustering(count, metric="precomputed", linkage="complete").fit_predict(distance)
     )
-
-
-def representatives(problem: Problem, pairs: Mapping[str, str], settings: RedundantSettings) -> dict[str, Tensor]:
-    """Scores (n,) in float64: the norm of a neuron's weights for the one that stands for its cluster; all others below 0, the longer the higher."""
-    found = {}
-    for first in pairs:
-        vectors = problem.weight(first).T.cpu().double()
-        length = vectors.norm(dim=1)
-        member = clusters(vectors, kept_count(len(vectors), settings.keep))
-        best = torch.zeros(len(vectors), dtype=torch.bool)
-        for cluster in member.unique():
-            inside = (member == cluster).nonzero()[:, 0]
-            best[inside[length[inside].argmax()]] = True
-        found[first] = torch.where(best, length, length - length.max() - 1)
-    return found
-
-
-METHOD = removal("redundant", RedundantSettings, representatives)

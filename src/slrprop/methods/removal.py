@@ -4,6 +4,7 @@ A criterion scores the neurons between a layer and the one that reads them, of a
 given the next layer's weights anew, by least squares; what the removed ones gave on average goes into its bias.
 """
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -18,14 +19,13 @@ from slrprop.errors import SlrpropError
 from slrprop.fit.regression import DAMPING, Regression
 from slrprop.forms import Narrowed
 from slrprop.losses import rows_of
-from slrprop.methods.base import Decision, Method, Problem
+from slrprop.methods.base import Decision, Problem
 from slrprop.methods.calibrated import CalibratedMethod, CalibratedSettings, in_order
 from slrprop.network.base import Flow, Network
 from slrprop.network.chain import Chain
 from slrprop.relevance.simple import by_channel, highest
 
 Terms = Callable[[str, Tensor, Tensor, Flow], Tensor]
-Score = Callable[[Problem, Mapping[str, str], Any], dict[str, Tensor]]
 SHARES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -39,6 +39,8 @@ class RemovalSettings(CalibratedSettings):
 
     keep: Density = 0.5
     refit: bool = True
+
+    coupled = True
 
     def stored_numbers(self, m: int, n: int) -> int:
         return m * kept_count(n, self.keep)
@@ -61,6 +63,35 @@ class RemovalSettings(CalibratedSettings):
         free = all(network.layers[name].calls == 1 and not network.stays(name) for name in names)
         treated = free and all(self.treats(network.operator(name)) for name in names)
         return following if treated and following in network.order else None
+
+    def decide(self, problem: Problem, layers: tuple[str, ...]) -> Iterator[Decision]:
+        """The layers whose neurons are removed and those that read them, in order of execution."""
+        network = problem.network
+        pairs = {first: following for first in layers if (following := self.reader(network, first)) is not None}
+        kept, read = dict[str, Tensor](), dict[str, Tensor]()
+        for first, found in self.scores(problem, pairs).items():
+            rows, count = network.shape(pairs[first])[0], network.shape(first)[1]
+            kept[first] = highest(by_channel(found, count), kept_count(count, self.keep))
+            read[pairs[first]] = kept[first].repeat_interleave(rows // count)
+        made = {first: mask for first, mask in kept.items() if network.junction(first)}
+
+        def method(layer: str) -> CalibratedMethod:
+            fit = partial(narrowed, rows=read.get(layer), columns=made.get(layer))
+            return CalibratedMethod(self.called(), type(self), fit)
+
+        wide = replace(self, bits=32)  # for a layer that was not asked for
+        touched = {layer: (method(layer), self if layer in layers else wide) for layer in (*read, *made)}
+        for decision in in_order(problem, touched):
+            asked = decision.name in layers or decision.settings is not None
+            yield decision if asked else decision._replace(settings=wide)
+
+    @abstractmethod
+    def scores(self, problem: Problem, pairs: Mapping[str, str]) -> dict[str, Tensor]:
+        """The criterion: for every layer's neurons a score (n,), or one for each row that reads them; larger is more relevant.
+
+        Args:
+            pairs: the layers whose neurons are scored, each with the layer that reads them.
+        """
 
 
 class ChainedSettings(RemovalSettings):
@@ -140,34 +171,3 @@ def narrowed(task: Regression, settings: RemovalSettings, rows: Tensor | None, c
         weight = weight.clone()
         weight[rows] = refitted(task, rows) if settings.refit else weight[rows]
     return Narrowed.cut(weight, rows, columns)
-
-
-def removal(name: str, settings: type[RemovalSettings], score: Score) -> Method:
-    """A method from a criterion.
-
-    Args:
-        score: takes the problem, the layers whose neurons are scored, each with the layer that reads them, and the
-            settings; gives a score (n,) for every layer's neurons, or one for each row that reads them, larger is more relevant.
-    """
-
-    def decide(problem: Problem, layers: tuple[str, ...], chosen: RemovalSettings) -> Iterator[Decision]:
-        network = problem.network
-        pairs = {first: following for first in layers if (following := chosen.reader(network, first)) is not None}
-        kept, read = dict[str, Tensor](), dict[str, Tensor]()
-        for first, found in score(problem, pairs, chosen).items():
-            rows, count = network.shape(pairs[first])[0], network.shape(first)[1]
-            kept[first] = highest(by_channel(found, count), kept_count(count, chosen.keep))
-            read[pairs[first]] = kept[first].repeat_interleave(rows // count)
-        made = {first: mask for first, mask in kept.items() if network.junction(first)}
-
-        def method(layer: str) -> CalibratedMethod:
-            fit = partial(narrowed, rows=read.get(layer), columns=made.get(layer))
-            return CalibratedMethod(name, settings, decide, None, fit)
-
-        wide = replace(chosen, bits=32)  # for a layer that was not asked for
-        touched = {layer: (method(layer), chosen if layer in layers else wide) for layer in (*read, *made)}
-        for decision in in_order(problem, touched):
-            asked = decision.name in layers or decision.settings is not None
-            yield decision if asked else decision._replace(settings=wide)
-
-    return Method(name, settings, decide, None, coupled=True)

@@ -1,9 +1,7 @@
 """The dense weight in few bits, every number by itself."""
 
-from collections.abc import Iterator
-
-from slrprop.forms import Dense, Fit, Table
-from slrprop.methods.base import Decision, Method, Problem, WholeSettings
+from slrprop.forms import Dense, Table
+from slrprop.methods.base import Problem, WholeSettings
 from slrprop.operators import Lookup
 
 
@@ -12,12 +10,6 @@ class RTNSettings(WholeSettings):
 
     source = "the baseline of Frantar, Ashkboos, Hoefler, Alistarh, GPTQ, ICLR 2023"
 
-
-def decide(problem: Problem, layers: tuple[str, ...], settings: RTNSettings) -> Iterator[Decision]:
-    """Every layer by itself; the numbers are rounded when the decision becomes a plan."""
-    for name in layers:
-        form = Table if isinstance(problem.network.operator(name), Lookup) else Dense
-        yield Decision(name, Fit(form(problem.weight(name))))
-
-
-METHOD = Method("rtn", RTNSettings, decide)
+    def alone(self, problem: Problem, name: str) -> Dense:
+        """The numbers are rounded when the decision becomes a plan."""
+        return (Table if isinstance(problem.network.operator(name), Lookup) else Dense)(problem.weight(name))

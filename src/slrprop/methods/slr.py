@@ -11,7 +11,7 @@ from slrprop.fit.statistics import QUANTITIES
 from slrprop.forms import Fit, Form, SparseLowRank
 from slrprop.linalg import truncated_svd
 from slrprop.losses import LossName
-from slrprop.methods.base import Decision, Method, Problem, SVDBasedSettings
+from slrprop.methods.base import Decision, Problem, SVDBasedSettings
 from slrprop.plan import LayerPlan, unpack
 from slrprop.relevance.cost import Baseline
 from slrprop.relevance.simple import Scores, by_channel, combined, highest, weight_scores
@@ -37,6 +37,8 @@ class ShortenSettings(SVDBasedSettings):
     order: Literal["independent", "sequential"] = "independent"
     loss: LossName | None = None
 
+    rebuilt = True
+
     @property
     def reduced_rank(self) -> int:
         """The rank that a shortened neuron keeps."""
@@ -48,6 +50,11 @@ class ShortenSettings(SVDBasedSettings):
 
     def needs(self) -> tuple[str, ...]:
         return ("cost",)
+
+    def build(self, weight: Tensor, layer: LayerPlan) -> SparseLowRank:
+        svd = truncated_svd(weight, self.rank, self.solver)
+        rows, columns = map(unpack, (layer.kept_rows, layer.kept_columns), layer.shape)
+        return SparseLowRank.shorten(svd, self.reduced_rank, ~rows, ~columns)
 
 
 class SLRSettings(ShortenSettings):
@@ -64,6 +71,15 @@ class SLRSettings(ShortenSettings):
     def needs(self) -> tuple[str, ...]:
         cost = ("cost",) if "cost" in self.criterion else ()
         return cost + (QUANTITIES if "activation" in self.criterion else ())
+
+    def decide(self, problem: Problem, layers: tuple[str, ...]) -> Iterator[Decision]:
+        """Every layer by itself, from the last to the first."""
+        compressed: dict[str, Form] = {}
+        for name in reversed(layers):
+            settings = self.at(problem.network.operator(name), problem.network.shape(name))
+            decision = shortened(problem, name, settings, scores_of(problem, name, settings, compressed))
+            compressed[name] = decision.fit.form
+            yield decision
 
 
 def kept(scores: Tensor, sparsity_rate: float) -> Tensor:
@@ -101,23 +117,3 @@ def scores_of(problem: Problem, name: str, settings: SLRSettings, compressed: di
             found = weight_scores(problem.weight(name)) if part == "weight" else problem.activation_scores(name)
             parts.append(Scores(by_channel(found.rows, channels_of(problem, name)), found.columns))
     return parts[0] if len(parts) == 1 else combined(*parts)
-
-
-def decide(problem: Problem, layers: tuple[str, ...], settings: SLRSettings) -> Iterator[Decision]:
-    """Every layer by itself, from the last to the first."""
-    compressed: dict[str, Form] = {}
-    for name in reversed(layers):
-        settings = settings.at(problem.network.operator(name), problem.network.shape(name))
-        decision = shortened(problem, name, settings, scores_of(problem, name, settings, compressed))
-        compressed[name] = decision.fit.form
-        yield decision
-
-
-def build(weight: Tensor, layer: LayerPlan, settings: ShortenSettings) -> SparseLowRank:
-    """The factors of a planned layer from its m x n weight."""
-    svd = truncated_svd(weight, settings.rank, settings.solver)
-    rows, columns = map(unpack, (layer.kept_rows, layer.kept_columns), layer.shape)
-    return SparseLowRank.shorten(svd, settings.reduced_rank, ~rows, ~columns)
-
-
-METHOD = Method("slr", SLRSettings, decide, build)

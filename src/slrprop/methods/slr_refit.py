@@ -1,7 +1,6 @@
 """SLR's pattern with refitted factors: the two-level case of nested sparse low rank."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -30,9 +29,29 @@ class SLRRefitSettings(SLRSettings, CalibratedSettings):
 
     source = "Swaminathan, Garg, Kannan, Andres, Neurocomputing 398, 2020, for the pattern; refit: slrprop, 2026"
     weighs = True
+    rebuilt = False
 
     def needs(self) -> tuple[str, ...]:
         return (*SLRSettings.needs(self), *CalibratedSettings.needs(self))
+
+    def decide(self, problem: Problem, layers: tuple[str, ...]) -> Iterator[Decision]:
+        """Patterns by the criterion on the original network, then factors in order of execution."""
+        chosen = {}
+        for name in layers:
+            rows, columns = kept_of(problem, name, self, scores_of(problem, name, self))
+            chosen[name] = (
+                CalibratedMethod(self.called(), type(self), partial(refitted, rows=rows, columns=columns)),
+                self,
+            )
+        yield from in_order(problem, chosen)
+
+    @classmethod
+    def fit_of(cls, layer: LayerPlan) -> Fitting:
+        """The fit with the pattern of a planned layer."""
+        form = layer.factors.codes if isinstance(layer.factors, Quantized) else layer.factors
+        assert isinstance(form, SparseLowRank)
+        rows, columns = (levels == len(form.left) for levels in (form.row_levels, form.column_levels))
+        return partial(refitted, rows=rows, columns=columns)
 
 
 def refitted(task: Regression, settings: SLRRefitSettings, rows: Tensor, columns: Tensor) -> SparseLowRank:
@@ -47,23 +66,3 @@ def refitted(task: Regression, settings: SLRRefitSettings, rows: Tensor, columns
     for _ in range(settings.sweeps if len(refit.blocks) > 1 else 0):
         refit.sweep()
     return refit.factors()
-
-
-def fit_anew(layer: LayerPlan) -> Fitting:
-    """The fit with the pattern of a planned layer."""
-    form = layer.factors.codes if isinstance(layer.factors, Quantized) else layer.factors
-    assert isinstance(form, SparseLowRank)
-    rows, columns = (levels == len(form.left) for levels in (form.row_levels, form.column_levels))
-    return partial(refitted, rows=rows, columns=columns)
-
-
-def decide(problem: Problem, layers: tuple[str, ...], settings: SLRRefitSettings) -> Iterator[Decision]:
-    """Patterns by the criterion on the original network, then factors in order of execution."""
-    chosen = {}
-    for name in layers:
-        rows, columns = kept_of(problem, name, settings, scores_of(problem, name, settings))
-        chosen[name] = (replace(METHOD, fit=partial(refitted, rows=rows, columns=columns)), settings)
-    yield from in_order(problem, chosen)
-
-
-METHOD = CalibratedMethod("slr_refit", SLRRefitSettings, decide, fit_of=fit_anew)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from slrprop.errors import SlrpropError
 from slrprop.forms import Form
-from slrprop.methods.base import Decision, Method, Problem
-from slrprop.methods.slr import ShortenSettings, build, channels_of, shortened
+from slrprop.methods.base import Decision, Problem
+from slrprop.methods.slr import ShortenSettings, channels_of, shortened
 from slrprop.network.base import Network
 from slrprop.operators import Operator
 from slrprop.relevance.simple import Scores, by_channel, propagated
@@ -37,6 +37,28 @@ class SLRPropSettings(ShortenSettings):
         leads = network.next_layer(name) or network.is_last(name)
         return super().obstacle(network, name) or ("" if leads else network.apart(name))
 
+    def decide(self, problem: Problem, layers: tuple[str, ...]) -> Iterator[Decision]:
+        """From the FRL back: columns by cost; rows by cost at the FRL and by propagated relevance before it."""
+        path = self.eligible(problem.network)
+        compressed: dict[str, Form] = {}
+        relevance: Tensor | None = None  # of the current layer's outputs
+        for name in reversed(path[path.index(layers[0]) :]):
+            settings = self.at(problem.network.operator(name), problem.network.shape(name))
+            if relevance is None or name in layers:
+                rows, columns, _ = problem.cost(name, settings, compressed, inputs=relevance is None)
+            if relevance is not None:
+                weight = problem.weight(name)
+                if self.propagate == "truncated":
+                    svd = problem.svd(name, min(settings.rank, *weight.shape), self.solver)
+                    weight = svd.left @ svd.vt
+                rows = propagated(weight, by_channel(relevance, weight.shape[1]))
+                rows = by_channel(rows, channels_of(problem, name))
+            relevance = rows
+            if name in layers:
+                decision = shortened(problem, name, settings, Scores(rows, columns))
+                compressed[name] = decision.fit.form
+                yield decision
+
 
 def response_layers(network: Network, frl: str | None, treats: Callable[[Operator], bool]) -> tuple[str, ...]:
     """The FRL and the layers that lead to it, of kinds that are treated, through functions of each channel alone, in order.
@@ -58,29 +80,3 @@ def response_layers(network: Network, frl: str | None, treats: Callable[[Operato
     while (previous := before.get(names[0])) is not None and previous not in names:
         names.insert(0, previous)
     return tuple(names)
-
-
-def decide(problem: Problem, layers: tuple[str, ...], settings: SLRPropSettings) -> Iterator[Decision]:
-    """From the FRL back: columns by cost; rows by cost at the FRL and by propagated relevance before it."""
-    path = settings.eligible(problem.network)
-    compressed: dict[str, Form] = {}
-    relevance: Tensor | None = None  # of the current layer's outputs
-    for name in reversed(path[path.index(layers[0]) :]):
-        settings = settings.at(problem.network.operator(name), problem.network.shape(name))
-        if relevance is None or name in layers:
-            rows, columns, _ = problem.cost(name, settings, compressed, inputs=relevance is None)
-        if relevance is not None:
-            weight = problem.weight(name)
-            if settings.propagate == "truncated":
-                svd = problem.svd(name, min(settings.rank, *weight.shape), settings.solver)
-                weight = svd.left @ svd.vt
-            rows = propagated(weight, by_channel(relevance, weight.shape[1]))
-            rows = by_channel(rows, channels_of(problem, name))
-        relevance = rows
-        if name in layers:
-            decision = shortened(problem, name, settings, Scores(rows, columns))
-            compressed[name] = decision.fit.form
-            yield decision
-
-
-METHOD = Method("slrprop", SLRPropSettings, decide, build)

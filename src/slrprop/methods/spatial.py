@@ -7,7 +7,7 @@ from slrprop.fit.regression import Regression
 from slrprop.fit.sides import Sides
 from slrprop.forms import Spatial
 from slrprop.methods.base import RankSettings, grid
-from slrprop.methods.calibrated import CalibratedSettings, calibrated
+from slrprop.methods.calibrated import CalibratedSettings
 from slrprop.operators import Convolution, Operator
 
 
@@ -40,18 +40,14 @@ class SpatialSettings(RankSettings, CalibratedSettings):
     def ladder(cls, m: int, n: int) -> list[dict[str, Any]]:
         return [{"rank": rank} for rank in grid(int((m * n) ** 0.5 / 2))]
 
-
-def fit(task: Regression, settings: SpatialSettings) -> Spatial:
-    """From the principal rows of both sides, in turn."""
-    high, wide = task.operator.kernel
-    sides = Sides.of(task, high, wide)
-    first = sides.start(settings.rank)
-    second = sides.second(first)
-    for _ in range(settings.sweeps):
-        first = sides.first(first, second)
+    def fit(self, task: Regression) -> Spatial:
+        """From the principal rows of both sides, in turn."""
+        high, wide = task.operator.kernel
+        sides = Sides.of(task, high, wide)
+        first = sides.start(self.rank)
         second = sides.second(first)
-    size = (first.norm(dim=0) / second.unflatten(0, (-1, wide)).flatten(1).norm(dim=1)).clamp(1e-8, 1e8).sqrt()
-    return Spatial((high, wide), first / size, second * size.repeat_interleave(wide)[:, None])
-
-
-METHOD = calibrated("spatial", SpatialSettings, fit)
+        for _ in range(self.sweeps):
+            first = sides.first(first, second)
+            second = sides.second(first)
+        size = (first.norm(dim=0) / second.unflatten(0, (-1, wide)).flatten(1).norm(dim=1)).clamp(1e-8, 1e8).sqrt()
+        return Spatial((high, wide), first / size, second * size.repeat_interleave(wide)[:, None])

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from slrprop.losses import check_labels, goal_of, pick_loss
 from slrprop.methods.base import Problem
-from slrprop.methods.removal import ChainedSettings, Seen, averages_before, removal
+from slrprop.methods.removal import ChainedSettings, Seen, averages_before
 
 
 class TaylorSettings(ChainedSettings):
@@ -28,6 +28,21 @@ class TaylorSettings(ChainedSettings):
 
     source = "Molchanov, Tyree, Karras, Aila, Kautz, ICLR 2017"
 
+    def scores(self, problem: Problem, pairs: Mapping[str, str]) -> dict[str, Tensor]:
+        """Mean ``|dC/dz * z|`` of every neuron between the layers of a pair, float64 (n,), of norm 1."""
+
+        def terms(seen: Seen, targets: Tensor | None) -> Tensor:
+            y = seen.y.detach().requires_grad_()
+            with torch.enable_grad():
+                (gradient,) = torch.autograd.grad(loss_of(seen.chain.values(y)[-1], targets), y)
+            found = ((gradient @ seen.weight.T) * seen.x).unflatten(1, (seen.channels, -1)).sum(2)  # of all its places
+            return found.abs() if self.absolute == "sample" else found
+
+        return {
+            first: functional.normalize(mean.abs(), dim=0)
+            for first, mean in averages_before(problem, pairs, terms).items()
+        }
+
 
 def loss_of(outputs: Tensor, targets: Tensor | None) -> Tensor:
     """The loss C summed over samples, for outputs (p x c)."""
@@ -36,21 +51,3 @@ def loss_of(outputs: Tensor, targets: Tensor | None) -> Tensor:
         return (outputs if targets is None else outputs - goal_of(targets, outputs)).square().sum()
     labels = outputs.argmax(1) if targets is None else check_labels(targets, outputs)
     return functional.cross_entropy(outputs, labels, reduction="sum")
-
-
-def taylor_terms(problem: Problem, pairs: Mapping[str, str], settings: TaylorSettings) -> dict[str, Tensor]:
-    """Mean ``|dC/dz * z|`` of every neuron between the layers of a pair, float64 (n,), of norm 1."""
-
-    def terms(seen: Seen, targets: Tensor | None) -> Tensor:
-        y = seen.y.detach().requires_grad_()
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(loss_of(seen.chain.values(y)[-1], targets), y)
-        found = ((gradient @ seen.weight.T) * seen.x).unflatten(1, (seen.channels, -1)).sum(2)  # of all its places
-        return found.abs() if settings.absolute == "sample" else found
-
-    return {
-        first: functional.normalize(mean.abs(), dim=0) for first, mean in averages_before(problem, pairs, terms).items()
-    }
-
-
-METHOD = removal("taylor", TaylorSettings, taylor_terms)

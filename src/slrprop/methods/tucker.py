@@ -9,7 +9,7 @@ from slrprop.fit.regression import Regression
 from slrprop.fit.sides import Sides
 from slrprop.forms import Tucker
 from slrprop.linalg import reduced_rank
-from slrprop.methods.calibrated import CalibratedSettings, calibrated
+from slrprop.methods.calibrated import CalibratedSettings
 from slrprop.operators import Convolution, Operator
 
 
@@ -41,20 +41,16 @@ class TuckerSettings(CalibratedSettings):
         unit, inputs, outputs = self.channels(m, n)
         return m // unit * inputs + inputs * unit * outputs + outputs * n
 
-
-def fit(task: Regression, settings: TuckerSettings) -> Tucker:
-    """The input channels from those that matter most; behind them a low-rank regression."""
-    m, n = task.weight.shape
-    unit, inputs, outputs = settings.at(task.operator, (m, n)).channels(m, n)
-    sides = Sides.of(task, 1, unit)
-    first = sides.start(inputs)
-    for turn in range(settings.sweeps + 1):
-        inner = sides.between(first)
-        core, last = reduced_rank(sides.second(first, inner), inner, task.root, outputs)
-        if turn < settings.sweeps:
-            first = torch.linalg.qr(sides.first(first, core @ last))[0]  # another basis of the same channels
-    size = (core.norm(dim=0) / last.norm(dim=1)).clamp(1e-8, 1e8).sqrt()
-    return Tucker(task.operator.kernel, first, core / size, size[:, None] * last)
-
-
-METHOD = calibrated("tucker", TuckerSettings, fit)
+    def fit(self, task: Regression) -> Tucker:
+        """The input channels from those that matter most; behind them a low-rank regression."""
+        m, n = task.weight.shape
+        unit, inputs, outputs = self.at(task.operator, (m, n)).channels(m, n)
+        sides = Sides.of(task, 1, unit)
+        first = sides.start(inputs)
+        for turn in range(self.sweeps + 1):
+            inner = sides.between(first)
+            core, last = reduced_rank(sides.second(first, inner), inner, task.root, outputs)
+            if turn < self.sweeps:
+                first = torch.linalg.qr(sides.first(first, core @ last))[0]  # another basis of the same channels
+        size = (core.norm(dim=0) / last.norm(dim=1)).clamp(1e-8, 1e8).sqrt()
+        return Tucker(task.operator.kernel, first, core / size, size[:, None] * last)
