@@ -84,8 +84,10 @@ class Pairs:
         """Batches of (input by now, original pre-activation) of a layer."""
         entry = self._entry(name, compressed)
         if entry is not None:
-            for x, z in zip(self._inputs[entry] or (), self._outputs_along(entry, name), strict=True):
-                yield self._along(entry, x, name, compressed), z
+            inputs = self._inputs[entry] or []
+            made = (self._passed(self._along(entry, x, name, {}), name) for x in inputs)
+            now = (self._along(entry, x, name, compressed) for x in inputs)
+            yield from zip(now, self._kept(name, made, sum(map(len, inputs))), strict=True)
             return
         if not compressed:
             for flow in self.network.stream((name,), self.data, whole=False):
@@ -93,20 +95,12 @@ class Pairs:
             return
         yield from zip(self._inputs_now(name, compressed), self._outputs_then(name), strict=True)
 
-    def _outputs_along(self, entry: str, name: str) -> Iterable[Tensor]:
-        """The original pre-activations of a layer of a chain; kept where they fit."""
-        if name in self.outputs:
-            return self.outputs[name]
-        inputs = self._inputs[entry] or []
-        made = (self._passed(self._along(entry, x, name, {}), name) for x in inputs)
-        return self._kept(name, made, sum(map(len, inputs)))
-
     def _kept(self, name: str, made: Iterable[Tensor], rows: int) -> Iterable[Tensor]:
         """A layer's original pre-activations, from now on kept where they fit."""
         kept = sum(z.nbytes for parts in self.outputs.values() for z in parts)
-        if kept + 4 * rows * self.network.shape(name)[1] > bound() // 2:
+        if name not in self.outputs and kept + 4 * rows * self.network.shape(name)[1] > bound() // 2:
             return made
-        self.outputs[name] = list(made)
+        self.outputs[name] = self.outputs.get(name) or list(made)
         return self.outputs[name]
 
     def _outputs_then(self, name: str) -> Iterator[Tensor]:

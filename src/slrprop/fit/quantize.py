@@ -132,15 +132,11 @@ def form_of(form: Form, bits: int, found: dict[str, tuple[Tensor, Tensor]]) -> Q
 
 
 def _plainly(form: Form, bits: int) -> Quantized:
-    axes = form.scale_axes()
-    if isinstance(form, LowRank):
-        form = LowRank(*balanced(form.left, form.right))
-    elif isinstance(form, SparseLowRank):
-        pairs = [balanced(left, right) for left, right in zip(form.left, form.right, strict=True)]
-        form = SparseLowRank(
-            tuple(a for a, _ in pairs), tuple(b for _, b in pairs), form.row_levels, form.column_levels
-        )
-    return form_of(form, bits, {name: rounded(matrix, axes[name], bits) for name, matrix in form.matrices().items()})
+    axes, matrices = form.scale_axes(), form.matrices()
+    for left in [name for name in matrices if name.startswith("left")]:
+        right = left.replace("left", "right")
+        matrices |= dict(zip((left, right), balanced(matrices[left], matrices[right]), strict=True))
+    return form_of(form, bits, {name: rounded(matrix, axes[name], bits) for name, matrix in matrices.items()})
 
 
 @singledispatch

@@ -1,13 +1,11 @@
 """What Net-Trim and DDLR share: settings, and the fit of one layer under constraints on its response."""
 
-from collections.abc import Callable
-
-from torch import Tensor
+from typing import Any, ClassVar
 
 from slrprop.checks import Count, Positive
-from slrprop.fit.admm import Programme, Proximal, solve
+from slrprop.fit.admm import Programme, solve
 from slrprop.fit.regression import Regression
-from slrprop.forms import Bias, Fit, Form
+from slrprop.forms import Bias, Fit
 from slrprop.methods.calibrated import CalibratedSettings
 
 
@@ -31,30 +29,29 @@ class ConstrainedSettings(CalibratedSettings):
     refit_head: bool = False
 
     rungs = ("gain", (0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02))
+    proximal: ClassVar[Any]  # a :data:`slrprop.fit.admm.Proximal`
+    form_of: ClassVar[Any]  # what makes a form of the weight that the programme ends with
 
     def stored_numbers(self, m: int, n: int) -> None:
         """Not known before the data are seen."""
 
+    def fit(self, task: Regression) -> Fit:
+        """The solution of a layer's programme as a form with its bias.
 
-def constrained(
-    task: Regression, settings: ConstrainedSettings, proximal: Proximal, form_of: Callable[[Tensor], Form]
-) -> Fit:
-    """The solution of a layer's programme as a form with its bias.
-
-    Its notes say how far they are outside the constraints (shares of ``||Y||_F``), before any rounding to few bits.
-    """
-    x, z = task.samples()
-    if settings.sequential:
-        programme = Programme.cascade(x, z, task.relu, settings.gain, x @ task.original + task.bias)
-    else:
-        programme = Programme.parallel(x, z, task.relu, settings.gain)
-    solution = solve(programme, proximal, settings.rho, settings.iterations)
-    form = form_of(solution.weight)
-    error, ceiling = programme.violation(form.dense(), solution.bias)
-    notes = {
-        "error_violation": error,
-        "ceiling_violation": ceiling,
-        "iterations": float(solution.iterations),
-        "converged": float(solution.converged),
-    }
-    return Fit(form, Bias(solution.bias), notes)
+        Its notes say how far they are outside the constraints (shares of ``||Y||_F``), before any rounding to few bits.
+        """
+        x, z = task.samples()
+        if self.sequential:
+            programme = Programme.cascade(x, z, task.relu, self.gain, x @ task.original + task.bias)
+        else:
+            programme = Programme.parallel(x, z, task.relu, self.gain)
+        solution = solve(programme, self.proximal, self.rho, self.iterations)
+        form = self.form_of(solution.weight)
+        error, ceiling = programme.violation(form.dense(), solution.bias)
+        notes = {
+            "error_violation": error,
+            "ceiling_violation": ceiling,
+            "iterations": float(solution.iterations),
+            "converged": float(solution.converged),
+        }
+        return Fit(form, Bias(solution.bias), notes)

@@ -4,20 +4,9 @@ import torch
 from torch import Tensor
 
 from slrprop.fit.admm import TOLERANCE, singular_value_threshold
-from slrprop.fit.regression import Regression
-from slrprop.forms import Dense, Fit, LowRank
+from slrprop.forms import Dense, LowRank
 from slrprop.linalg import truncated_svd
-from slrprop.methods.constrained import ConstrainedSettings, constrained
-
-
-class DDLRSettings(ConstrainedSettings):
-    """DDLR: the least nuclear norm under a bound on the change of the outputs."""
-
-    source = "Papadimitriou, Jain, arXiv 2107.05787, 2021"
-
-    def fit(self, task: Regression) -> Fit:
-        """The weight of the lowest singular values."""
-        return constrained(task, self, singular_value_threshold, factored)
+from slrprop.methods.constrained import ConstrainedSettings
 
 
 def numerical_rank(weight: Tensor) -> int:
@@ -34,3 +23,10 @@ def factored(weight: Tensor) -> LowRank | Dense:
     """A weight as two factors; as one matrix where they would hold more numbers."""
     (m, n), rank = weight.shape, numerical_rank(weight)
     return Dense(weight) if rank * (m + n) >= m * n else LowRank.from_svd(truncated_svd(weight, rank))
+
+
+class DDLRSettings(ConstrainedSettings):
+    """DDLR: the least nuclear norm under a bound on the change of the outputs."""
+
+    source = "Papadimitriou, Jain, arXiv 2107.05787, 2021"
+    proximal, form_of = staticmethod(singular_value_threshold), staticmethod(factored)

@@ -86,9 +86,7 @@ class NestedSettings(RankSettings, CalibratedSettings):
                 rows = chosen(row_scores, rows, row_count, task.operator.unit)
                 columns = chosen(column_scores, columns, column_count)
             refit.add(rows, columns, rank)
-        for _ in range(self.sweeps if len(refit.blocks) > 1 else 0):
-            refit.sweep()
-        return refit.factors()
+        return refit.factors(self.sweeps)
 
 
 def chosen(scores: Tensor, among: Tensor, count: int, unit: int = 1) -> Tensor:

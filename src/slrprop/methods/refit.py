@@ -137,8 +137,10 @@ class Refit:
         outputs = (((rows.T @ undamped) @ columns) * columns).sum(0)
         return inputs.sum(1) / self.task.freedom, outputs if metric is None else outputs * metric.diagonal()
 
-    def factors(self) -> SparseLowRank:
-        """The blocks as one form."""
+    def factors(self, sweeps: int = 0) -> SparseLowRank:
+        """The blocks, where they are several after some sweeps, as one form."""
+        for _ in range(sweeps if len(self.blocks) > 1 else 0):
+            self.sweep()
         m, n = self.task.weight.shape
         row_levels, column_levels = torch.zeros(m, dtype=torch.uint8), torch.zeros(n, dtype=torch.uint8)
         for block in self.blocks:

@@ -63,6 +63,4 @@ def refitted(task: Regression, settings: SLRRefitSettings, rows: Tensor, columns
     rest = min(settings.rank - short, len(kept_rows), len(kept_columns))
     for block in [*sets, (kept_rows, kept_columns, rest)]:
         refit.add(*block)
-    for _ in range(settings.sweeps if len(refit.blocks) > 1 else 0):
-        refit.sweep()
-    return refit.factors()
+    return refit.factors(settings.sweeps)
