@@ -62,18 +62,15 @@ def _verdict(c: Compression) -> str:
     return (
         f"{'Budget met' if c.met else 'Budget not met'}: {_budget(c)}. "
         f"{'The' if c.met else 'In the nearest network that was found, the'} file goes from {words.short_size(c.bytes[0])} to "
-        f"{words.short_size(c.bytes[1])}, {c.metric.replace('_', ' ')} from {words.quality(c.quality[0], c.metric)} to "
-        f"{words.quality(c.quality[1], c.metric)} (a {lost} of {words.drop(abs(c.drop), c.metric)}, "
-        f"95 % interval of the {c.change} {words.interval(c.interval, c.metric)})."
+        f"{words.short_size(c.bytes[1])}, {c.metric.replace('_', ' ')} from {words.quality(c.metric, c.quality[0])} to "
+        f"{words.quality(c.metric, c.quality[1])} (a {lost} of {words.drop(c.metric, abs(c.drop))}, "
+        f"95 % interval of the {c.change} {words.drop(c.metric, *c.interval)})."
     )
 
 
 def _budget(c: Compression) -> str:
-    given = c.budget
-    parts = [] if given.max_drop is None else [f"a {c.change} of at most {words.drop(given.max_drop, c.metric)}"]
-    parts += [] if given.max_bytes is None else [f"at most {words.size(given.max_bytes)}"]
-    parts += [] if given.max_latency is None else [f"at most {words.milliseconds(given.max_latency)}"]
-    return ", ".join(parts)
+    asked = [(f"a {c.change} of {most}" if what.startswith(c.change) else most) for what, most, *_ in _goals(c)]
+    return ", ".join(asked)
 
 
 def _summary(c: Compression) -> Rows:
@@ -82,10 +79,10 @@ def _summary(c: Compression) -> Rows:
         ("file before", words.size(before)),
         ("file after", words.size(after)),
         ("share of the original file", f"{100 * after / before:.2f} %"),
-        (f"{c.metric} before", words.quality(c.quality[0], c.metric)),
-        (f"{c.metric} after", words.quality(c.quality[1], c.metric)),
-        (c.change, words.drop(c.drop, c.metric)),
-        (f"95 % interval of the {c.change}", words.interval(c.interval, c.metric)),
+        (f"{c.metric} before", words.quality(c.metric, c.quality[0])),
+        (f"{c.metric} after", words.quality(c.metric, c.quality[1])),
+        (c.change, words.drop(c.metric, c.drop)),
+        (f"95 % interval of the {c.change}", words.drop(c.metric, *c.interval)),
         *((name, f"{before:.2f} -> {after:.2f} %") for name, (before, after) in c.beside.items()),
     ]
     if not math.isnan(c.latency[0]):
@@ -100,7 +97,7 @@ def _goals(c: Compression) -> list[tuple[str, str, str, bool]]:
     confident = bool(c.settings.get("confident"))
     lost = f"{c.change}, upper end of its interval" if confident else c.change
     rows: list[tuple[str, Any, Any, Callable[[Any], str]]] = [
-        (lost, c.budget.max_drop, c.interval[1] if confident else c.drop, lambda value: words.drop(value, c.metric)),
+        (lost, c.budget.max_drop, c.interval[1] if confident else c.drop, lambda value: words.drop(c.metric, value)),
         ("file", c.budget.max_bytes, c.bytes[1], words.size),
         ("latency", c.budget.max_latency, c.latency[1], words.milliseconds),
     ]

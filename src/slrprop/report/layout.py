@@ -34,7 +34,7 @@ def page(facts: dict[str, Any]) -> str:
 
 def text(facts: dict[str, Any]) -> str:
     """The facts as Markdown, the verdict first."""
-    return _rendered("report.md", facts, points=[_point(facts, index) for index in range(len(facts["points"]))])
+    return _rendered("report.md", facts)
 
 
 def _rendered(name: str, facts: dict[str, Any], **further: Any) -> str:
@@ -80,22 +80,6 @@ def _layer(layer: dict[str, Any]) -> tuple[str, ...]:
     shape, sizes = " x ".join(map(str, layer["shape"] or ())), (f"{layer['before']:,}", f"{layer['after']:,}")
     rest = (f"{layer['compression_rate']:.4f}", _number(layer["error"]), _number(layer["sensitivity"]))
     return layer["name"], shape, layer["form"], *sizes, *rest
-
-
-def _point(facts: dict[str, Any], index: int) -> tuple[str, ...]:
-    """The row of a plan on the path."""
-    point = facts["points"][index]
-    chosen = zip(facts["layers"], point["plan"], strict=True)
-    forms = [f"{layer['name']}: {layer['candidates'][place]['form']}" for layer, place in chosen if place]
-    return (
-        f"{index} (chosen)" if index == facts["chosen"] else f"{index}",
-        f"{'' if point['exact'] else 'about '}{point['bytes']:,}",
-        "" if point["quality"] is None else quality(point["quality"], facts["metric"]),
-        _number(point["damage"]),
-        _number(point["divergence"]),
-        "" if point["latency"] is None else milliseconds(point["latency"]),
-        "; ".join(forms) or "original",
-    )
 
 
 def _spectrum(layer: dict[str, Any]) -> list[tuple[str, str]]:

@@ -40,21 +40,15 @@ def times(before: float, after: float, word: str) -> str:
     return f"{before / after:.3g} times {word}" if after > 0 and before > 1.005 * after else ""
 
 
-def quality(value: float, metric: str) -> str:
-    """A value of the metric with its unit."""
-    return f"{value:.2f} %" if metric in PERCENT else f"{value:.4g}"
+def quality(metric: str, *values: float, unit: str = "%") -> str:
+    """A value of the metric with its unit, or several: ``-0.21 to 0.88 points``."""
+    told = " to ".join(f"{value:.2f}" if metric in PERCENT else f"{value:.4g}" for value in values)
+    return f"{told} {unit}" if metric in PERCENT else told
 
 
-def drop(value: float, metric: str) -> str:
-    """A difference of two values of the metric."""
-    return f"{value:.2f} points" if metric in PERCENT else f"{value:.4g}"
-
-
-def interval(ends: tuple[float, float], metric: str) -> str:
-    """``-0.21 to 0.88 points``."""
-    if math.isnan(ends[0]):
-        return "not known"
-    return f"{ends[0]:.2f} to {ends[1]:.2f} points" if metric in PERCENT else f"{ends[0]:.4g} to {ends[1]:.4g}"
+def drop(metric: str, *values: float) -> str:
+    """A difference of two values of the metric, or the ends of its interval."""
+    return "not known" if math.isnan(values[0]) else quality(metric, *values, unit="points")
 
 
 def criterion(name: str) -> str:
