@@ -1,6 +1,5 @@
 """Blocks of a weight, ``sum_g E(R_g) A_g B_g E(C_g)``, each fitted to what the others leave."""
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -38,14 +37,19 @@ class Seen(NamedTuple):
     turned: Tensor  # root.T @ right.T (c, j), root: the Cholesky factor of the block's metric
 
 
-class Frame:
-    """Where a block stands, and how what is to be fitted is projected onto it in the metric of inputs and outputs.
+class Block:
+    """Factors ``left`` (r x k) and ``right`` (k x c), where they stand, and how what is to be fitted is projected onto that in both metrics.
 
-    ``rows`` and ``columns`` are ascending; ``wanted`` is the part of the weight that all blocks together come near to.
+    ``rows`` and ``columns`` are ascending; ``wanted`` is the part of the weight that all blocks together come near to, ``taken`` what this
+    one takes off it.
     """
 
+    left: Tensor
+    right: Tensor
+    taken: Term
+
     def __init__(self, task: Regression, covariance: Tensor, wanted: Term, rows: Tensor, columns: Tensor) -> None:
-        self.rows, self.columns, self.wanted = rows, columns, wanted
+        self.rows, self.columns, self.wanted, self.shape = rows, columns, wanted, task.weight.shape
         self.root, self.weigh = task.root, task.metric
         self.narrow, self.low = len(columns) < len(task.target_mean), len(rows) < len(covariance)
         if self.narrow and task.metric is not None:
@@ -84,15 +88,12 @@ class Frame:
             right = torch.linalg.solve_triangular(self.root, right, upper=False, left=False)
         return left @ (turned.T @ self.directions), right
 
-
-@dataclass(eq=False)
-class Block:
-    """Form (r x k) and (k x c), where they stand, and what they take off the weight."""
-
-    frame: Frame
-    left: Tensor
-    right: Tensor
-    taken: Term
+    def put(self, left: Tensor, right: Tensor) -> None:
+        """Set the factors."""
+        wide = left.new_zeros(self.shape[0], len(right)).index_copy(0, self.rows, left)
+        high = right.new_zeros(len(right), self.shape[1]).index_copy(1, self.columns, -right)
+        weighed = high.T if self.weigh is None else self.weigh @ -right.T
+        self.left, self.right, self.taken = left, right, Term(wide, self.across.T @ left, high, weighed)
 
 
 class Refit:
@@ -117,16 +118,16 @@ class Refit:
 
     def add(self, rows: Tensor, columns: Tensor, rank: int) -> None:
         """One more block."""
-        frame = Frame(self.task, self.covariance, self.wanted, rows, columns)
-        whole = not self.blocks and not frame.narrow and not frame.low
-        factors = self.task.low_rank(rank) if whole else frame.fitted([block.taken for block in self.blocks], rank)
-        self.blocks.append(self._block(frame, *factors))
+        new = Block(self.task, self.covariance, self.wanted, rows, columns)
+        whole = not self.blocks and not new.narrow and not new.low
+        new.put(*(self.task.low_rank(rank) if whole else new.fitted([block.taken for block in self.blocks], rank)))
+        self.blocks.append(new)
 
     def sweep(self) -> None:
         """Fit every block anew, the others fixed."""
-        for index, block in enumerate(self.blocks):
+        for block in self.blocks:
             taken = [other.taken for other in self.blocks if other is not block]
-            self.blocks[index] = self._block(block.frame, *block.frame.fitted(taken, block.left.shape[1]))
+            block.put(*block.fitted(taken, block.left.shape[1]))
 
     def scores(self) -> tuple[Tensor, Tensor]:
         """Of inputs (m,) and outputs (n,): the weighed square of what the blocks leave there, inputs over what they vary by alone."""
@@ -144,14 +145,7 @@ class Refit:
         m, n = self.task.weight.shape
         row_levels, column_levels = torch.zeros(m, dtype=torch.uint8), torch.zeros(n, dtype=torch.uint8)
         for block in self.blocks:
-            row_levels[block.frame.rows] += 1
-            column_levels[block.frame.columns] += 1
+            row_levels[block.rows] += 1
+            column_levels[block.columns] += 1
         pairs = [balanced(block.left, block.right) for block in self.blocks]
         return SparseLowRank(tuple(a for a, _ in pairs), tuple(b for _, b in pairs), row_levels, column_levels)
-
-    def _block(self, frame: Frame, left: Tensor, right: Tensor) -> Block:
-        m, n = self.task.weight.shape
-        wide = left.new_zeros(m, len(right)).index_copy(0, frame.rows, left)
-        high = right.new_zeros(len(right), n).index_copy(1, frame.columns, -right)
-        weighed = high.T if frame.weigh is None else frame.weigh @ -right.T
-        return Block(frame, left, right, Term(wide, frame.across.T @ left, high, weighed))
