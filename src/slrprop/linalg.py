@@ -163,11 +163,8 @@ def between(left: Tensor, covariance: Tensor, right: Tensor) -> Tensor:
     return found
 
 
-def principal(target: Tensor, covariance: Tensor, root: Tensor | None, rank: int, near: Tensor | None = None) -> Tensor:
-    """The top principal directions (n x k) of the weighed output ``C^.5 T L``, see :func:`reduced_rank`.
-
-    ``near``: directions (n x k) to start from, see :func:`top_eigenvectors`.
-    """
+def principal(target: Tensor, covariance: Tensor, root: Tensor | None, rank: int) -> Tensor:
+    """The top principal directions (n x k) of the weighed output ``C^.5 T L``, see :func:`reduced_rank`."""
     m, n = target.shape
     factors = [target] if root is None else [target, root]
     if covariance.ndim == 1:
@@ -183,7 +180,7 @@ def principal(target: Tensor, covariance: Tensor, root: Tensor | None, rank: int
             v = factor.T @ v
         return v
 
-    return top_eigenvectors(apply, n, rank, covariance.dtype, near)
+    return top_eigenvectors(apply, n, rank, covariance.dtype)
 
 
 def projected(target: Tensor, root: Tensor | None, vectors: Tensor) -> tuple[Tensor, Tensor]:
