@@ -1,8 +1,10 @@
 """Sparse low rank as nested dense blocks."""
 
+import copy
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -26,9 +28,9 @@ def reordered(block: Tensor, members: Tensor, order: Tensor, axis: int) -> Tenso
     return block[index] if axis == 0 else block[:, index]
 
 
-def pack_levels(levels: Tensor, blocks: int) -> Tensor:
-    """Levels (uint8, at most ``blocks``) in as few bits each as they need, as uint8 bytes."""
-    base, bits = _level_bits(int(levels.min()) if len(levels) else 0, blocks)
+def pack_levels(levels: Tensor, blocks: int, lowest: int) -> Tensor:
+    """Levels (uint8, from ``lowest`` to ``blocks``) in as few bits each as they need, as uint8 bytes."""
+    base, bits = _level_bits(lowest, blocks)
     spread = (levels.cpu()[:, None] - base) >> torch.arange(bits) & 1
     return torch.from_numpy(np.packbits(spread.to(torch.uint8).numpy()))
 
@@ -139,14 +141,11 @@ class SparseLowRank(Form):
     right: tuple[Tensor, ...]
     row_levels: Tensor
     column_levels: Tensor
-    # which neurons take part in each block: what the levels say, where that was worked out before
-    sets: Sets = field(default=None, repr=False)  # type: ignore[assignment]
+    beside: ClassVar[tuple[str, ...]] = ("row_levels", "column_levels")
     kind: ClassVar[str] = "sparse_low_rank"
     selects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.sets is not None:
-            return
         if not self.left or len(self.left) != len(self.right):
             raise SlrpropError(
                 f"sparse low rank takes as many left as right blocks, at least one; got {len(self.left)} and {len(self.right)}"
@@ -156,7 +155,6 @@ class SparseLowRank(Form):
                 raise SlrpropError(
                     f"{side} levels must be one uint8 per neuron, at most {len(self.left)}; got {levels.dtype} {tuple(levels.shape)}"
                 )
-        object.__setattr__(self, "sets", Sets.of(self.row_levels, self.column_levels, len(self.left)))
         for level, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
             require_matrix(f"left block {level}", left, (len(self.sets.rows[level].places), None))
             require_matrix(f"right block {level}", right, (left.shape[1], len(self.sets.columns[level])))
@@ -176,6 +174,11 @@ class SparseLowRank(Form):
             return cls((tail[0],), (tail[1],), rows, columns)
         return cls((left[:, :reduced_rank], tail[0]), (right[:reduced_rank], tail[1]), rows + 1, columns + 1)
 
+    @cached_property
+    def sets(self) -> Sets:
+        """Which neurons take part in each block."""
+        return Sets.of(self.row_levels, self.column_levels, len(self.left))
+
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.row_levels), len(self.column_levels)
@@ -194,9 +197,10 @@ class SparseLowRank(Form):
         return dict(named + [(f"right_{level}", block) for level, block in enumerate(self.right)])
 
     def with_matrices(self, matrices: Mapping[str, Tensor]) -> "SparseLowRank":
-        levels = range(len(self.left))
-        left, right = (tuple(matrices[f"{side}_{level}"] for level in levels) for side in ("left", "right"))
-        return SparseLowRank(left, right, self.row_levels, self.column_levels, self.sets)
+        made = copy.copy(self)
+        for side in ("left", "right"):
+            vars(made)[side] = tuple(matrices[f"{side}_{level}"] for level in range(len(self.left)))
+        return made
 
     @classmethod
     def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> "SparseLowRank":
@@ -210,11 +214,8 @@ class SparseLowRank(Form):
         return cls(left, right, rows, columns)
 
     def indices(self) -> dict[str, Tensor]:
-        blocks = len(self.left)
-        return {
-            "row_levels": pack_levels(self.row_levels, blocks),
-            "column_levels": pack_levels(self.column_levels, blocks),
-        }
+        sides = zip(("row_levels", "column_levels"), self.description()["lowest"], strict=True)
+        return {name: pack_levels(getattr(self, name), len(self.left), lowest) for name, lowest in sides}
 
     def description(self) -> dict[str, Any]:
         lowest = [int(levels.min()) if len(levels) else 0 for levels in (self.row_levels, self.column_levels)]
