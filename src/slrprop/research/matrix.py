@@ -34,8 +34,8 @@ ACTIVATION_OPS = (
 )  # fmt: skip
 STRAIGHT: dict[str, Op] = (
     OPS
-    | dict.fromkeys(ACTIVATION_OPS, lambda node, x: x[0])
-    | {"Erf": lambda node, x: torch.ones_like(x[0])}  # x (1 + erf(x)) / 2, as GELU is often written, becomes x
+    | dict.fromkeys(ACTIVATION_OPS, lambda node, x, *_: x)
+    | {"Erf": lambda node, x: torch.ones_like(x)}  # x (1 + erf(x)) / 2, as GELU is often written, becomes x
 )
 
 

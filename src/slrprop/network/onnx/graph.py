@@ -337,7 +337,7 @@ class Graph:
                 tolerance = max(tolerance, *(1e-2 * (number.dtype == np.float16) for number in numbers.values()), 0)
                 known = values | {name: tensor_of(number.load()) for name, number in numbers.items()}
                 values[node.output[0]] = OPS[standard(node)](
-                    node, [known[name] if name else None for name in node.input]
+                    node, *(known[name] if name else None for name in node.input)
                 )
         except (RuntimeError, TypeError, ValueError, LookupError):  # not what it looked like
             return None
