@@ -257,6 +257,10 @@ class Graph:
         walk.maps = False
         return "same"
 
+    def foldable(self, layer: Place) -> bool:
+        """Whether a batch norm can be put into a layer: numbers of half precision would be rounded anew."""
+        return self.constants[layer.weight].dtype != np.float16
+
     def linear(self, name: str) -> Linear:
         """A layer as an element of a path, its numbers read."""
         layer = self.layers[name]

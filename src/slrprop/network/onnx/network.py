@@ -22,7 +22,6 @@ from slrprop.network.onnx.constants import tensor_of
 from slrprop.network.onnx.cut import Cut
 from slrprop.network.onnx.feed import Feed, Part, input_dtype, unpadded
 from slrprop.network.onnx.file import OnnxFile, Session
-from slrprop.network.onnx.fold import norms_of
 from slrprop.network.onnx.gradients import Behind
 from slrprop.network.onnx.places import Place
 from slrprop.network.onnx.rewrite import rewritten
@@ -54,11 +53,6 @@ class OnnxNetwork(Network):
                 }
             )
             self.ending, self.classes = self.graph.ending, self.graph.classes()
-            self.norms = {
-                name: self.graph.label(index)
-                for name, (index, _) in norms_of(self.graph).items()
-                if not self.stays(name)
-            }
             self._paths = {name: self.graph.follow(layer) for name, layer in self.graph.layers.items()}
             self._reads = {name: layer.x for name, layer in self.graph.layers.items()}
         self._cut: Cut | None = None
@@ -145,6 +139,11 @@ class OnnxNetwork(Network):
         """Where a layer is in the graph."""
         self.require(name)
         return self.graph.layers[name]
+
+    @property
+    def norms(self) -> dict[str, str]:
+        found = {name: made for name, made in super().norms.items() if self.graph.foldable(self.layer(name))}
+        return {name: self.graph.label(self.graph.maker[made]) for name, made in found.items()}
 
     @property
     def numbers(self) -> int:

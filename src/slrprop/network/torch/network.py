@@ -21,7 +21,7 @@ from slrprop.errors import SlrpropError, first_line
 from slrprop.forms import Fit
 from slrprop.losses import rows_of
 from slrprop.network.base import Changing, Flow, Network, gradients_along, require_finite
-from slrprop.network.chain import Affine, fold
+from slrprop.network.chain import fold
 from slrprop.network.layer import Layer
 from slrprop.network.reading import LAST, Raised, Reading
 from slrprop.network.torch.find import (
@@ -39,7 +39,7 @@ from slrprop.network.torch.find import (
 )
 from slrprop.network.torch.modules import layer_from
 from slrprop.network.torch.trace import Held, Trace
-from slrprop.operators import Lookup, MatMul
+from slrprop.operators import MatMul
 
 
 @contextmanager
@@ -212,9 +212,6 @@ class TorchNetwork(Network):
             if len(made[name]) == 1:
                 start = made[name][0]
                 self._paths[name] = path = trace.follow(start, result, output, norms)
-                norm = path.elements[0] if path.elements and not isinstance(self.operator(name), Lookup) else None
-                if isinstance(norm, Affine) and norm.name and not self.stays(name):
-                    self.norms[name] = norm.name
                 y = trace.calls[start].result
                 if path.whole and y.ndim < 2:
                     raise SlrpropError(
