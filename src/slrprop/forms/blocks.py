@@ -90,14 +90,6 @@ class Index(NamedTuple):
         return x.narrow(axis, self.part.start, self.part.stop - self.part.start)
 
 
-class Segment(NamedTuple):
-    """Output neurons of one level: their ``columns``, and the blocks they take part in stacked (k_0 + .. x columns)."""
-
-    columns: Tensor
-    level: int
-    right: Tensor
-
-
 @dataclass(frozen=True, eq=False)
 class Sets:
     """Which neurons take part in each block, and the outputs as neighbouring pieces, one per level.
@@ -182,15 +174,6 @@ class SparseLowRank(Form):
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.row_levels), len(self.column_levels)
-
-    def segments(self) -> list[Segment]:
-        """The output side as neighbouring pieces, one per column level; ``sets.order`` brings their columns back."""
-        found = []
-        for columns, places in self.sets.pieces:
-            parts = [place.taken(block, 1) for block, place in zip(self.right, places, strict=False)]
-            right = torch.cat(parts) if parts else self.right[0].new_zeros(0, len(columns))
-            found.append(Segment(columns, len(parts), right))
-        return found
 
     def matrices(self) -> dict[str, Tensor]:
         named = [(f"left_{level}", block) for level, block in enumerate(self.left)]

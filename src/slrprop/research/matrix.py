@@ -19,7 +19,8 @@ from slrprop.network.onnx.constants import tensor_of
 from slrprop.network.onnx.feed import Part
 from slrprop.network.onnx.gradients import OPS, Behind, Op
 from slrprop.network.samples import alike
-from slrprop.network.torch.network import evaluating, frozen, main_output
+from slrprop.network.torch.find import evaluating
+from slrprop.network.torch.network import frozen, main_output
 
 Model = nn.Module | str | Path
 WAYS = ("auto", "product", "gradients")

@@ -18,6 +18,7 @@ from slrprop.network.onnx.file import OnnxFile
 from slrprop.network.onnx.graph import Graph
 from slrprop.network.onnx.places import Place
 from slrprop.network.onnx.tensors import refill
+from slrprop.network.onnx.together import matrix_of
 from slrprop.network.onnx.writer import FOUR_BITS, Additions, Number, Writer
 from slrprop.network.torch.modules import FactoredLayer
 from slrprop.operators import Lookup, Operator
@@ -32,7 +33,10 @@ INTEGER_FACTORS = 1_000_000  # the same of low-rank layers
 
 
 class LayerWriter(Writer):
-    """The :class:`slrprop.forms.expression.Builder` of files, with what ONNX Runtime does better in another way than the form says."""
+    """The writer of files, with what ONNX Runtime does better in another way than the form says."""
+
+    def together(self, form: Form) -> str:
+        return matrix_of(form, self)
 
     def merged(self, form: SparseLowRank, x: str) -> str | None:
         few, ranks = form.merged_zeros <= MERGED + GATHERED * form.gathered, sum(left.shape[1] for left in form.left)
@@ -125,7 +129,7 @@ def _factored(form: Form, writer: LayerWriter, bias: Bias | None) -> None:
     """Smaller operations in the place of the node; a bias goes to the last one that can add it, or becomes an Add."""
     out, place = writer.node.output[0], writer.place
     x = writer.add("Transpose", [place.x], perm=[1, 0]) if place.trans_a else place.x
-    y: str = writer.whole_numbers(form, x) or express(form, writer, x)  # type: ignore[misc]
+    y: str = writer.whole_numbers(form, x) or express(form, writer, x)
     last = writer.nodes[-1]
     assert last.output[0] == y
     last.name = writer.node.name
