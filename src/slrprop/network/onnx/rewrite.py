@@ -107,47 +107,37 @@ def _widths(form: SparseLowRank, writer: Writer) -> tuple[str, Tensor]:
     return writer.slice(width, slice(0, len(levels)), 0) if short else width, sums[kinds][levels]
 
 
-def _dense(form: Dense, writer: Writer, bias: Bias | None) -> None:
-    """The same node with another weight, and another bias where its own is replaced."""
-    node = deepcopy(writer.node)
-    node.input[writer.place.port] = writer.tensor(writer.place.stored(form.weight).contiguous())
-    for item in node.attribute:
-        if item.name == "alpha" or (item.name == "beta" and bias is not None):
-            item.f = 1.0
-    if bias is not None and writer.node.op_type != "MatMul":
-        del node.input[2:]
-        node.input.append(writer.bias_tensor(bias))
-    elif bias is not None and writer.place.bias is None:
-        node.output[0] = next(writer.additions.names)
-        writer.nodes.append(node)
-        writer.add("Add", [node.output[0], writer.bias_tensor(bias)], writer.node.output[0])
-        return
-    writer.nodes.append(node)
-
-
-def _factored(form: Form, writer: LayerWriter, bias: Bias | None) -> None:
-    """Smaller operations in the place of the node; a bias goes to the last one that can add it, or becomes an Add."""
-    out, place = writer.node.output[0], writer.place
-    x = writer.add("Transpose", [place.x], perm=[1, 0]) if place.trans_a else place.x
-    y: str = writer.whole_numbers(form, x) or express(form, writer, x)
-    last = writer.nodes[-1]
-    assert last.output[0] == y
-    last.name = writer.node.name
-    has_adder = place.adder is not None and place.adder != place.index
-    if has_adder or (bias is None and place.bias is None):
-        last.output[0] = out
-        return
-    del writer.nodes[-1]
-    added = writer.bias_tensor(bias)
+def _layer(form: Form, writer: LayerWriter, bias: Bias | None) -> None:
+    """The same node with another weight, or smaller operations in its place; a bias goes to the last that can add it, or becomes an Add."""
+    place, same = writer.place, isinstance(form, Dense) and bool(writer.place.weight)
+    if same:
+        last = deepcopy(writer.node)
+        last.input[place.port] = writer.tensor(place.stored(form.dense()).contiguous())
+        for item in last.attribute:
+            if item.name == "alpha" or (item.name == "beta" and bias is not None):
+                item.f = 1.0
+        if last.op_type != "MatMul":
+            refill(last.input, last.input if bias is None else [*last.input[:2], writer.bias_tensor(bias)])
+            writer.nodes.append(last)
+            return
+        last.output[0] = next(writer.additions.names)
+    else:
+        x = writer.add("Transpose", [place.x], perm=[1, 0]) if place.trans_a else place.x
+        y = writer.whole_numbers(form, x) or express(form, writer, x)
+        last = writer.nodes.pop()
+        assert last.output[0] == y
+        last.name = writer.node.name
+    added = None if bias is None and place.bias is None else writer.bias_tensor(bias)
     writer.nodes.append(last)
-    gemm = writer.flat and writer.rank == 2 and last.op_type == "MatMul" and writer.adds == "Add"
-    if gemm or last.op_type in ("Conv", "ConvTranspose"):
-        last.op_type, last.output[0] = "Gemm" if gemm else last.op_type, out  # which adds, too
-        last.input.append(added)
+    alone = not same and place.adder in (None, place.index)
+    gemm = alone and writer.flat and writer.rank == 2 and last.op_type == "MatMul" and writer.adds == "Add"
+    if added is None or gemm or last.op_type in ("Conv", "ConvTranspose"):
+        last.op_type, last.output[0] = "Gemm" if gemm and added else last.op_type, place.y  # which adds, too
+        last.input.extend([] if added is None else [added])
         return
     if not writer.flat:  # channels on axis 1 of maps
         added = writer.add("Reshape", [added, writer.tensor(np.array([-1, *[1] * (-1 - writer.operator.axis)]))])
-    writer.add(writer.adds, [y, added], out)
+    writer.add(writer.adds, [last.output[0], added], place.y)
 
 
 def rewritten(
@@ -218,20 +208,8 @@ def _edited(
         writer: LayerWriter | None = None
         for name, (place, fit, dtype) in items.items():
             writer = LayerWriter(layers, name, place, dtype, additions, integers)
-            form, bias = fit.form, None if isinstance(place.operator, Lookup) else fit.bias
-            if isinstance(form, Dense) and place.weight:
-                _dense(form, writer, bias)
-            else:
-                _factored(form, writer, bias)
-            nodes[place.index] = writer.nodes
-            adder = place.adder
-            if adder is not None and adder != place.index and (bias is not None or writer.adds != "Add"):
-                added, count = deepcopy(layers.nodes[adder]), len(writer.nodes)
-                added.op_type = writer.adds
-                if bias is not None:
-                    added.input[list(added.input).index(place.bias or "")] = writer.bias_tensor(bias)
-                nodes[adder] = [*writer.nodes[count:], added]
-                del writer.nodes[count:]
+            _layer(fit.form, writer, None if isinstance(place.operator, Lookup) else fit.bias)
+            nodes |= {place.index: [], place.index if place.adder is None else place.adder: writer.nodes}
         for made, order in orders.items():
             node = deepcopy(layers.nodes[layers.maker[made]])
             arrays = [np.array([0, -1])]  # a reshape to samples and what each has
