@@ -81,13 +81,7 @@ def stored_numbers(model: nn.Module) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
 
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
+_HOOKS = [key for key in vars(nn.Module()) if key.startswith(("_forward_hooks", "_forward_pre_hooks"))]
 
 
 def swapped(model: nn.Module, modules: Mapping[str, nn.Module], sharing: bool = False) -> nn.Module:
