@@ -4,7 +4,6 @@ All matrices are in the articles' orientation: a weight is ``m x n`` = inputs (r
 ``y = x @ W + b``, the transpose of ``torch.nn.Linear.weight``.
 """
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -38,15 +37,21 @@ class Form:
 
     def matrices(self) -> dict[str, Tensor]:
         """The stored number arrays, by name."""
-        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in self.beside}  # type: ignore[arg-type]
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        return {
+            name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name not in self.beside
+        }
 
     def with_matrices(self, matrices: Mapping[str, Tensor]) -> Self:
         """The same form with other numbers of the same shapes; what was worked out of its indices stays."""
-        made = copy.copy(self)
-        for name, matrix in self.matrices().items():
-            require_matrix(f"the {name}", matrices[name], tuple(matrix.shape))
-            vars(made)[name] = matrices[name]
+        own = self.matrices()
+        for name, matrix in own.items():
+            require_matrix(f"the {name}", matrices[name], matrix.shape)
+        return self.like(**{name: matrices[name] for name in own})
+
+    def like(self, **parts: Any) -> Self:
+        """The same form with other parts, unchecked."""
+        made = object.__new__(type(self))
+        vars(made).update(vars(self) | parts)
         return made
 
     @classmethod
@@ -131,9 +136,10 @@ def restored(description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Fo
 
 def require_matrix(what: str, value: Tensor, shape: tuple[int | None, ...]) -> None:
     """Refuse what is no matrix of this shape (None: any side), or no vector."""
-    if value.ndim != len(shape) or any(
-        want is not None and got != want for got, want in zip(value.shape, shape, strict=True)
-    ):
+    if value.shape == shape:
+        return
+    fits = value.ndim == len(shape) and all(want in (None, got) for got, want in zip(value.shape, shape, strict=True))
+    if not fits:
         wanted = " x ".join("any" if side is None else str(side) for side in shape)
         raise SlrpropError(f"{what} must have shape {wanted}, got {tuple(value.shape)}")
 

@@ -1,6 +1,5 @@
 """Sparse low rank as nested dense blocks."""
 
-import copy
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -180,10 +179,9 @@ class SparseLowRank(Form):
         return dict(named + [(f"right_{level}", block) for level, block in enumerate(self.right)])
 
     def with_matrices(self, matrices: Mapping[str, Tensor]) -> "SparseLowRank":
-        made = copy.copy(self)
-        for side in ("left", "right"):
-            vars(made)[side] = tuple(matrices[f"{side}_{level}"] for level in range(len(self.left)))
-        return made
+        levels = range(len(self.left))
+        left, right = (tuple(matrices[f"{side}_{level}"] for level in levels) for side in ("left", "right"))
+        return self.like(left=left, right=right)
 
     @classmethod
     def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> "SparseLowRank":

@@ -33,7 +33,7 @@ class Shared(Form):
     offset: Tensor | None
     packed: Tensor | None = None
     seed: int | None = None
-    beside: ClassVar[tuple[str, ...]] = ("packed",)
+    beside: ClassVar[tuple[str, ...]] = ("packed", "places")
     kind: ClassVar[str] = "shared"
     faster: ClassVar[bool] = False
 

@@ -32,7 +32,7 @@ class Sparse(Form):
     gaps: Tensor
     gap_bits: int
     sides: tuple[int, int]
-    beside: ClassVar[tuple[str, ...]] = ("gaps",)
+    beside: ClassVar[tuple[str, ...]] = ("gaps", "places")
     kind: ClassVar[str] = "sparse"
     faster: ClassVar[bool] = False
 
