@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
@@ -50,15 +50,6 @@ def _level_bits(lowest: int, blocks: int) -> tuple[int, int]:
     """What is subtracted from levels before they are packed, and the bits each then takes."""
     base = min(lowest, 1)
     return base, (blocks - base).bit_length()
-
-
-def _permute_blocks(
-    blocks: tuple[Tensor, ...], levels: Tensor, order: Tensor | None, axis: int
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    if order is None:
-        return blocks, levels
-    moved = tuple(reordered(block, levels > level, order, axis) for level, block in enumerate(blocks))
-    return moved, levels[order]
 
 
 class Index(NamedTuple):
@@ -235,6 +226,10 @@ class SparseLowRank(Form):
         return picked + (self.shape[1] if self.sets.order is not None else 0)
 
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "SparseLowRank":
-        left, row_levels = _permute_blocks(self.left, self.row_levels, rows, 0)
-        right, column_levels = _permute_blocks(self.right, self.column_levels, columns, 1)
-        return SparseLowRank(left, right, row_levels, column_levels)
+        made = vars(self) | {}
+        for side, levels, order in (("left", "row_levels", rows), ("right", "column_levels", columns)):
+            if order is not None:
+                members, axis = made[levels], int(side == "right")
+                made[side] = tuple(reordered(block, members > g, order, axis) for g, block in enumerate(made[side]))
+                made[levels] = members[order]
+        return SparseLowRank(*(made[field.name] for field in fields(self)))

@@ -129,8 +129,8 @@ def _layer(form: Form, writer: LayerWriter, bias: Bias | None) -> None:
         last.name = writer.node.name
     added = None if bias is None and place.bias is None else writer.bias_tensor(bias)
     writer.nodes.append(last)
-    adder = "" if place.adder in (None, place.index) else writer.graph.nodes[place.adder or 0].name
-    alone = not same and place.adder in (None, place.index) and writer.adds == "Add"
+    adder = None if place.adder == place.index else place.adder
+    alone = not same and adder is None and writer.adds == "Add"
     gemm = alone and writer.flat and writer.rank == 2 and last.op_type == "MatMul"
     if added is None or gemm or last.op_type in ("Conv", "ConvTranspose"):
         last.op_type, last.output[0] = "Gemm" if gemm and added else last.op_type, place.y  # which adds, too
@@ -138,7 +138,9 @@ def _layer(form: Form, writer: LayerWriter, bias: Bias | None) -> None:
         return
     if not writer.flat:  # channels on axis 1 of maps
         added = writer.add("Reshape", [added, writer.tensor(np.array([-1, *[1] * (-1 - writer.operator.axis)]))])
-    writer.add(writer.adds, [last.output[0], added], place.y, name=adder)
+    writer.add(
+        writer.adds, [last.output[0], added], place.y, name="" if adder is None else writer.graph.nodes[adder].name
+    )
 
 
 def rewritten(
