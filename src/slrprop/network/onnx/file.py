@@ -15,7 +15,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import ml_dtypes
@@ -25,6 +25,7 @@ import onnxruntime
 import torch
 from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 
+from slrprop.data import Batch
 from slrprop.errors import SlrpropError, first_line
 from slrprop.files import Outputs, replacing, together
 from slrprop.forms.quantized import packed
@@ -39,6 +40,7 @@ MANY, LINE = 1 << 20, 64
 KINDS = ("FLOAT", "FLOAT16", "DOUBLE", "INT64", "INT32", "INT8", "UINT8", "BOOL")
 ELEMENT_TYPES = {f"tensor({kind.lower()})": TensorProto.DataType.Value(kind) for kind in KINDS}
 Chunk = bytes | tensors.Stored  # of a file
+Feed = dict[str, np.ndarray]
 FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.DOUBLE: np.float64}
 
 
@@ -327,9 +329,40 @@ class Session:
             raise SlrpropError(f"tensor '{name}' holds {kind}, which slrprop can't cut the model at")
         return ELEMENT_TYPES[kind]
 
-    def run(self, feed: dict[str, np.ndarray]) -> dict[str, Any]:
+    def run(self, feed: Feed) -> dict[str, Any]:
         """The outputs by name."""
         return dict(zip(self.outputs, self._session.run(self.outputs, feed), strict=True))
+
+
+class Part(NamedTuple):
+    """Samples as the session takes them: ``feed`` may be padded beyond the ``samples`` of the batch."""
+
+    batch: Batch
+    feed: Feed
+    samples: int
+    size: int
+
+
+def input_dtype(value: onnx.ValueInfoProto) -> np.dtype[Any] | None:
+    """The type of an input's numbers; None where it declares none, or text."""
+    code = value.type.tensor_type.elem_type
+    if code in (TensorProto.UNDEFINED, TensorProto.STRING):
+        return None
+    if code not in TensorProto.DataType.values():
+        raise SlrpropError(f"input '{value.name}' has element type {code}, which ONNX does not know")
+    if code == TensorProto.BFLOAT16:
+        raise SlrpropError(f"input '{value.name}' is bfloat16, which ONNX Runtime does not take from NumPy; export the model in float32")  # fmt: skip
+    return np.dtype(helper.tensor_dtype_to_np_dtype(code))
+
+
+def unpadded(value: torch.Tensor, part: Part) -> torch.Tensor:
+    """A tensor without what the padding samples gave: the end of the samples' axis, as far as that can be told."""
+    axis = max(part.batch.axes.values(), default=0)
+    if part.samples < part.size and axis < value.ndim - 1 and value.shape[axis] == part.size:
+        return value.narrow(axis, 0, part.samples)
+    if part.samples == part.size or not value.ndim or len(value) % part.size:
+        return value
+    return value[: len(value) // part.size * part.samples]
 
 
 def _length(chunks: Iterable[Chunk]) -> int:

@@ -20,8 +20,7 @@ from slrprop.network.layer import Layer
 from slrprop.network.onnx.census import elsewhere
 from slrprop.network.onnx.constants import tensor_of
 from slrprop.network.onnx.cut import Cut
-from slrprop.network.onnx.feed import Feed, Part, input_dtype, unpadded
-from slrprop.network.onnx.file import OnnxFile, Session
+from slrprop.network.onnx.file import Feed, OnnxFile, Part, Session, input_dtype, unpadded
 from slrprop.network.onnx.gradients import Behind
 from slrprop.network.onnx.places import Place
 from slrprop.network.onnx.rewrite import rewritten

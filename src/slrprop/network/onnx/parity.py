@@ -11,8 +11,7 @@ from torch import Tensor
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
 from slrprop.forms import Fit, Form, Quantized
-from slrprop.network.onnx.feed import Feed, input_dtype
-from slrprop.network.onnx.file import OnnxFile, Session
+from slrprop.network.onnx.file import Feed, OnnxFile, Session, input_dtype
 from slrprop.network.onnx.network import OnnxNetwork
 from slrprop.network.onnx.rewrite import rewritten
 
