@@ -38,5 +38,4 @@ def folded(file: OnnxFile, norms: Mapping[str, str]) -> OnnxFile:
         refill(proto.node, [node for index, node in enumerate(proto.node) if index not in gone.values()])
         return {}
 
-    without = file.edited(edit)
-    return rewritten(without, without.graph, fits)
+    return rewritten(file.edited(edit), fits)

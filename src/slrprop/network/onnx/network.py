@@ -165,7 +165,7 @@ class OnnxNetwork(Network):
         return None if bias is None else tensor_of(bias)
 
     def with_fits(self, fits: Mapping[str, Fit], data: Data | None) -> "OnnxNetwork":
-        found = OnnxNetwork(rewritten(self.file, self.graph, fits), data, self.reading)
+        found = OnnxNetwork(rewritten(self.file, fits), data, self.reading)
         found.at_once = self.at_once
         return found
 

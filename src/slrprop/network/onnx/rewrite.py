@@ -15,7 +15,6 @@ from slrprop.errors import SlrpropError
 from slrprop.forms import Bias, Dense, Fit, Form, LowRank, Quantized, SparseLowRank, express
 from slrprop.network.onnx.constants import attribute
 from slrprop.network.onnx.file import OnnxFile
-from slrprop.network.onnx.graph import Graph
 from slrprop.network.onnx.places import Place
 from slrprop.network.onnx.tensors import refill
 from slrprop.network.onnx.together import matrix_of
@@ -144,11 +143,7 @@ def _layer(form: Form, writer: LayerWriter, bias: Bias | None) -> None:
 
 
 def rewritten(
-    file: OnnxFile,
-    layers: Graph,
-    fits: Mapping[str, Fit],
-    integers: bool = False,
-    orders: Mapping[str, Tensor] | None = None,
+    file: OnnxFile, fits: Mapping[str, Fit], integers: bool = False, orders: Mapping[str, Tensor] | None = None
 ) -> OnnxFile:
     """The model with the layers' forms in the place of their weights, and their new biases; the rest stays as it is.
 
@@ -163,12 +158,9 @@ def rewritten(
         raise SlrpropError(
             f"integer products need an ONNX file of opset {FOUR_BITS} or later, and '{file.path}' has {file.opset}; convert it, or leave them out"
         )
-
-    items = {
-        name: (layers.layers[name], fit, layers.constants[layers.layers[name].weight].dtype)
-        for name, fit in fits.items()
-    }
-    return _edited(file, layers, items, integers, orders or {})
+    places, constants = file.graph.layers, file.graph.constants
+    items = {name: (places[name], fit, constants[places[name].weight].dtype) for name, fit in fits.items()}
+    return _edited(file, items, integers, orders or {})
 
 
 def placed(file: OnnxFile, modules: Sequence[FactoredLayer]) -> OnnxFile:
@@ -181,7 +173,7 @@ def placed(file: OnnxFile, modules: Sequence[FactoredLayer]) -> OnnxFile:
             fit = module.fit()
             kind = next((value.dtype for value in fit.form.matrices().values()), torch.float32)
             items[node.output[0]] = (place, fit, np.dtype(str(kind).removeprefix("torch.")))
-    found = _edited(file, graph, items, False, {})
+    found = _edited(file, items, False, {})
     refill(found.proto.opset_import, [domain for domain in found.proto.opset_import if domain.domain != OWN])
     return found
 
@@ -195,18 +187,14 @@ def layer_file(form: Form, operator: Operator, shape: Sequence[int], integers: b
     opsets = [helper.make_opsetid("", FOUR_BITS)]
     file = OnnxFile(Path(), helper.make_model(graph, opset_imports=opsets, ir_version=10), {})
     place = Place(0, "x", "y", "", form.shape, operator=operator)
-    return _edited(file, file.graph, {"y": (place, Fit(form), np.dtype(np.float32))}, integers, {})
+    return _edited(file, {"y": (place, Fit(form), np.dtype(np.float32))}, integers, {})
 
 
 def _edited(
-    file: OnnxFile,
-    layers: Graph,
-    items: Mapping[str, tuple[Place, Fit, np.dtype[Any]]],
-    integers: bool,
-    orders: Mapping[str, Tensor],
+    file: OnnxFile, items: Mapping[str, tuple[Place, Fit, np.dtype[Any]]], integers: bool, orders: Mapping[str, Tensor]
 ) -> OnnxFile:
     def edit(graph: GraphProto) -> dict[str, np.ndarray]:
-        additions = Additions(graph, file.opset)
+        additions, layers = Additions(graph, file.opset), file.graph
         nodes: dict[int, list[NodeProto]] = {}
         writer: LayerWriter | None = None
         for name, (place, fit, dtype) in items.items():
