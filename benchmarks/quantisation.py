@@ -119,7 +119,7 @@ def written(path: Path, form: Form, opset: int = 21, integers: bool = False) -> 
     weight = numpy_helper.from_array(np.zeros((m, n), np.float32), "weight")
     model(dense, m, n, opset, [helper.make_node("MatMul", ["x", "weight"], ["y"], "dense")], [weight])
     network = OnnxNetwork(dense, None)
-    onnx_rewrite.rewritten(network.file, network.graph, {"dense": Fit(form)}, integers).save(path, lambda _: None)
+    onnx_rewrite.rewritten(network.file, {"dense": Fit(form)}, integers).save(path, lambda _: None)
     dense.unlink()
 
 
@@ -313,7 +313,7 @@ def around(layers: list[Form], bits: int, opset: int, folder: Path) -> int:
     network = OnnxNetwork(folder / "dense.onnx", None)
     few = (Fit(quantised(form, bits), bias_in_few_bits(torch.randn(m))) for form in layers)
     stored = dict(zip(names, map(Fit, layers) if bits == 32 else few, strict=True))
-    onnx_rewrite.rewritten(network.file, network.graph, stored).save(folder / "few.onnx", lambda _: None)
+    onnx_rewrite.rewritten(network.file, stored).save(folder / "few.onnx", lambda _: None)
     return (folder / "few.onnx").stat().st_size - sum(network.stored(name, fit) for name, fit in stored.items())
 
 

@@ -174,7 +174,7 @@ def test_operations_are_those_of_the_runtime(op, settings, values):
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     wants = session.run(None, {name: value for name, value in zip(names, values, strict=True) if name})
     assert _computable(node, 20)
-    made = OPS[op](node, [None if value is None else torch.from_numpy(value) for value in values])
+    made = OPS[op](node, *(None if value is None else torch.from_numpy(value) for value in values))
     for got, want in zip(made if isinstance(made, list) else [made], wants, strict=True):
         assert got.numpy().dtype == want.dtype
         np.testing.assert_allclose(got.numpy(), want, rtol=1e-5, atol=1e-6)

@@ -13,7 +13,8 @@ from benchmarks import quantisation
 from slrprop import SlrpropError, cli
 from slrprop.fit.quantize import bias_in_few_bits, quantised
 from slrprop.forms import Dense, Fit, LowRank, SparseLowRank
-from slrprop.network import OnnxNetwork, onnx_rewrite
+from slrprop.network import OnnxNetwork
+from slrprop.network.onnx import rewrite as onnx_rewrite
 
 
 def outputs(path, x):
@@ -196,7 +197,7 @@ def test_four_bits_are_unpacked_in_every_operator_set(opset, kind, tmp_path):
     network = OnnxNetwork(tmp_path / "m.onnx", None)
     low = LowRank(torch.randn(31, 5) / 6, torch.randn(5, 30))
     few = {"one": Fit(quantised(low, 4), bias_in_few_bits(torch.randn(30))), "two": Fit(quantised(anywhere(30, 29), 4))}
-    onnx_rewrite.rewritten(network.file, network.graph, few).save(tmp_path / "s.onnx", lambda _: None)
+    onnx_rewrite.rewritten(network.file, few).save(tmp_path / "s.onnx", lambda _: None)
     onnx.checker.check_model(str(tmp_path / "s.onnx"), full_check=True)
     x = torch.randn(6, 31)
     want = (x @ few["one"].form.dense() + few["one"].bias.value) @ few["two"].form.dense()

@@ -145,7 +145,7 @@ def test_onnx_files_are_as_small_as_the_form_and_decoded_at_load(op, opset, bits
         form = LowRankPlusSparse(LowRank(torch.randn(400, rank), torch.randn(rank, 120)), form)
     form = form if bits == 32 else quantised(form, bits)
     small = tmp_path / "small.onnx"
-    rewritten(network.file, network.graph, {"fc": Fit(form)}).save(small, lambda _: None)
+    rewritten(network.file, {"fc": Fit(form)}).save(small, lambda _: None)
     onnx.checker.check_model(str(small), full_check=True)
     x = random.standard_normal((7, 400), np.float32)
     want = x.astype(np.float64) @ form.dense().double().numpy() + bias
@@ -164,4 +164,4 @@ def test_old_onnx_files_are_refused(tmp_path):
     gemm(tmp_path / "model.onnx", weight, np.zeros(6, np.float32), 10)
     network = OnnxNetwork(tmp_path / "model.onnx", None)
     with pytest.raises(SlrpropError, match="layer 'fc': sparse weights need an ONNX file of opset 11 or later, and this one has 10"):  # fmt: skip
-        rewritten(network.file, network.graph, {"fc": Fit(Sparse.of(torch.from_numpy(weight)))})
+        rewritten(network.file, {"fc": Fit(Sparse.of(torch.from_numpy(weight)))})

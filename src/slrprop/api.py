@@ -225,7 +225,7 @@ def realised(
         return _apply_module(model, plan, sharing)
     network = OnnxNetwork(folded(model, plan.folded), None)
     done = _file_forms(network, plan)
-    return rewritten(network.file, network.graph, done.moved, integer_products, done.orders)
+    return rewritten(network.file, done.moved, integer_products, done.orders)
 
 
 class _Done(NamedTuple):

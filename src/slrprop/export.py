@@ -20,7 +20,7 @@ from slrprop.files import replacing, scratch
 from slrprop.forms import Dense
 from slrprop.network.onnx.file import OnnxFile
 from slrprop.network.onnx.rewrite import OWN, placed
-from slrprop.network.onnx.tensors import bare, no_model
+from slrprop.network.onnx.tensors import no_model
 from slrprop.network.torch.find import device_of, evaluating
 from slrprop.network.torch.modules import FactoredLayer, in_place_of_layers
 from slrprop.network.torch.network import swapped
@@ -141,14 +141,12 @@ def export_onnx(
                         dynamic_shapes=dynamic.dynamic_shapes(model, inputs, named) if dynamic_batch else None,
                         external_data=False, opset_version=OPSET, optimize=True, verbose=False,
                     )  # fmt: skip
-                if layers:
-                    with scratch(part.parent) as folder:
-                        placed(OnnxFile.open(part), layers).write(folder / part.name)
-                        (folder / part.name).replace(part)
-                proto = onnx.load(part)  # without stack traces of kilobytes on every node, with this machine's paths
-                del proto.metadata_props[:]
-                bare(proto.graph)
-                onnx.save(proto, part)
+                with scratch(part.parent) as folder:
+                    file = OnnxFile.open(part)  # whose edited copy lacks stack traces with this machine's paths
+                    file = placed(file, layers) if layers else file.edited(lambda graph: {})
+                    del file.proto.metadata_props[:]
+                    file.write(folder / part.name)
+                    (folder / part.name).replace(part)
                 onnx.checker.check_model(str(part), full_check=True)
             except OSError:
                 raise

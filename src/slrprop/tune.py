@@ -27,8 +27,9 @@ from slrprop.losses import rows_of
 from slrprop.network import Network, OnnxNetwork, TorchNetwork, folded, open_network
 from slrprop.network.chain import ACTIVATIONS, Step
 from slrprop.network.onnx.gradients import Behind, foreign_nodes
+from slrprop.network.torch.find import evaluating
 from slrprop.network.torch.modules import keep_factored
-from slrprop.network.torch.network import evaluating, main_output, swapped
+from slrprop.network.torch.network import main_output, swapped
 from slrprop.operators import MatMul, Operator
 from slrprop.plan import LayerPlan, Plan
 

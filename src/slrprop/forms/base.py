@@ -4,9 +4,10 @@ All matrices are in the articles' orientation: a weight is ``m x n`` = inputs (r
 ``y = x @ W + b``, the transpose of ``torch.nn.Linear.weight``.
 """
 
-from abc import ABC, abstractmethod
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import reduce
 from typing import Any, ClassVar, Self
 
 import torch
@@ -16,10 +17,11 @@ from slrprop.errors import SlrpropError
 from slrprop.linalg import SVD
 
 
-class Form(ABC):
-    """A weight in a stored form."""
+class Form:
+    """A weight in a stored form. What is here holds for a product of matrices, the first of m rows and the last of n columns."""
 
     kind: ClassVar[str]  # the name that stored files give it
+    beside: ClassVar[tuple[str, ...]] = ()  # its tensors that are no matrices
     faster: ClassVar[bool] = True  # False: the file is smaller, the computation is not
     selects: ClassVar[bool] = False  # whether ``permuted`` also takes lists that leave neurons out
 
@@ -28,17 +30,29 @@ class Form(ABC):
             KINDS[cls.kind] = cls
 
     @property
-    @abstractmethod
     def shape(self) -> tuple[int, int]:
         """(m, n): inputs, outputs."""
+        chain = list(self.matrices().values())
+        return chain[0].shape[0], chain[-1].shape[1]
 
     def matrices(self) -> dict[str, Tensor]:
-        """The stored number arrays, by name: all tensors of a form that has no indices."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        """The stored number arrays, by name."""
+        return {
+            name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name not in self.beside
+        }
 
     def with_matrices(self, matrices: Mapping[str, Tensor]) -> Self:
-        """The same form with other numbers of the same shapes."""
-        return replace(self, **{name: matrices[name] for name in self.matrices()})  # type: ignore[type-var]
+        """The same form with other numbers of the same shapes; what was worked out of its indices stays."""
+        own = self.matrices()
+        for name, matrix in own.items():
+            require_matrix(f"the {name}", matrices[name], matrix.shape)
+        return self.like(**{name: matrices[name] for name in own})
+
+    def like(self, **parts: Any) -> Self:
+        """The same form with other parts, unchecked."""
+        made = object.__new__(type(self))
+        vars(made).update(vars(self) | parts)
+        return made
 
     @classmethod
     def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Self:
@@ -59,19 +73,27 @@ class Form(ABC):
 
     def scale_axes(self) -> dict[str, int]:
         """For each matrix the axis along which numbers share one scale when they are quantised."""
-        return {name: 1 if name.startswith("right") else 0 for name in self.matrices()}
+        return {name: int(name.startswith(("right", "last"))) for name in self.matrices()}
 
-    @abstractmethod
     def dense(self) -> Tensor:
         """The ``m x n`` matrix these factors stand for."""
+        return reduce(torch.matmul, self.matrices().values())
 
-    @abstractmethod
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Self:
         """The factors of ``W[rows][:, columns]``, without loss.
 
         Args:
             rows, columns: neurons in a new order (None: the old one); where the form ``selects``, not necessarily all.
         """
+        made = self.matrices()
+        first, last = next(iter(made)), [*made][-1]
+        made[first] = made[first] if rows is None else self.picked(made[first], rows)
+        made[last] = made[last] if columns is None else made[last][:, columns]
+        return replace(self, **made)  # type: ignore[type-var]
+
+    def picked(self, first: Tensor, rows: Tensor) -> Tensor:
+        """The first matrix with these rows of the weight."""
+        return first[rows]
 
     def read(self) -> Tensor:
         """Which inputs there are weights for: bool (m,)."""
@@ -89,7 +111,7 @@ class Form(ABC):
     @property
     def multiplications(self) -> int:
         """Multiplications for one sample."""
-        return self.numbers  # every stored number of a block is used once
+        return self.numbers if self.faster else math.prod(self.shape)  # numbers of a block are used once
 
     @property
     def bytes(self) -> int:
@@ -112,9 +134,12 @@ def restored(description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Fo
         raise SlrpropError(f"the stored arrays make no layer: {type(error).__name__} {error}") from error
 
 
-def require_matrix(what: str, value: Tensor, shape: tuple[int | None, int | None]) -> None:
-    """Refuse what is no matrix of this shape (None: any side)."""
-    if value.ndim != 2 or any(want is not None and got != want for got, want in zip(value.shape, shape, strict=True)):
+def require_matrix(what: str, value: Tensor, shape: tuple[int | None, ...]) -> None:
+    """Refuse what is no matrix of this shape (None: any side), or no vector."""
+    if value.shape == shape:
+        return
+    fits = value.ndim == len(shape) and all(want in (None, got) for got, want in zip(value.shape, shape, strict=True))
+    if not fits:
         wanted = " x ".join("any" if side is None else str(side) for side in shape)
         raise SlrpropError(f"{what} must have shape {wanted}, got {tuple(value.shape)}")
 
@@ -129,17 +154,6 @@ class Dense(Form):
 
     def __post_init__(self) -> None:
         require_matrix("a dense weight", self.weight, (None, None))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
-
-    def dense(self) -> Tensor:
-        return self.weight
-
-    def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Dense":
-        weight = self.weight if rows is None else self.weight[rows]
-        return replace(self, weight=weight if columns is None else weight[:, columns])
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,15 +183,3 @@ class LowRank(Form):
     def from_svd(cls, svd: SVD) -> "LowRank":
         """Truncated SVD with the singular values folded into the left factor."""
         return cls(svd.left, svd.vt)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.left.shape[0], self.right.shape[1]
-
-    def dense(self) -> Tensor:
-        return self.left @ self.right
-
-    def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "LowRank":
-        return LowRank(
-            self.left if rows is None else self.left[rows], self.right if columns is None else self.right[:, columns]
-        )

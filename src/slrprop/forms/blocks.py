@@ -2,7 +2,8 @@
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -26,9 +27,9 @@ def reordered(block: Tensor, members: Tensor, order: Tensor, axis: int) -> Tenso
     return block[index] if axis == 0 else block[:, index]
 
 
-def pack_levels(levels: Tensor, blocks: int) -> Tensor:
-    """Levels (uint8, at most ``blocks``) in as few bits each as they need, as uint8 bytes."""
-    base, bits = _level_bits(int(levels.min()) if len(levels) else 0, blocks)
+def pack_levels(levels: Tensor, blocks: int, lowest: int) -> Tensor:
+    """Levels (uint8, from ``lowest`` to ``blocks``) in as few bits each as they need, as uint8 bytes."""
+    base, bits = _level_bits(lowest, blocks)
     spread = (levels.cpu()[:, None] - base) >> torch.arange(bits) & 1
     return torch.from_numpy(np.packbits(spread.to(torch.uint8).numpy()))
 
@@ -49,15 +50,6 @@ def _level_bits(lowest: int, blocks: int) -> tuple[int, int]:
     """What is subtracted from levels before they are packed, and the bits each then takes."""
     base = min(lowest, 1)
     return base, (blocks - base).bit_length()
-
-
-def _permute_blocks(
-    blocks: tuple[Tensor, ...], levels: Tensor, order: Tensor | None, axis: int
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    if order is None:
-        return blocks, levels
-    moved = tuple(reordered(block, levels > level, order, axis) for level, block in enumerate(blocks))
-    return moved, levels[order]
 
 
 class Index(NamedTuple):
@@ -86,14 +78,6 @@ class Index(NamedTuple):
         if self.part is None:
             return x.index_select(axis, self.places.to(x.device))
         return x.narrow(axis, self.part.start, self.part.stop - self.part.start)
-
-
-class Segment(NamedTuple):
-    """Output neurons of one level: their ``columns``, and the blocks they take part in stacked (k_0 + .. x columns)."""
-
-    columns: Tensor
-    level: int
-    right: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,14 +123,11 @@ class SparseLowRank(Form):
     right: tuple[Tensor, ...]
     row_levels: Tensor
     column_levels: Tensor
-    # which neurons take part in each block: what the levels say, where that was worked out before
-    sets: Sets = field(default=None, repr=False)  # type: ignore[assignment]
+    beside: ClassVar[tuple[str, ...]] = ("row_levels", "column_levels")
     kind: ClassVar[str] = "sparse_low_rank"
     selects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.sets is not None:
-            return
         if not self.left or len(self.left) != len(self.right):
             raise SlrpropError(
                 f"sparse low rank takes as many left as right blocks, at least one; got {len(self.left)} and {len(self.right)}"
@@ -156,7 +137,6 @@ class SparseLowRank(Form):
                 raise SlrpropError(
                     f"{side} levels must be one uint8 per neuron, at most {len(self.left)}; got {levels.dtype} {tuple(levels.shape)}"
                 )
-        object.__setattr__(self, "sets", Sets.of(self.row_levels, self.column_levels, len(self.left)))
         for level, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
             require_matrix(f"left block {level}", left, (len(self.sets.rows[level].places), None))
             require_matrix(f"right block {level}", right, (left.shape[1], len(self.sets.columns[level])))
@@ -176,18 +156,14 @@ class SparseLowRank(Form):
             return cls((tail[0],), (tail[1],), rows, columns)
         return cls((left[:, :reduced_rank], tail[0]), (right[:reduced_rank], tail[1]), rows + 1, columns + 1)
 
+    @cached_property
+    def sets(self) -> Sets:
+        """Which neurons take part in each block."""
+        return Sets.of(self.row_levels, self.column_levels, len(self.left))
+
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.row_levels), len(self.column_levels)
-
-    def segments(self) -> list[Segment]:
-        """The output side as neighbouring pieces, one per column level; ``sets.order`` brings their columns back."""
-        found = []
-        for columns, places in self.sets.pieces:
-            parts = [place.taken(block, 1) for block, place in zip(self.right, places, strict=False)]
-            right = torch.cat(parts) if parts else self.right[0].new_zeros(0, len(columns))
-            found.append(Segment(columns, len(parts), right))
-        return found
 
     def matrices(self) -> dict[str, Tensor]:
         named = [(f"left_{level}", block) for level, block in enumerate(self.left)]
@@ -196,7 +172,7 @@ class SparseLowRank(Form):
     def with_matrices(self, matrices: Mapping[str, Tensor]) -> "SparseLowRank":
         levels = range(len(self.left))
         left, right = (tuple(matrices[f"{side}_{level}"] for level in levels) for side in ("left", "right"))
-        return SparseLowRank(left, right, self.row_levels, self.column_levels, self.sets)
+        return self.like(left=left, right=right)
 
     @classmethod
     def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> "SparseLowRank":
@@ -210,11 +186,8 @@ class SparseLowRank(Form):
         return cls(left, right, rows, columns)
 
     def indices(self) -> dict[str, Tensor]:
-        blocks = len(self.left)
-        return {
-            "row_levels": pack_levels(self.row_levels, blocks),
-            "column_levels": pack_levels(self.column_levels, blocks),
-        }
+        sides = zip(("row_levels", "column_levels"), self.description()["lowest"], strict=True)
+        return {name: pack_levels(getattr(self, name), len(self.left), lowest) for name, lowest in sides}
 
     def description(self) -> dict[str, Any]:
         lowest = [int(levels.min()) if len(levels) else 0 for levels in (self.row_levels, self.column_levels)]
@@ -253,6 +226,10 @@ class SparseLowRank(Form):
         return picked + (self.shape[1] if self.sets.order is not None else 0)
 
     def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "SparseLowRank":
-        left, row_levels = _permute_blocks(self.left, self.row_levels, rows, 0)
-        right, column_levels = _permute_blocks(self.right, self.column_levels, columns, 1)
-        return SparseLowRank(left, right, row_levels, column_levels)
+        made = vars(self) | {}
+        for side, levels, order in (("left", "row_levels", rows), ("right", "column_levels", columns)):
+            if order is not None:
+                members, axis = made[levels], int(side == "right")
+                made[side] = tuple(reordered(block, members > g, order, axis) for g, block in enumerate(made[side]))
+                made[levels] = members[order]
+        return SparseLowRank(*(made[field.name] for field in fields(self)))

@@ -1,68 +1,27 @@
 """What each form computes, written once: for torch tensors and for the nodes of a file, for products and for convolutions."""
 
 from functools import singledispatch
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-from torch import Tensor
+import torch
 
 from slrprop.errors import SlrpropError
 from slrprop.forms.base import Dense, Form, LowRank
-from slrprop.forms.blocks import Index, SparseLowRank
+from slrprop.forms.blocks import SparseLowRank
 from slrprop.forms.narrowed import Narrowed
 from slrprop.forms.quantized import Quantized
 from slrprop.forms.shared import Shared
 from slrprop.forms.sparse import LowRankPlusSparse, Sparse
 from slrprop.forms.spatial import Spatial, Tucker
 
-T = TypeVar("T")
-
-
-class Builder(Protocol[T]):
-    """What puts an expression together: ``T`` is a tensor, or the name of one in a file."""
-
-    def number(self, value: Tensor, *names: str) -> T:
-        """A matrix of the form, by its name, or a part of several of them."""
-
-    def together(self, form: Any) -> T:
-        """The matrix of a form whose numbers are put together before they are multiplied."""
-
-    def opened(self, form: Quantized) -> tuple[Any, Form]:
-        """The form of a quantised one, and what unpacks the numbers of that."""
-
-    def enter(self, x: T, weight: T) -> T:
-        """The operation itself, with other outputs."""
-
-    def along(self, axis: int) -> Any:
-        """The part of a convolution that goes along one axis of the map."""
-
-    def product(self, h: T, weight: T) -> T:
-        """Channels times a matrix, at every position."""
-
-    def some(self, x: T, rows: Index) -> T:
-        """The channels that these rows of the matrix (ascending, whole channels) belong to."""
-
-    def join(self, parts: list[T]) -> T:
-        """Channels beside each other."""
-
-    def pick(self, y: T, order: Tensor) -> T:
-        """Channels in another order."""
-
-    def nothing(self, h: T, count: int) -> T:
-        """So many channels of zeros, at the positions of others."""
-
-    def add_up(self, one: T, other: T) -> T:
-        """A sum."""
-
-    def merged(self, form: SparseLowRank, x: T) -> T | None:
-        """What nested blocks make, where there is a better way than block by block."""
-
 
 @singledispatch
-def express(form: Form, to: Builder[T], x: T) -> T:
+def express(form: Form, to: Any, x: Any) -> Any:
     """What a form makes of an input, without the bias. A new form registers its own.
 
     Args:
-        to: an :class:`slrprop.operators.Operator` for tensors, or what writes the nodes of a file.
+        to: what puts the expression together: an :class:`slrprop.operators.Operator` of tensors, or what does the same with the
+            names of a file's tensors (:class:`slrprop.network.onnx.writer.Writer`).
     """
     raise SlrpropError(f"nothing computes with {type(form).__name__} forms")
 
@@ -99,12 +58,13 @@ def _(form: SparseLowRank, to: Any, x: Any) -> Any:
         for level, left in enumerate(form.left)
         if left.shape[1] or not level
     }
-    for segment in form.segments():
-        if segment.level:
-            right = to.number(segment.right, *(f"right_{level}" for level in range(segment.level)))
-            parts.append(to.product(to.join([h for level, h in hidden.items() if level < segment.level]), right))
+    for columns, places in sets.pieces:
+        stacked = [place.taken(block, 1) for place, block in zip(places, form.right, strict=False)]
+        if stacked:
+            right = to.number(torch.cat(stacked), *(f"right_{level}" for level in range(len(stacked))))
+            parts.append(to.product(to.join([h for level, h in hidden.items() if level < len(stacked)]), right))
         else:
-            parts.append(to.nothing(hidden[0], len(segment.columns)))
+            parts.append(to.nothing(hidden[0], len(columns)))
     y = to.join(parts)
     return y if sets.order is None else to.pick(y, sets.order)
 

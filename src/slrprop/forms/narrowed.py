@@ -1,27 +1,16 @@
 """Layers without some of their neurons."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
 from slrprop.forms.base import Form, require_matrix
-from slrprop.forms.blocks import Index, reordered
-
-
-def _bits(mask: Tensor) -> Tensor:
-    """A mask as uint8, eight neurons to a byte, the first in the highest bit."""
-    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
-
-
-def _mask(bits: Tensor, count: int) -> Tensor:
-    if bits.dtype != torch.uint8 or bits.shape != (-(-count // 8),):
-        raise SlrpropError(f"{count} neurons take {-(-count // 8)} bytes, got {bits.dtype} {tuple(bits.shape)}")
-    return torch.from_numpy(np.unpackbits(bits.cpu().numpy(), count=count)).bool()
+from slrprop.forms.blocks import Index, pack_levels, reordered, unpack_levels
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,21 +23,22 @@ class Narrowed(Form):
     block: Tensor
     rows: Tensor
     columns: Tensor
-    # the inputs that are read, and where among the block's outputs, and one of zeros behind them, each output is (None where all are
-    # made): what the masks say, where that was worked out before
-    sides: tuple[Index, Tensor | None] = field(default=None, repr=False)  # type: ignore[assignment]
+    beside: ClassVar[tuple[str, ...]] = ("rows", "columns")
     kind: ClassVar[str] = "narrowed"
     selects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.sides is not None:
-            return
         for side, mask in (("row", self.rows), ("column", self.columns)):
             if mask.ndim != 1 or mask.dtype != torch.bool:
                 raise SlrpropError(f"a {side} mask takes one bool per neuron, got {mask.dtype} {tuple(mask.shape)}")
         require_matrix("the block", self.block, (int(self.rows.sum()), int(self.columns.sum())))
+        _ = self.sides  # before anything is traced
+
+    @cached_property
+    def sides(self) -> tuple[Index, Tensor | None]:
+        """The inputs that are read, and where among the block's outputs, and one of zeros behind them, each output is (None: all are made)."""
         places = torch.where(self.columns, self.columns.cumsum(0) - 1, self.block.shape[1])
-        object.__setattr__(self, "sides", (Index.where(self.rows), None if self.columns.all() else places))
+        return Index.where(self.rows), None if self.columns.all() else places
 
     @classmethod
     def cut(cls, weight: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> "Narrowed":
@@ -67,23 +57,16 @@ class Narrowed(Form):
         """Whether no neuron is left out: the block is the weight then."""
         return bool(self.rows.all() and self.columns.all())
 
-    def matrices(self) -> dict[str, Tensor]:
-        return {"block": self.block}
-
     def indices(self) -> dict[str, Tensor]:
-        return {"rows": _bits(self.rows), "columns": _bits(self.columns)}
-
-    def with_matrices(self, matrices: Mapping[str, Tensor]) -> "Narrowed":
-        require_matrix("the block", matrices["block"], (self.block.shape[0], self.block.shape[1]))
-        return Narrowed(matrices["block"], self.rows, self.columns, self.sides)
+        return {"rows": pack_levels(self.rows.byte(), 1, 0), "columns": pack_levels(self.columns.byte(), 1, 0)}
 
     def description(self) -> dict[str, Any]:
         return {"kind": self.kind, "shape": list(self.shape)}
 
     @classmethod
     def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> "Narrowed":
-        m, n = description["shape"]
-        return cls(arrays["block"], _mask(arrays["rows"], m), _mask(arrays["columns"], n))
+        sides = zip(("rows", "columns"), description["shape"], strict=True)
+        return cls(arrays["block"], *(unpack_levels(arrays[name], count, 0, 1).bool() for name, count in sides))
 
     def dense(self) -> Tensor:
         weight = self.block.new_zeros(self.shape)

@@ -33,6 +33,7 @@ class Shared(Form):
     offset: Tensor | None
     packed: Tensor | None = None
     seed: int | None = None
+    beside: ClassVar[tuple[str, ...]] = ("packed", "places")
     kind: ClassVar[str] = "shared"
     faster: ClassVar[bool] = False
 
@@ -76,17 +77,12 @@ class Shared(Form):
     def shape(self) -> tuple[int, int]:
         return len(self.sequence), len(self.scale)
 
-    def matrices(self) -> dict[str, Tensor]:
-        found = {"sequence": self.sequence, "scale": self.scale}
-        return found if self.offset is None else found | {"offset": self.offset}
-
     def indices(self) -> dict[str, Tensor]:
         return {"packed": self.packed} if self.packed is not None else {"seed": torch.tensor([self.seed])}
 
     def with_matrices(self, matrices: Mapping[str, Tensor]) -> "Shared":
-        made = super().with_matrices(matrices)
-        vars(made)["places"] = self.places  # unpacked once for all
-        return made
+        _ = self.places  # unpacked once for all
+        return super().with_matrices(matrices)
 
     @classmethod
     def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> "Shared":
@@ -94,11 +90,6 @@ class Shared(Form):
         if "seed" in arrays:
             return cls(*numbers, seed=int(arrays["seed"].item()))
         return cls(*numbers, arrays["packed"])
-
-    @property
-    def multiplications(self) -> int:
-        m, n = self.shape
-        return m * n  # as many as the dense weight
 
     def dense(self) -> Tensor:
         weight = self.scale[:, None] * self.sequence[self.places.to(self.sequence.device).long()]

@@ -1,7 +1,8 @@
 """Weights of which only some values are stored: smaller files, no faster computation."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -31,14 +32,11 @@ class Sparse(Form):
     gaps: Tensor
     gap_bits: int
     sides: tuple[int, int]
-    # ``i * n + j`` of every value, ascending (nnz,) int64: what ``gaps`` say, where that was read before
-    places: Tensor = field(default=None, repr=False)  # type: ignore[assignment]
+    beside: ClassVar[tuple[str, ...]] = ("gaps", "places")
     kind: ClassVar[str] = "sparse"
     faster: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.places is None:
-            object.__setattr__(self, "places", decoded(self.gaps, self.gap_bits, self.shape[0] * self.shape[1]))
         if self.entries.ndim != 1 or len(self.entries) != len(self.places):
             raise SlrpropError(f"a sparse weight with {len(self.places)} marked places takes as many values, got shape {tuple(self.entries.shape)}")  # fmt: skip
 
@@ -54,14 +52,16 @@ class Sparse(Form):
     def shape(self) -> tuple[int, int]:
         return self.sides
 
+    @cached_property
+    def places(self) -> Tensor:
+        """``i * n + j`` of every value, ascending (nnz,) int64."""
+        return decoded(self.gaps, self.gap_bits, self.shape[0] * self.shape[1])
+
     def support(self) -> Tensor:
         """Where values are stored (bool, m x n)."""
         marked = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.bool, device=self.entries.device)
         marked[self.places] = True
         return marked.reshape(self.shape)
-
-    def matrices(self) -> dict[str, Tensor]:
-        return {"entries": self.entries}
 
     def indices(self) -> dict[str, Tensor]:
         return {"gaps": self.gaps}
@@ -73,10 +73,6 @@ class Sparse(Form):
     def restored(cls, description: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> "Sparse":
         m, n = description["shape"]
         return cls(arrays["entries"], arrays["gaps"], description["gap_bits"], (_side(m), _side(n)))
-
-    @property
-    def multiplications(self) -> int:
-        return self.shape[0] * self.shape[1]
 
     def dense(self) -> Tensor:
         flat = self.entries.new_zeros(self.shape[0] * self.shape[1])

@@ -28,9 +28,9 @@ class Sequence(Form):
             raise SlrpropError(f"the sides {kernel!r} of a kernel are no whole numbers from 1")
         return super().restored(description, {**arrays, "kernel": tuple(kernel)})  # type: ignore[dict-item]
 
-    def _channels(self, rows: Tensor) -> Tensor:
+    def picked(self, first: Tensor, rows: Tensor) -> Tensor:
         unit = math.prod(self.kernel)
-        return rows[::unit] // unit
+        return first.unflatten(0, (self.shape[0] // unit, -1))[rows[::unit] // unit].flatten(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,18 +53,9 @@ class Spatial(Sequence):
     def shape(self) -> tuple[int, int]:
         return self.first.shape[0] * self.kernel[1], self.second.shape[1]
 
-    def scale_axes(self) -> dict[str, int]:
-        return {"first": 0, "second": 0}
-
     def dense(self) -> Tensor:
         first, second = self.first.unflatten(0, (-1, self.kernel[0])), self.second.unflatten(0, (-1, self.kernel[1]))
         return torch.einsum("cir,rjo->cijo", first, second).flatten(0, 2)
-
-    def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Spatial":
-        first = self.first
-        if rows is not None:
-            first = first.unflatten(0, (-1, self.kernel[0]))[self._channels(rows)].flatten(0, 1)
-        return Spatial(self.kernel, first, self.second if columns is None else self.second[:, columns])
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,13 +79,6 @@ class Tucker(Sequence):
     def shape(self) -> tuple[int, int]:
         return self.first.shape[0] * math.prod(self.kernel), self.last.shape[1]
 
-    def scale_axes(self) -> dict[str, int]:
-        return {"first": 0, "core": 0, "last": 1}
-
     def dense(self) -> Tensor:
         inner = (self.core @ self.last).unflatten(0, (self.first.shape[1], -1))
         return torch.einsum("cs,sko->cko", self.first, inner).flatten(0, 1)
-
-    def permuted(self, rows: Tensor | None = None, columns: Tensor | None = None) -> "Tucker":
-        first = self.first if rows is None else self.first[self._channels(rows)]
-        return Tucker(self.kernel, first, self.core, self.last if columns is None else self.last[:, columns])

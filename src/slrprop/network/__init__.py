@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import nn
 
-import slrprop.network.onnx.shared
-import slrprop.network.onnx.sparse  # noqa: F401  (these register their nodes)
 from slrprop.data import Data
 from slrprop.network.base import Flow, Network
 from slrprop.network.chain import Chain, Step

@@ -50,7 +50,6 @@ class Network(Sampled):
     def __init__(self, layers: dict[str, Layer]) -> None:
         super().__init__()
         self.layers, self.order = layers, tuple(layers)
-        self.norms: dict[str, str] = {}  # batch norms that alone take what a layer makes, by the layer's name
         self.ending: str | None = None
         self.reading: Reading | None = None  # of the main output, once data was seen
         self._reads: dict[str, Any] = {}  # by layer, what tells apart the tensors that they read
@@ -65,6 +64,13 @@ class Network(Sampled):
     def operator(self, name: str) -> Operator:
         """How a layer's weight is multiplied."""
         return self.layers[name].operator
+
+    @property
+    def norms(self) -> dict[str, str]:
+        """Batch norms that alone take what a layer makes, and can be put into it, by the layer's name."""
+        able = (name for name in self._paths if not self.stays(name) and not isinstance(self.operator(name), Lookup))
+        found = {name: norm for name in able if (norm := self._paths[name].norm)}
+        return {name: str(norm.name) for name, norm in found.items()}
 
     @property
     @abstractmethod

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slrprop.forms import Bias, Dense, Fit
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,
     "relu": torch.relu,
@@ -75,6 +77,10 @@ class Affine:
         scale = (var + eps).rsqrt() * (1 if weight is None else weight.detach())
         return cls(scale, (0 if bias is None else bias.detach()) - mean * scale, name)
 
+    def behind(self, weight: Tensor, bias: Tensor | None) -> Fit:
+        """A layer (m x n) that does this to its outputs, too."""
+        return Fit(Dense(weight * self.scale), Bias(self.shift if bias is None else bias * self.scale + self.shift))
+
 
 @dataclass(frozen=True, eq=False)
 class Linear:
@@ -99,6 +105,12 @@ class Path(NamedTuple):
     whole: bool
     stop: str
     carriers: tuple[str, ...] = ()
+
+    @property
+    def norm(self) -> Affine | None:
+        """The batch norm right behind the layer, where it has numbers for these channels alone."""
+        first = next(iter(self.elements), None)
+        return first if isinstance(first, Affine) and first.name else None
 
 
 class Walk:

@@ -13,7 +13,7 @@ from slrprop.forms import Form, Index, Quantized, express
 class Operator(ABC):
     """How an operation multiplies one weight, seen as a matrix m x n: rows belong to what it reads, columns to what it makes.
 
-    For tensors it is the :class:`slrprop.forms.expression.Builder` of every form.
+    What it does from ``number`` on is what forms are expressed in (:func:`slrprop.forms.express`); here of tensors.
     """
 
     kind: ClassVar[str]  # in words
@@ -60,39 +60,51 @@ class Operator(ABC):
         return y if bias is None else y + bias.to(y).reshape(-1, *[1] * (-1 - self.axis))
 
     def number(self, value: Tensor, *names: str) -> Tensor:
+        """A matrix of the form, by its name, or a part of several of them."""
         return value
 
     def together(self, form: Form) -> Tensor:
+        """The matrix of a form whose numbers are put together before they are multiplied."""
         return form.dense()
 
     def opened(self, form: Quantized) -> tuple[Self, Form]:
+        """What unpacks the numbers of a form in few bits, and that form."""
         return self, form.plain()
 
     def along(self, axis: int) -> "Operator":
+        """The part of a convolution that goes along one axis of the map."""
         raise SlrpropError(f"a {self.kind} has no axes to go along")
 
     @abstractmethod
-    def enter(self, x: Tensor, weight: Tensor) -> Tensor: ...
+    def enter(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The operation itself, with other outputs."""
 
     def product(self, h: Tensor, weight: Tensor) -> Tensor:
+        """Channels times a matrix, at every position."""
         return h @ weight
 
     def some(self, x: Tensor, rows: Index) -> Tensor:
+        """The channels that these rows of the matrix (ascending, whole channels) belong to."""
         return rows.every(self.unit).taken(x, self.axis)
 
     def join(self, parts: list[Tensor]) -> Tensor:
+        """Channels beside each other."""
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.axis)
 
     def pick(self, y: Tensor, order: Tensor) -> Tensor:
+        """Channels in another order."""
         return y.index_select(self.axis, order.to(y.device))
 
     def nothing(self, h: Tensor, count: int) -> Tensor:
+        """So many channels of zeros, at the positions of others."""
         shape = list(h.shape)
         shape[self.axis] = count
         return h.new_zeros(shape)
 
     def add_up(self, one: Tensor, other: Tensor) -> Tensor:
+        """A sum."""
         return one + other
 
     def merged(self, form: Form, x: Tensor) -> Tensor | None:
+        """What nested blocks make, where there is a better way than block by block."""
         return None

@@ -16,10 +16,11 @@ from slrprop.losses import rows_of
 from slrprop.network import OnnxNetwork, TorchNetwork, open_network
 from slrprop.network.base import Network
 from slrprop.network.onnx.constants import tensor_of
-from slrprop.network.onnx.feed import Part
+from slrprop.network.onnx.file import Part
 from slrprop.network.onnx.gradients import OPS, Behind, Op
 from slrprop.network.samples import alike
-from slrprop.network.torch.network import evaluating, frozen, main_output
+from slrprop.network.torch.find import evaluating
+from slrprop.network.torch.network import frozen, main_output
 
 Model = nn.Module | str | Path
 WAYS = ("auto", "product", "gradients")
@@ -34,8 +35,8 @@ ACTIVATION_OPS = (
 )  # fmt: skip
 STRAIGHT: dict[str, Op] = (
     OPS
-    | dict.fromkeys(ACTIVATION_OPS, lambda node, x: x[0])
-    | {"Erf": lambda node, x: torch.ones_like(x[0])}  # x (1 + erf(x)) / 2, as GELU is often written, becomes x
+    | dict.fromkeys(ACTIVATION_OPS, lambda node, x, *_: x)
+    | {"Erf": lambda node, x: torch.ones_like(x)}  # x (1 + erf(x)) / 2, as GELU is often written, becomes x
 )
 
 

@@ -15,7 +15,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import ml_dtypes
@@ -25,29 +25,11 @@ import onnxruntime
 import torch
 from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 
+from slrprop.data import Batch
 from slrprop.errors import SlrpropError, first_line
 from slrprop.files import Outputs, replacing, together
 from slrprop.forms.quantized import packed
-from slrprop.network.onnx.tensors import (
-    GRAPH,
-    INITIALIZER,
-    LARGE,
-    OURS,
-    RAW_DATA,
-    Stored,
-    bare,
-    copy,
-    external,
-    graphs_of,
-    mark,
-    no_data,
-    no_model,
-    reading,
-    refill,
-    refuse_hidden_external,
-    split,
-)
-from slrprop.network.onnx.wire import around, head
+from slrprop.network.onnx import tensors
 
 if TYPE_CHECKING:
     from slrprop.network.onnx.graph import Graph
@@ -57,7 +39,8 @@ PAGE = 4096  # external tensors of many pages start at one, the others at a cach
 MANY, LINE = 1 << 20, 64
 KINDS = ("FLOAT", "FLOAT16", "DOUBLE", "INT64", "INT32", "INT8", "UINT8", "BOOL")
 ELEMENT_TYPES = {f"tensor({kind.lower()})": TensorProto.DataType.Value(kind) for kind in KINDS}
-Chunk = bytes | Stored  # of a file
+Chunk = bytes | tensors.Stored  # of a file
+Feed = dict[str, np.ndarray]
 FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.DOUBLE: np.float64}
 
 
@@ -70,8 +53,8 @@ class OnnxFile:
 
     path: Path
     proto: ModelProto
-    stored: dict[str, Stored]
-    _read: "WeakValueDictionary[Stored, np.ndarray]" = field(default_factory=WeakValueDictionary)
+    stored: dict[str, tensors.Stored]
+    _read: "WeakValueDictionary[tensors.Stored, np.ndarray]" = field(default_factory=WeakValueDictionary)
 
     @classmethod
     def open(cls, path: str | Path) -> "OnnxFile":
@@ -85,20 +68,20 @@ class OnnxFile:
             raise SlrpropError(
                 f"the path '{path}' is not UTF-8, and ONNX Runtime opens no other; rename the file or its folder"
             )
-        with reading(path):
+        with tensors.reading(path):
             size = path.stat().st_size
             if not path.is_file() or size == 0:
                 raise SlrpropError(f"'{path}' is no file with an ONNX model in it")
             with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-                skeleton, stored = split(path, buffer, size)
+                skeleton, stored = tensors.split(path, buffer, size)
             proto = ModelProto()
             proto.ParseFromString(skeleton)
             if not proto.opset_import or not proto.graph.output:
                 raise SlrpropError(f"'{path}' is no ONNX model: it names no operator set or no output")
-            refuse_hidden_external(proto.graph, path)
+            tensors.refuse_hidden_external(proto.graph, path)
             for tensor in proto.graph.initializer:
                 if tensor.data_location == TensorProto.EXTERNAL and tensor.name not in stored:
-                    stored[tensor.name] = external(tensor, path)
+                    stored[tensor.name] = tensors.external(tensor, path)
             words = {word for node in proto.graph.node for word in (node.name, node.op_type, node.domain, *node.output)}
             words |= {value.name for value in (*proto.graph.input, *proto.graph.output)} | _read_names(proto.graph)
             if not all(isinstance(word, str) for word in words):
@@ -108,7 +91,7 @@ class OnnxFile:
                 raise SlrpropError(f"'{path}' holds two initializers of the same name; the file is damaged")
             for tensor in proto.graph.initializer:
                 if tensor.name in stored:
-                    mark(tensor, stored[tensor.name])
+                    tensors.mark(tensor, stored[tensor.name])
         return cls(path, proto, stored)
 
     @cached_property
@@ -127,10 +110,10 @@ class OnnxFile:
     def numbers(self) -> int:
         """Floating-point numbers in initializers and constants."""
         constants = (a.t for node in self.proto.graph.node if node.op_type == "Constant" for a in node.attribute)
-        tensors = (
+        found = (
             t for t in (*self.proto.graph.initializer, *constants) if t.data_type in (*FLOATS, TensorProto.BFLOAT16)
         )
-        return sum(math.prod(tensor.dims) for tensor in tensors)
+        return sum(math.prod(tensor.dims) for tensor in found)
 
     @property
     def bytes(self) -> int:
@@ -146,7 +129,7 @@ class OnnxFile:
     def array(self, name: str) -> np.ndarray:
         """The numbers of an initializer."""
         item = self.stored.get(name)
-        with reading(self.path):
+        with tensors.reading(self.path):
             if item is None:
                 return numpy_helper.to_array(next(t for t in self.proto.graph.initializer if t.name == name))
             if item.array is not None:
@@ -168,11 +151,11 @@ class OnnxFile:
         proto = deepcopy(self.proto)
         before = _read_names(proto.graph)
         new = edit(proto.graph)
-        bare(proto.graph)
+        tensors.bare(proto.graph)
         _drop_unread(proto.graph, before)
         gone = {tensor.name for tensor in proto.graph.initializer} & (before - _read_names(proto.graph))
         for part in (proto.graph.initializer, proto.graph.input):
-            refill(part, [item for item in part if item.name not in gone])
+            tensors.refill(part, [item for item in part if item.name not in gone])
         stored = {name: item for name, item in self.stored.items() if name not in gone}
         external = any(item.external for item in self.stored.values())
         for name, array in new.items():
@@ -180,11 +163,13 @@ class OnnxFile:
             tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
             if array.dtype == ml_dtypes.int4:
                 tensor.raw_data = packed(torch.from_numpy(array.astype(np.int8)), 4).numpy().tobytes()
-            elif array.nbytes < LARGE:
+            elif array.nbytes < tensors.LARGE:
                 tensor.raw_data = array.tobytes()
             else:
-                stored[name] = Stored(array.nbytes, tuple(tensor.dims), array.dtype, external=external, array=array)
-                mark(tensor, stored[name])
+                stored[name] = tensors.Stored(
+                    array.nbytes, tuple(tensor.dims), array.dtype, external=external, array=array
+                )
+                tensors.mark(tensor, stored[name])
             proto.graph.initializer.append(tensor)
             if proto.ir_version < INITIALIZERS_ALONE:
                 proto.graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
@@ -203,15 +188,15 @@ class OnnxFile:
         proto = deepcopy(self.proto)
         graph = proto.graph
         if nodes is not None:
-            refill(graph.node, [node for index, node in enumerate(graph.node) if index in nodes])
+            tensors.refill(graph.node, [node for index, node in enumerate(graph.node) if index in nodes])
         if inputs is not None:
-            refill(graph.value_info, ())
-            refill(graph.input, inputs)
+            tensors.refill(graph.value_info, ())
+            tensors.refill(graph.input, inputs)
         known = {value.name: value for value in graph.output}
         wanted = list(dict.fromkeys(outputs))
-        refill(graph.output, [known.get(name, onnx.ValueInfoProto(name=name)) for name in wanted])
+        tensors.refill(graph.output, [known.get(name, onnx.ValueInfoProto(name=name)) for name in wanted])
         needed = _read_names(graph)
-        refill(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in needed])
+        tensors.refill(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in needed])
         return Session(self, proto, wanted)
 
     def flaw(self) -> str:
@@ -222,7 +207,7 @@ class OnnxFile:
         for tensor in proto.graph.initializer:
             if tensor.name in self.stored and tensor.name not in declared:
                 proto.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-        refill(proto.graph.initializer, small)
+        tensors.refill(proto.graph.initializer, small)
         try:
             onnx.checker.check_model(proto, full_check=True)
         except Exception as error:
@@ -235,28 +220,29 @@ class OnnxFile:
         graph = deepcopy(self.proto.graph)
         for tensor in graph.initializer:
             item = self.stored.get(tensor.name)
-            if item is not None and item.external and item.length >= LARGE:
+            if item is not None and item.external and item.length >= tensors.LARGE:
                 gap = bytes(-at % (PAGE if item.length >= MANY else LINE))
-                mark(tensor, item, beside_name, at + len(gap))
+                tensors.mark(tensor, item, beside_name, at + len(gap))
                 beside += [gap, item]
                 at += len(gap) + item.length
                 item = None
             if item is None:
                 content = tensor.SerializeToString()
-                main.append(head(INITIALIZER, len(content)) + content)
+                main.append(tensors.head(tensors.INITIALIZER, len(content)) + content)
             elif item.message is not None:
-                main += [head(INITIALIZER, item.stored_length), item]
+                main += [tensors.head(tensors.INITIALIZER, item.stored_length), item]
             else:
                 bare = TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
-                content = bare.SerializeToString() + head(RAW_DATA, item.length)
-                main += [head(INITIALIZER, len(content) + item.length) + content, item]
+                content = bare.SerializeToString() + tensors.head(tensors.RAW_DATA, item.length)
+                main += [tensors.head(tensors.INITIALIZER, len(content) + item.length) + content, item]
         del graph.initializer[:]
-        before, after = around(graph.SerializeToString(), INITIALIZER)
+        before, after = tensors.around(graph.SerializeToString(), tensors.INITIALIZER)
         proto = deepcopy(self.proto)
         proto.ClearField("graph")
-        first, last = around(proto.SerializeToString(), GRAPH)
+        first, last = tensors.around(proto.SerializeToString(), tensors.GRAPH)
         total = len(before) + _length(main) + len(after)
-        return [first + head(GRAPH, total) + before, *main, after + last], [*beside, OURS] if beside else []
+        beside += [tensors.OURS] if beside else []
+        return [first + tensors.head(tensors.GRAPH, total) + before, *main, after + last], beside
 
     def size(self, name: str) -> int:
         """Bytes of the model's file of that name, and of the one beside it; nothing is written."""
@@ -270,7 +256,7 @@ class OnnxFile:
             if chunks:
                 with open(target, "wb") as out:
                     for chunk in chunks:
-                        copy(chunk, out) if isinstance(chunk, Stored) else out.write(chunk)
+                        tensors.copy(chunk, out) if isinstance(chunk, tensors.Stored) else out.write(chunk)
         return sum(map(_length, parts))
 
     @property
@@ -284,10 +270,10 @@ class OnnxFile:
         Raises:
             SlrpropError: see :meth:`slrprop.files.Outputs.place`; or the model would not find its data from the link that is the path.
         """
-        target = outputs.place(path, no_model)
+        target = outputs.place(path, tensors.no_model)
         beside = target.with_name(target.name + ".data")
         if self.external:
-            outputs.place(beside, no_data)
+            outputs.place(beside, tensors.no_data)
             if target.parent != Path(path).absolute().parent.resolve():
                 raise SlrpropError(
                     f"'{path}' is a link to a file in another folder, where its external data would not be found; name '{target}'"
@@ -302,9 +288,9 @@ class OnnxFile:
         """
         with together() as outputs, contextlib.ExitStack() as stack:
             target, beside = self.places(path, outputs)
-            part = stack.enter_context(replacing(target, no_model))
+            part = stack.enter_context(replacing(target, tensors.no_model))
             if self.external:
-                stack.enter_context(replacing(beside, no_data))
+                stack.enter_context(replacing(beside, tensors.no_data))
             self.write(part)
             check(OnnxFile.open(part))
 
@@ -326,11 +312,11 @@ class Session:
         for tensor in proto.graph.initializer:
             item = file.stored.get(tensor.name)
             if item is not None and item.array is None and item.path.is_relative_to(folder):
-                mark(tensor, item, str(item.path.relative_to(folder)), item.offset)  # the runtime maps the file
+                tensors.mark(tensor, item, str(item.path.relative_to(folder)), item.offset)  # the runtime maps the file
             elif item is not None:
                 self._lent[tensor.name] = file.array(tensor.name)
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self._lent.values()]
-        with reading(file.path):
+        with tensors.reading(file.path):
             options.add_external_initializers(list(self._lent), values)
             self._session = onnxruntime.InferenceSession(
                 proto.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
@@ -343,18 +329,49 @@ class Session:
             raise SlrpropError(f"tensor '{name}' holds {kind}, which slrprop can't cut the model at")
         return ELEMENT_TYPES[kind]
 
-    def run(self, feed: dict[str, np.ndarray]) -> dict[str, Any]:
+    def run(self, feed: Feed) -> dict[str, Any]:
         """The outputs by name."""
         return dict(zip(self.outputs, self._session.run(self.outputs, feed), strict=True))
 
 
+class Part(NamedTuple):
+    """Samples as the session takes them: ``feed`` may be padded beyond the ``samples`` of the batch."""
+
+    batch: Batch
+    feed: Feed
+    samples: int
+    size: int
+
+
+def input_dtype(value: onnx.ValueInfoProto) -> np.dtype[Any] | None:
+    """The type of an input's numbers; None where it declares none, or text."""
+    code = value.type.tensor_type.elem_type
+    if code in (TensorProto.UNDEFINED, TensorProto.STRING):
+        return None
+    if code not in TensorProto.DataType.values():
+        raise SlrpropError(f"input '{value.name}' has element type {code}, which ONNX does not know")
+    if code == TensorProto.BFLOAT16:
+        raise SlrpropError(f"input '{value.name}' is bfloat16, which ONNX Runtime does not take from NumPy; export the model in float32")  # fmt: skip
+    return np.dtype(helper.tensor_dtype_to_np_dtype(code))
+
+
+def unpadded(value: torch.Tensor, part: Part) -> torch.Tensor:
+    """A tensor without what the padding samples gave: the end of the samples' axis, as far as that can be told."""
+    axis = max(part.batch.axes.values(), default=0)
+    if part.samples < part.size and axis < value.ndim - 1 and value.shape[axis] == part.size:
+        return value.narrow(axis, 0, part.samples)
+    if part.samples == part.size or not value.ndim or len(value) % part.size:
+        return value
+    return value[: len(value) // part.size * part.samples]
+
+
 def _length(chunks: Iterable[Chunk]) -> int:
-    return sum(chunk.stored_length if isinstance(chunk, Stored) else len(chunk) for chunk in chunks)
+    return sum(chunk.stored_length if isinstance(chunk, tensors.Stored) else len(chunk) for chunk in chunks)
 
 
 def node_reads(node: onnx.NodeProto) -> list[str]:
     """The tensors a node reads, its subgraphs' included."""
-    return [*filter(None, node.input), *(name for graph in graphs_of(node) for name in _read_names(graph))]
+    return [*filter(None, node.input), *(name for graph in tensors.graphs_of(node) for name in _read_names(graph))]
 
 
 def _read_names(graph: GraphProto) -> set[str]:
@@ -373,4 +390,4 @@ def _drop_unread(graph: GraphProto, before: set[str]) -> None:
         else:
             reads.subtract(set(node_reads(node)))
     if len(kept) < len(graph.node):
-        refill(graph.node, reversed(kept))
+        tensors.refill(graph.node, reversed(kept))

@@ -4,6 +4,8 @@ ONNX Runtime gives the tensors that are made before; the nodes behind are comput
 before a node that is not in ``OPS`` has no gradient; in a graph whose output is not that of ONNX Runtime none has one.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -24,213 +26,158 @@ if TYPE_CHECKING:
 
 MAX_POOLS = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
 AVERAGE_POOLS = {1: functional.avg_pool1d, 2: functional.avg_pool2d, 3: functional.avg_pool3d}
-Values = list[Tensor | None]
-Op = Callable[[NodeProto, Any], Any]  # (node, inputs) -> output, or a list of several
+Op = Callable[..., Any]  # (node, *inputs) -> output, or a list of several; an input that is left out is None
 KINDS = {
     TensorProto.FLOAT: torch.float32, TensorProto.FLOAT16: torch.float32, TensorProto.DOUBLE: torch.float64,
     TensorProto.INT64: torch.int64, TensorProto.INT32: torch.int32, TensorProto.BOOL: torch.bool,
 }  # fmt: skip
 
 
-def _axes(node: NodeProto, x: Values) -> list[int] | None:
-    """Axes as an input (later operator sets) or as an attribute."""
-    given = x[1] if len(x) > 1 else None
-    return attribute(node, "axes") if given is None else given.tolist()
+def _given(node: NodeProto, name: str, value: Tensor | None, default: Any = None) -> Any:
+    """Numbers as an input (later operator sets) or as an attribute."""
+    return attribute(node, name, default) if value is None else value.tolist()
 
 
-def _reduced(function: Callable[..., Tensor]) -> Op:
-    def run(node: NodeProto, x: Values) -> Tensor:
-        axes, value = _axes(node, x), x[0]
-        assert value is not None
-        return function(value, list(range(value.ndim)) if axes is None else axes, bool(attribute(node, "keepdims", 1)))
-
-    return run
+def _unsqueeze(node: NodeProto, x: Tensor, axes: Tensor | None = None) -> Tensor:
+    places = _given(node, "axes", axes)
+    for axis in sorted(axis % (x.ndim + len(places)) for axis in places):
+        x = x.unsqueeze(axis)
+    return x
 
 
-def _gemm(node: NodeProto, x: Any) -> Tensor:
-    a = x[0].T if attribute(node, "transA", 0) else x[0]
-    b = x[1].T if attribute(node, "transB", 0) else x[1]
-    y = attribute(node, "alpha", 1.0) * (a @ b)
-    return y + attribute(node, "beta", 1.0) * x[2] if len(x) > 2 and x[2] is not None else y
-
-
-def _reshape(node: NodeProto, x: Any) -> Tensor:
-    keeps = not attribute(node, "allowzero", 0)
-    return x[0].reshape([x[0].shape[i] if side == 0 and keeps else side for i, side in enumerate(x[1].tolist())])
-
-
-def _squeeze(node: NodeProto, x: Any) -> Tensor:
-    axes = _axes(node, x)
-    return x[0].squeeze() if axes is None else x[0].squeeze(tuple(axes))
-
-
-def _unsqueeze(node: NodeProto, x: Any) -> Tensor:
-    axes, y = _axes(node, x) or [], x[0]
-    rank = y.ndim + len(axes)
-    for axis in sorted(axis % rank for axis in axes):
-        y = y.unsqueeze(axis)
-    return y
-
-
-def _slice(node: NodeProto, x: Any) -> Tensor:
-    if len(x) > 1:
-        starts, ends = x[1].tolist(), x[2].tolist()
-        axes, steps = (x[i].tolist() if len(x) > i and x[i] is not None else None for i in (3, 4))
-    else:
-        starts, ends, axes, steps = attribute(node, "starts"), attribute(node, "ends"), attribute(node, "axes"), None
-    y = x[0]
-    for start, end, axis, step in zip(
-        starts, ends, axes or range(len(starts)), steps or [1] * len(starts), strict=True
-    ):
-        size = y.shape[axis]
+def _slice(node: NodeProto, x: Tensor, *given: Tensor | None) -> Tensor:
+    names = ("starts", "ends", "axes", "steps")
+    found = [_given(node, name, value) for name, value in itertools.zip_longest(names, given)]
+    starts, ends, axes, steps = found[0], found[1], found[2] or range(x.ndim), found[3] or itertools.repeat(1)
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=False):
+        size = x.shape[axis]
         stop = None if step < 0 and end < -size else max(end, -1 - size)  # backwards, below the first means all
-        y = y.index_select(axis, torch.tensor(list(range(size)[start:stop:step]), dtype=torch.int64))
-    return y
+        x = x.index_select(axis, torch.tensor(list(range(size)[start:stop:step]), dtype=torch.int64))
+    return x
 
 
-def _split(node: NodeProto, x: Any) -> list[Tensor]:
+def _split(node: NodeProto, x: Tensor, given: Tensor | None = None) -> list[Tensor]:
     axis = attribute(node, "axis", 0)
-    sizes = attribute(node, "split") if len(x) < 2 or x[1] is None else x[1].tolist()
-    count = len(node.output)
-    return list(x[0].split(-(-x[0].shape[axis] // count) if sizes is None else sizes, axis))
+    return list(x.split(_given(node, "split", given) or -(-x.shape[axis] // len(node.output)), axis))
 
 
-def _gather(node: NodeProto, x: Any) -> Tensor:
-    axis, places = attribute(node, "axis", 0) % x[0].ndim, x[1].long() % x[0].shape[attribute(node, "axis", 0)]
-    found = x[0].index_select(axis, places.flatten())
-    return found.reshape(*x[0].shape[:axis], *places.shape, *x[0].shape[axis + 1 :])
+def _gather(node: NodeProto, x: Tensor, index: Tensor) -> Tensor:
+    axis = attribute(node, "axis", 0) % x.ndim
+    places = index.long() % x.shape[axis]
+    return x.index_select(axis, places.flatten()).reshape(*x.shape[:axis], *places.shape, *x.shape[axis + 1 :])
 
 
-def _layer_norm(node: NodeProto, x: Any) -> Tensor:
-    axis = attribute(node, "axis", -1) % x[0].ndim
-    bias = x[2] if len(x) > 2 else None
-    return functional.layer_norm(x[0], x[0].shape[axis:], x[1], bias, attribute(node, "epsilon", 1e-5))
+def _sides(node: NodeProto, count: int) -> tuple[list[int], list[int]]:
+    """Strides and dilations."""
+    return attribute(node, "strides", [1] * count), attribute(node, "dilations", [1] * count)
 
 
-def _sides(node: NodeProto, name: str, count: int, default: int) -> list[int]:
-    return list(attribute(node, name, [default] * count))
-
-
-def _pads(node: NodeProto, x: Tensor, kernel: list[int], stride: list[int], dilation: list[int]) -> list[int]:
+def _pads(node: NodeProto, x: Tensor, kernel: list[int]) -> list[int]:
     """Zeros as ``torch.nn.functional.pad`` takes them: the last axis first."""
     count, how = len(kernel), attribute(node, "auto_pad", b"NOTSET").decode()
     if how in ("NOTSET", "VALID"):
-        pads = _sides(node, "pads", 2 * count, 0) if how == "NOTSET" else [0] * 2 * count
+        pads = attribute(node, "pads", [0] * 2 * count) if how == "NOTSET" else [0] * 2 * count
         pairs = list(zip(pads[:count], pads[count:], strict=True))
     else:
-        axes = zip(x.shape[2:], kernel, stride, dilation, strict=True)
+        axes = zip(x.shape[2:], kernel, *_sides(node, count), strict=True)
         pairs = [same(*axis, how == "SAME_UPPER") for axis in axes]
     return [side for pair in reversed(pairs) for side in pair]
 
 
-def _conv(node: NodeProto, x: Any) -> Tensor:
-    count, kernel = x[1].ndim - 2, list(x[1].shape[2:])
-    stride, dilation = _sides(node, "strides", count, 1), _sides(node, "dilations", count, 1)
-    padded = functional.pad(x[0], _pads(node, x[0], kernel, stride, dilation))
-    bias = x[2] if len(x) > 2 else None
-    return CONVOLVED[count](padded, x[1], bias, stride, 0, dilation, attribute(node, "group", 1))
+def _conv(node: NodeProto, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    kernel = list(weight.shape[2:])
+    (stride, dilation), padded = _sides(node, len(kernel)), functional.pad(x, _pads(node, x, kernel))
+    return CONVOLVED[len(kernel)](padded, weight, bias, stride, 0, dilation, attribute(node, "group", 1))
 
 
-def _conv_transpose(node: NodeProto, x: Any) -> Tensor:
-    count, bias = x[1].ndim - 2, x[2] if len(x) > 2 else None
-    stride, dilation, wider = _sides(node, "strides", count, 1), _sides(node, "dilations", count, 1), _sides(node, "output_padding", count, 0)  # fmt: skip
-    y = TRANSPOSED[count](x[0], x[1], bias, stride, 0, wider, attribute(node, "group", 1), dilation)
-    pads = _sides(node, "pads", 2 * count, 0)
-    return functional.pad(y, [-side for axis in reversed(range(count)) for side in (pads[axis], pads[count + axis])])
+def _conv_transpose(node: NodeProto, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    kernel = list(weight.shape[2:])
+    (stride, dilation), wider = _sides(node, len(kernel)), attribute(node, "output_padding", [0] * len(kernel))
+    y = TRANSPOSED[len(kernel)](x, weight, bias, stride, 0, wider, attribute(node, "group", 1), dilation)
+    return functional.pad(y, [-side for side in _pads(node, x, kernel)])
 
 
-def _pool(node: NodeProto, x: Any) -> Tensor:
+def _pool(node: NodeProto, x: Tensor) -> Tensor:
     """Average and maximum over windows; padding never counts as a number of the map unless the node says so."""
     kernel = list(attribute(node, "kernel_shape"))
-    count = len(kernel)
-    stride, dilation = _sides(node, "strides", count, 1), _sides(node, "dilations", count, 1)
-    pads = _pads(node, x[0], kernel, stride, dilation)
-    if standard(node) == "MaxPool":
-        padded = functional.pad(x[0], pads, value=-math.inf)
-        return MAX_POOLS[count](padded, kernel, stride, 0, dilation, bool(attribute(node, "ceil_mode", 0)))
+    (stride, dilation), pads = _sides(node, len(kernel)), _pads(node, x, kernel)
     rounded_up = bool(attribute(node, "ceil_mode", 0))
-    mean = AVERAGE_POOLS[count](functional.pad(x[0], pads), kernel, stride, 0, rounded_up)
-    if attribute(node, "count_include_pad", 0) or not any(pads):
-        return mean
-    return mean / AVERAGE_POOLS[count](functional.pad(torch.ones_like(x[0]), pads), kernel, stride, 0, rounded_up)
+    if standard(node) == "MaxPool":
+        return MAX_POOLS[len(kernel)](functional.pad(x, pads, value=-math.inf), kernel, stride, 0, dilation, rounded_up)
+
+    def mean(values: Tensor) -> Tensor:
+        return AVERAGE_POOLS[len(kernel)](functional.pad(values, pads), kernel, stride, 0, rounded_up)
+
+    return mean(x) if attribute(node, "count_include_pad", 0) or not any(pads) else mean(x) / mean(torch.ones_like(x))
 
 
-def _pad(node: NodeProto, x: Any) -> Tensor:
-    pads = attribute(node, "pads") if len(x) < 2 else x[1].tolist()
-    value = attribute(node, "value", 0.0) if len(x) < 3 or x[2] is None else float(x[2])
-    axes = x[3].tolist() if len(x) > 3 and x[3] is not None else list(range(x[0].ndim))
-    around = [[0, 0] for _ in range(x[0].ndim)]
-    for place, axis in enumerate(axes):
-        around[axis] = [pads[place], pads[len(axes) + place]]
-    mode = {"reflect": "reflect", "edge": "replicate"}.get(attribute(node, "mode", b"constant").decode(), "constant")
-    if mode == "constant":
-        return functional.pad(x[0], [side for pair in reversed(around) for side in pair], value=value)
-    return functional.pad(x[0], [side for pair in reversed(around[2:]) for side in pair], mode=mode)
+def _pad(
+    node: NodeProto, x: Tensor, given: Tensor | None = None, value: Tensor | None = None, axes: Tensor | None = None
+) -> Tensor:
+    pads, along = _given(node, "pads", given), range(x.ndim) if axes is None else axes.tolist()
+    around = [[0, 0] for _ in range(x.ndim)]
+    for place, axis in enumerate(along):
+        around[axis] = [pads[place], pads[len(along) + place]]
+    mode = {"reflect": "reflect", "edge": "replicate"}.get(attribute(node, "mode", b"constant").decode())
+    if mode is None:
+        filled = attribute(node, "value", 0.0) if value is None else float(value)
+        return functional.pad(x, [side for pair in reversed(around) for side in pair], value=filled)
+    return functional.pad(x, [side for pair in reversed(around[2:]) for side in pair], mode=mode)
 
 
-def _resize(node: NodeProto, x: Any) -> Tensor:
+def _resize(node: NodeProto, x: Tensor, *given: Tensor | None) -> Tensor:
     """To the nearest number or by lines between them; other ways give other numbers than ONNX Runtime's, which is noticed."""
-    scales: Any = x[-1] if len(x) == 2 else x[2] if len(x) > 2 else None
-    given = x[3].tolist()[2:] if len(x) > 3 and x[3] is not None else None
-    sides = given or [int(side * scale) for side, scale in zip(x[0].shape[2:], scales.tolist()[2:], strict=True)]
-    linear = attribute(node, "mode", b"nearest").decode() == "linear"
-    how = attribute(node, "coordinate_transformation_mode", b"half_pixel").decode()
-    names = {1: "linear", 2: "bilinear", 3: "trilinear"}
-    if linear:
-        return functional.interpolate(x[0], sides, mode=names[len(sides)], align_corners=how == "align_corners")
-    return functional.interpolate(x[0], sides, mode="nearest")
+    *_, scales, sizes = (*given, None) if len(given) < 3 else given
+    if sizes is None:
+        sides = [int(side * scale) for side, scale in zip(x.shape, _given(node, "scales", scales), strict=True)]
+    else:
+        sides = sizes.tolist()
+    if attribute(node, "mode", b"nearest") != b"linear":
+        return functional.interpolate(x, sides[2:], mode="nearest")
+    corners = attribute(node, "coordinate_transformation_mode", b"half_pixel") == b"align_corners"
+    mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[x.ndim]
+    return functional.interpolate(x, sides[2:], mode=mode, align_corners=corners)
 
 
-def _depth_to_space(node: NodeProto, x: Any) -> Tensor:
+def _depth_to_space(node: NodeProto, x: Tensor) -> Tensor:
     size = attribute(node, "blocksize")
-    if attribute(node, "mode", b"DCR") == b"CRD":
-        return functional.pixel_shuffle(x[0], size)
-    n, c, h, w = x[0].shape
-    y = x[0].reshape(n, size, size, c // size**2, h, w).permute(0, 3, 4, 1, 5, 2)
-    return y.reshape(n, c // size**2, h * size, w * size)
+    if attribute(node, "mode", b"DCR") == b"DCR":  # as CRD, once the channels stand in that order
+        x = x.unflatten(1, (size**2, -1)).transpose(1, 2).flatten(1, 2)
+    return functional.pixel_shuffle(x, size)
 
 
-def _instance_norm(node: NodeProto, x: Any) -> Tensor:
-    return functional.instance_norm(x[0], weight=x[1], bias=x[2], eps=attribute(node, "epsilon", 1e-5))
+def _clip(node: NodeProto, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+    least, most = _given(node, "min", low), _given(node, "max", high)
+    x = x if least is None else x.clamp_min(least)
+    return x if most is None else x.clamp_max(most)
 
 
-def _clip(node: NodeProto, x: Any) -> Tensor:
-    low, high = (
-        x[i] if len(x) > i and x[i] is not None else attribute(node, key) for i, key in ((1, "min"), (2, "max"))
+def _reduced(function: Callable[..., Tensor]) -> Op:
+    return lambda node, x, axes=None: function(
+        x, _given(node, "axes", axes, list(range(x.ndim))), bool(attribute(node, "keepdims", 1))
     )
-    y = x[0] if low is None else x[0].clamp_min(low)
-    return y if high is None else y.clamp_max(high)
 
 
 def _softmax(function: Callable[..., Tensor]) -> Op:
-    return lambda node, x: function(x[0], attribute(node, "axis", -1))
+    return lambda node, x: function(x, attribute(node, "axis", -1))
 
 
 def _plain(function: Callable[..., Tensor]) -> Op:
-    return lambda node, x: function(*x)
+    return lambda node, *x: function(*x)
 
 
 def _folded(function: Callable[[Tensor, Tensor], Tensor]) -> Op:
-    def run(node: NodeProto, x: Any) -> Tensor:
-        y = x[0]
-        for other in x[1:]:
-            y = function(y, other)
-        return y
-
-    return run
+    return lambda node, *x: functools.reduce(function, x)
 
 
 def _divided(a: Tensor, b: Tensor) -> Tensor:
     return a / b if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
 
 
-def _expanded(x: Tensor, shape: Tensor) -> Tensor:
-    return x.expand(torch.broadcast_shapes(x.shape, tuple(shape.tolist())))
-
-
 PLAIN: dict[str, Callable[..., Tensor]] = {  # of the inputs alone
     "Abs": torch.abs, "Add": torch.add, "And": torch.logical_and, "Ceil": torch.ceil, "Cos": torch.cos, "Div": _divided,
-    "Equal": torch.eq, "Erf": torch.erf, "Exp": torch.exp, "Expand": _expanded, "Softsign": functional.softsign,
+    "Equal": torch.eq, "Erf": torch.erf, "Exp": torch.exp, "Softsign": functional.softsign,
+    "Expand": lambda x, shape: x.expand(torch.broadcast_shapes(x.shape, tuple(shape.tolist()))),
     "Floor": torch.floor, "Greater": torch.gt, "GreaterOrEqual": torch.ge, "Identity": lambda x: x, "Less": torch.lt,
     "LessOrEqual": torch.le, "Log": torch.log, "MatMul": torch.matmul, "Mul": torch.mul, "Neg": torch.neg,
     "Not": torch.logical_not, "Or": torch.logical_or, "Pow": lambda x, y: x.pow(y.to(x)), "Reciprocal": torch.reciprocal,
@@ -240,47 +187,57 @@ PLAIN: dict[str, Callable[..., Tensor]] = {  # of the inputs alone
 OPS: dict[str, Op] = {
     **{op: _plain(function) for op, function in PLAIN.items()},
     "AveragePool": _pool,
-    "BatchNormalization": lambda node, x: functional.batch_norm(x[0], x[3], x[4], x[1], x[2], eps=attribute(node, "epsilon", 1e-5)),
-    "Cast": lambda node, x: x[0].to(KINDS[attribute(node, "to")]),
-    "Celu": lambda node, x: functional.celu(x[0], attribute(node, "alpha", 1.0)),
+    "BatchNormalization": lambda node, x, gain, shift, mean, var: functional.batch_norm(
+        x, mean, var, gain, shift, eps=attribute(node, "epsilon", 1e-5)
+    ),
+    "Cast": lambda node, x: x.to(KINDS[attribute(node, "to")]),
+    "Celu": lambda node, x: functional.celu(x, attribute(node, "alpha", 1.0)),
     "Clip": _clip,
-    "Concat": lambda node, x: torch.cat(x, attribute(node, "axis")),
+    "Concat": lambda node, *x: torch.cat(x, attribute(node, "axis")),
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
     "DepthToSpace": _depth_to_space,
-    "Dropout": lambda node, x: x[0],
-    "Elu": lambda node, x: functional.elu(x[0], attribute(node, "alpha", 1.0)),
-    "Flatten": lambda node, x: x[0].reshape(math.prod(x[0].shape[: attribute(node, "axis", 1)]), -1),
+    "Dropout": lambda node, x, *_: x,
+    "Elu": lambda node, x: functional.elu(x, attribute(node, "alpha", 1.0)),
+    "Flatten": lambda node, x: x.reshape(math.prod(x.shape[: attribute(node, "axis", 1)]), -1),
     "Gather": _gather,
-    "Gelu": lambda node, x: functional.gelu(x[0], approximate=attribute(node, "approximate", b"none").decode()),
-    "Gemm": _gemm,
-    "GlobalAveragePool": lambda node, x: x[0].mean(list(range(2, x[0].ndim)), keepdim=True),
-    "GlobalMaxPool": lambda node, x: x[0].amax(list(range(2, x[0].ndim)), keepdim=True),
-    "HardSigmoid": lambda node, x: (attribute(node, "alpha", 0.2) * x[0] + attribute(node, "beta", 0.5)).clamp(0, 1),
-    "InstanceNormalization": _instance_norm,
-    "LayerNormalization": _layer_norm,
-    "LeakyRelu": lambda node, x: functional.leaky_relu(x[0], attribute(node, "alpha", 0.01)),
+    "Gelu": lambda node, x: functional.gelu(x, approximate=attribute(node, "approximate", b"none").decode()),
+    "Gemm": lambda node, a, b, c=None: attribute(node, "alpha", 1.0)
+    * ((a.T if attribute(node, "transA", 0) else a) @ (b.T if attribute(node, "transB", 0) else b))
+    + (0 if c is None else attribute(node, "beta", 1.0) * c),
+    "GlobalAveragePool": lambda node, x: x.mean(list(range(2, x.ndim)), keepdim=True),
+    "GlobalMaxPool": lambda node, x: x.amax(list(range(2, x.ndim)), keepdim=True),
+    "HardSigmoid": lambda node, x: (attribute(node, "alpha", 0.2) * x + attribute(node, "beta", 0.5)).clamp(0, 1),
+    "InstanceNormalization": lambda node, x, gain, shift: functional.instance_norm(
+        x, weight=gain, bias=shift, eps=attribute(node, "epsilon", 1e-5)
+    ),
+    "LayerNormalization": lambda node, x, gain, shift=None: functional.layer_norm(
+        x, x.shape[attribute(node, "axis", -1) % x.ndim :], gain, shift, attribute(node, "epsilon", 1e-5)
+    ),
+    "LeakyRelu": lambda node, x: functional.leaky_relu(x, attribute(node, "alpha", 0.01)),
     "LogSoftmax": _softmax(torch.log_softmax),
     "Max": _folded(torch.maximum),
     "MaxPool": _pool,
     "Min": _folded(torch.minimum),
-    "PRelu": lambda node, x: torch.where(x[0] >= 0, x[0], x[1] * x[0]),
+    "PRelu": lambda node, x, slope: torch.where(x >= 0, x, slope * x),
     "Pad": _pad,
     "ReduceL2": _reduced(lambda x, axes, keep: x.square().sum(axes, keep).sqrt()),
     "ReduceMax": _reduced(torch.amax),
     "ReduceMean": _reduced(torch.mean),
     "ReduceMin": _reduced(torch.amin),
     "ReduceSum": _reduced(torch.sum),
-    "Reshape": _reshape,
+    "Reshape": lambda node, x, shape: x.reshape(
+        [x.shape[i] if side == 0 and not attribute(node, "allowzero", 0) else side for i, side in enumerate(shape.tolist())]
+    ),
     "Resize": _resize,
-    "Selu": lambda node, x: attribute(node, "gamma", 1.050701) * functional.elu(x[0], attribute(node, "alpha", 1.673263)),
-    "Shape": lambda node, x: torch.tensor(x[0].shape[attribute(node, "start", 0) : attribute(node, "end")], dtype=torch.int64),
+    "Selu": lambda node, x: attribute(node, "gamma", 1.050701) * functional.elu(x, attribute(node, "alpha", 1.673263)),
+    "Shape": lambda node, x: torch.tensor(x.shape[attribute(node, "start", 0) : attribute(node, "end")], dtype=torch.int64),
     "Slice": _slice,
     "Softmax": _softmax(torch.softmax),
     "Split": _split,
-    "Squeeze": _squeeze,
+    "Squeeze": lambda node, x, axes=None: x.squeeze(tuple(_given(node, "axes", axes, range(x.ndim)))),
     "Sum": _folded(torch.add),
-    "Transpose": lambda node, x: x[0].permute(attribute(node, "perm", tuple(range(x[0].ndim))[::-1])),
+    "Transpose": lambda node, x: x.permute(attribute(node, "perm", tuple(range(x.ndim))[::-1])),
     "Unsqueeze": _unsqueeze,
 }  # fmt: skip
 
@@ -370,7 +327,7 @@ class Behind:
                 x = values[place.x]
                 made = {place.y: layer(x.T if place.trans_a else x)}
             else:
-                result = self._ops[standard(node)](node, [values[name] if name else None for name in node.input])
+                result = self._ops[standard(node)](node, *(values[name] if name else None for name in node.input))
                 made = dict(zip(node.output, result if isinstance(result, list) else [result], strict=False))
             values |= {name: handed_on(name, value) for name, value in made.items()}
         output: Tensor = values[self.main]

@@ -257,6 +257,10 @@ class Graph:
         walk.maps = False
         return "same"
 
+    def foldable(self, layer: Place) -> bool:
+        """Whether a batch norm can be put into a layer: numbers of half precision would be rounded anew."""
+        return self.constants[layer.weight].dtype != np.float16
+
     def linear(self, name: str) -> Linear:
         """A layer as an element of a path, its numbers read."""
         layer = self.layers[name]
@@ -337,7 +341,7 @@ class Graph:
                 tolerance = max(tolerance, *(1e-2 * (number.dtype == np.float16) for number in numbers.values()), 0)
                 known = values | {name: tensor_of(number.load()) for name, number in numbers.items()}
                 values[node.output[0]] = OPS[standard(node)](
-                    node, [known[name] if name else None for name in node.input]
+                    node, *(known[name] if name else None for name in node.input)
                 )
         except (RuntimeError, TypeError, ValueError, LookupError):  # not what it looked like
             return None

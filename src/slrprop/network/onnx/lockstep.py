@@ -11,8 +11,7 @@ from slrprop.data import Data
 from slrprop.forms import Dense
 from slrprop.memory import bound
 from slrprop.network.lockstep import Changed, Lockstep
-from slrprop.network.onnx.feed import Feed, unpadded
-from slrprop.network.onnx.file import Session
+from slrprop.network.onnx.file import Feed, Session, unpadded
 from slrprop.network.onnx.network import OnnxNetwork, layer_input
 
 

@@ -20,9 +20,7 @@ from slrprop.network.layer import Layer
 from slrprop.network.onnx.census import elsewhere
 from slrprop.network.onnx.constants import tensor_of
 from slrprop.network.onnx.cut import Cut
-from slrprop.network.onnx.feed import Feed, Part, input_dtype, unpadded
-from slrprop.network.onnx.file import OnnxFile, Session
-from slrprop.network.onnx.fold import norms_of
+from slrprop.network.onnx.file import Feed, OnnxFile, Part, Session, input_dtype, unpadded
 from slrprop.network.onnx.gradients import Behind
 from slrprop.network.onnx.places import Place
 from slrprop.network.onnx.rewrite import rewritten
@@ -54,11 +52,6 @@ class OnnxNetwork(Network):
                 }
             )
             self.ending, self.classes = self.graph.ending, self.graph.classes()
-            self.norms = {
-                name: self.graph.label(index)
-                for name, (index, _) in norms_of(self.graph).items()
-                if not self.stays(name)
-            }
             self._paths = {name: self.graph.follow(layer) for name, layer in self.graph.layers.items()}
             self._reads = {name: layer.x for name, layer in self.graph.layers.items()}
         self._cut: Cut | None = None
@@ -147,6 +140,11 @@ class OnnxNetwork(Network):
         return self.graph.layers[name]
 
     @property
+    def norms(self) -> dict[str, str]:
+        found = {name: made for name, made in super().norms.items() if self.graph.foldable(self.layer(name))}
+        return {name: self.graph.label(self.graph.maker[made]) for name, made in found.items()}
+
+    @property
     def numbers(self) -> int:
         return self.file.numbers
 
@@ -167,7 +165,7 @@ class OnnxNetwork(Network):
         return None if bias is None else tensor_of(bias)
 
     def with_fits(self, fits: Mapping[str, Fit], data: Data | None) -> "OnnxNetwork":
-        found = OnnxNetwork(rewritten(self.file, self.graph, fits), data, self.reading)
+        found = OnnxNetwork(rewritten(self.file, fits), data, self.reading)
         found.at_once = self.at_once
         return found
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
 from slrprop.forms import Fit, Form, Quantized
-from slrprop.network.onnx.feed import Feed, input_dtype
-from slrprop.network.onnx.file import OnnxFile, Session
+from slrprop.network.onnx.file import Feed, OnnxFile, Session, input_dtype
 from slrprop.network.onnx.network import OnnxNetwork
 from slrprop.network.onnx.rewrite import rewritten
 
@@ -65,7 +64,7 @@ def write(
     """
     dtypes = {name: network.graph.constants[network.layer(name).weight].dtype for name in fits}
     whole = {name: replace(fit, form=stored_as(fit.form, dtypes[name])).multiplied() for name, fit in fits.items()}
-    plain = rewritten(network.file, network.graph, whole)
+    plain = rewritten(network.file, whole)
     outputs = [value.name for value in network.file.proto.graph.output]
     if any(value.type.WhichOneof("value") not in (None, "tensor_type") for value in network.file.proto.graph.output):
         outputs.append(network.graph.main)  # the numbers behind a map of class names
@@ -91,7 +90,7 @@ def write(
             if isinstance(want[name], np.ndarray):
                 found[name] = _difference(name, want[name], got[name], tolerance)
 
-    rewritten(network.file, network.graph, moved, integers, orders).save(path, check)
+    rewritten(network.file, moved, integers, orders).save(path, check)
     return Parity(found, tolerance)
 
 

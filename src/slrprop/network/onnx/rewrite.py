@@ -15,9 +15,9 @@ from slrprop.errors import SlrpropError
 from slrprop.forms import Bias, Dense, Fit, Form, LowRank, Quantized, SparseLowRank, express
 from slrprop.network.onnx.constants import attribute
 from slrprop.network.onnx.file import OnnxFile
-from slrprop.network.onnx.graph import Graph
 from slrprop.network.onnx.places import Place
 from slrprop.network.onnx.tensors import refill
+from slrprop.network.onnx.together import matrix_of
 from slrprop.network.onnx.writer import FOUR_BITS, Additions, Number, Writer
 from slrprop.network.torch.modules import FactoredLayer
 from slrprop.operators import Lookup, Operator
@@ -32,7 +32,10 @@ INTEGER_FACTORS = 1_000_000  # the same of low-rank layers
 
 
 class LayerWriter(Writer):
-    """The :class:`slrprop.forms.expression.Builder` of files, with what ONNX Runtime does better in another way than the form says."""
+    """The writer of files, with what ONNX Runtime does better in another way than the form says."""
+
+    def together(self, form: Form) -> str:
+        return matrix_of(form, self)
 
     def merged(self, form: SparseLowRank, x: str) -> str | None:
         few, ranks = form.merged_zeros <= MERGED + GATHERED * form.gathered, sum(left.shape[1] for left in form.left)
@@ -103,55 +106,44 @@ def _widths(form: SparseLowRank, writer: Writer) -> tuple[str, Tensor]:
     return writer.slice(width, slice(0, len(levels)), 0) if short else width, sums[kinds][levels]
 
 
-def _dense(form: Dense, writer: Writer, bias: Bias | None) -> None:
-    """The same node with another weight, and another bias where its own is replaced."""
-    node = deepcopy(writer.node)
-    node.input[writer.place.port] = writer.tensor(writer.place.stored(form.weight).contiguous())
-    for item in node.attribute:
-        if item.name == "alpha" or (item.name == "beta" and bias is not None):
-            item.f = 1.0
-    if bias is not None and writer.node.op_type != "MatMul":
-        del node.input[2:]
-        node.input.append(writer.bias_tensor(bias))
-    elif bias is not None and writer.place.bias is None:
-        node.output[0] = next(writer.additions.names)
-        writer.nodes.append(node)
-        writer.add("Add", [node.output[0], writer.bias_tensor(bias)], writer.node.output[0])
-        return
-    writer.nodes.append(node)
-
-
-def _factored(form: Form, writer: LayerWriter, bias: Bias | None) -> None:
-    """Smaller operations in the place of the node; a bias goes to the last one that can add it, or becomes an Add."""
-    out, place = writer.node.output[0], writer.place
-    x = writer.add("Transpose", [place.x], perm=[1, 0]) if place.trans_a else place.x
-    y: str = writer.whole_numbers(form, x) or express(form, writer, x)  # type: ignore[misc]
-    last = writer.nodes[-1]
-    assert last.output[0] == y
-    last.name = writer.node.name
-    has_adder = place.adder is not None and place.adder != place.index
-    if has_adder or (bias is None and place.bias is None):
-        last.output[0] = out
-        return
-    del writer.nodes[-1]
-    added = writer.bias_tensor(bias)
+def _layer(form: Form, writer: LayerWriter, bias: Bias | None) -> None:
+    """The same node with another weight, or smaller operations in its place; a bias goes to the last that can add it, or becomes an Add."""
+    place, same = writer.place, isinstance(form, Dense) and bool(writer.place.weight)
+    if same:
+        last = deepcopy(writer.node)
+        last.input[place.port] = writer.tensor(place.stored(form.dense()).contiguous())
+        for item in last.attribute:
+            if item.name == "alpha" or (item.name == "beta" and bias is not None):
+                item.f = 1.0
+        if last.op_type != "MatMul":
+            refill(last.input, last.input if bias is None else [*last.input[:2], writer.bias_tensor(bias)])
+            writer.nodes.append(last)
+            return
+        last.output[0] = next(writer.additions.names)
+    else:
+        x = writer.add("Transpose", [place.x], perm=[1, 0]) if place.trans_a else place.x
+        y = writer.whole_numbers(form, x) or express(form, writer, x)
+        last = writer.nodes.pop()
+        assert last.output[0] == y
+        last.name = writer.node.name
+    added = None if bias is None and place.bias is None else writer.bias_tensor(bias)
     writer.nodes.append(last)
-    gemm = writer.flat and writer.rank == 2 and last.op_type == "MatMul" and writer.adds == "Add"
-    if gemm or last.op_type in ("Conv", "ConvTranspose"):
-        last.op_type, last.output[0] = "Gemm" if gemm else last.op_type, out  # which adds, too
-        last.input.append(added)
+    adder = None if place.adder == place.index else place.adder
+    alone = not same and adder is None and writer.adds == "Add"
+    gemm = alone and writer.flat and writer.rank == 2 and last.op_type == "MatMul"
+    if added is None or gemm or last.op_type in ("Conv", "ConvTranspose"):
+        last.op_type, last.output[0] = "Gemm" if gemm and added else last.op_type, place.y  # which adds, too
+        last.input.extend([] if added is None else [added])
         return
     if not writer.flat:  # channels on axis 1 of maps
         added = writer.add("Reshape", [added, writer.tensor(np.array([-1, *[1] * (-1 - writer.operator.axis)]))])
-    writer.add(writer.adds, [y, added], out)
+    writer.add(
+        writer.adds, [last.output[0], added], place.y, name="" if adder is None else writer.graph.nodes[adder].name
+    )
 
 
 def rewritten(
-    file: OnnxFile,
-    layers: Graph,
-    fits: Mapping[str, Fit],
-    integers: bool = False,
-    orders: Mapping[str, Tensor] | None = None,
+    file: OnnxFile, fits: Mapping[str, Fit], integers: bool = False, orders: Mapping[str, Tensor] | None = None
 ) -> OnnxFile:
     """The model with the layers' forms in the place of their weights, and their new biases; the rest stays as it is.
 
@@ -166,12 +158,9 @@ def rewritten(
         raise SlrpropError(
             f"integer products need an ONNX file of opset {FOUR_BITS} or later, and '{file.path}' has {file.opset}; convert it, or leave them out"
         )
-
-    items = {
-        name: (layers.layers[name], fit, layers.constants[layers.layers[name].weight].dtype)
-        for name, fit in fits.items()
-    }
-    return _edited(file, layers, items, integers, orders or {})
+    places, constants = file.graph.layers, file.graph.constants
+    items = {name: (places[name], fit, constants[places[name].weight].dtype) for name, fit in fits.items()}
+    return _edited(file, items, integers, orders or {})
 
 
 def placed(file: OnnxFile, modules: Sequence[FactoredLayer]) -> OnnxFile:
@@ -184,7 +173,7 @@ def placed(file: OnnxFile, modules: Sequence[FactoredLayer]) -> OnnxFile:
             fit = module.fit()
             kind = next((value.dtype for value in fit.form.matrices().values()), torch.float32)
             items[node.output[0]] = (place, fit, np.dtype(str(kind).removeprefix("torch.")))
-    found = _edited(file, graph, items, False, {})
+    found = _edited(file, items, False, {})
     refill(found.proto.opset_import, [domain for domain in found.proto.opset_import if domain.domain != OWN])
     return found
 
@@ -198,36 +187,20 @@ def layer_file(form: Form, operator: Operator, shape: Sequence[int], integers: b
     opsets = [helper.make_opsetid("", FOUR_BITS)]
     file = OnnxFile(Path(), helper.make_model(graph, opset_imports=opsets, ir_version=10), {})
     place = Place(0, "x", "y", "", form.shape, operator=operator)
-    return _edited(file, file.graph, {"y": (place, Fit(form), np.dtype(np.float32))}, integers, {})
+    return _edited(file, {"y": (place, Fit(form), np.dtype(np.float32))}, integers, {})
 
 
 def _edited(
-    file: OnnxFile,
-    layers: Graph,
-    items: Mapping[str, tuple[Place, Fit, np.dtype[Any]]],
-    integers: bool,
-    orders: Mapping[str, Tensor],
+    file: OnnxFile, items: Mapping[str, tuple[Place, Fit, np.dtype[Any]]], integers: bool, orders: Mapping[str, Tensor]
 ) -> OnnxFile:
     def edit(graph: GraphProto) -> dict[str, np.ndarray]:
-        additions = Additions(graph, file.opset)
+        additions, layers = Additions(graph, file.opset), file.graph
         nodes: dict[int, list[NodeProto]] = {}
         writer: LayerWriter | None = None
         for name, (place, fit, dtype) in items.items():
             writer = LayerWriter(layers, name, place, dtype, additions, integers)
-            form, bias = fit.form, None if isinstance(place.operator, Lookup) else fit.bias
-            if isinstance(form, Dense) and place.weight:
-                _dense(form, writer, bias)
-            else:
-                _factored(form, writer, bias)
-            nodes[place.index] = writer.nodes
-            adder = place.adder
-            if adder is not None and adder != place.index and (bias is not None or writer.adds != "Add"):
-                added, count = deepcopy(layers.nodes[adder]), len(writer.nodes)
-                added.op_type = writer.adds
-                if bias is not None:
-                    added.input[list(added.input).index(place.bias or "")] = writer.bias_tensor(bias)
-                nodes[adder] = [*writer.nodes[count:], added]
-                del writer.nodes[count:]
+            _layer(fit.form, writer, None if isinstance(place.operator, Lookup) else fit.bias)
+            nodes |= {place.index: [], place.index if place.adder is None else place.adder: writer.nodes}
         for made, order in orders.items():
             node = deepcopy(layers.nodes[layers.maker[made]])
             arrays = [np.array([0, -1])]  # a reshape to samples and what each has

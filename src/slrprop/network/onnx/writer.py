@@ -4,7 +4,6 @@ import copy
 import itertools
 import string
 from collections.abc import Callable
-from functools import singledispatch
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -13,7 +12,6 @@ import torch
 from onnx import GraphProto, NodeProto, helper
 from torch import Tensor
 
-from slrprop.errors import SlrpropError
 from slrprop.forms import Bias, Form, Index, Quantized
 from slrprop.network.onnx.graph import Graph
 from slrprop.network.onnx.places import Place
@@ -58,12 +56,6 @@ class Number(NamedTuple):
 
     value: Tensor
     names: tuple[str, ...]
-
-
-@singledispatch
-def matrix_of(form: Form, writer: "Writer") -> str:
-    """Write the nodes that put a form's matrix (m x n) together, once, when the runtime loads the file. Such a form registers its own."""
-    raise SlrpropError(f"no ONNX nodes compute with {type(form).__name__} forms")
 
 
 class Writer:
@@ -160,9 +152,6 @@ class Writer:
 
     def number(self, value: Tensor, *names: str) -> Number:
         return Number(value, names)
-
-    def together(self, form: Form) -> str:
-        return matrix_of(form, self)
 
     def enter(self, x: str, weight: Number | str) -> str:
         operator = self.operator

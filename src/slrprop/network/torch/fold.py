@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slrprop.errors import SlrpropError
-from slrprop.forms import Bias, Dense, Fit
 from slrprop.network.chain import Affine
 from slrprop.network.torch.find import binding, is_norm, layer_modules, named_modules, operator_of, weight_and_bias
 from slrprop.network.torch.modules import layer_from, note_shape
@@ -34,8 +33,7 @@ def folded(model: nn.Module, norms: Mapping[str, str]) -> nn.Module:
         matrix, affine = operator.matrix(weight), Affine.of(*parts)
         if len(affine.scale) != matrix.shape[1]:
             raise SlrpropError(f"the plan folds the batch norm '{norm_name}' of {len(affine.scale)} channels into '{name}', which makes {matrix.shape[1]}; it was made for another model")  # fmt: skip
-        shift = affine.shift if bias is None else bias * affine.scale + affine.shift
-        new = layer_from(Fit(Dense(matrix * affine.scale), Bias(shift)), operator)
+        new = layer_from(affine.behind(matrix, bias), operator)
         note_shape(new, matrix.shape)  # a file says that it has a bias now
         swaps |= {name: new.to(weight.dtype), norm_name: Folded()}
     return swapped(model, swaps)

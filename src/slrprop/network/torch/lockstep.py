@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections.abc import Mapping
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +49,10 @@ class _Traveller(threading.Thread):
     def __init__(self, network: TorchNetwork, batch: Batch) -> None:
         super().__init__(daemon=True)
         self.network, self.batch = network, batch
-        self.goal: str | None = None
-        self.x: Tensor | None = None  # what is handed to the goal, where the pass stands before it
         self.error: BaseException | None = None
         self.ended = False
-        self._go, self._stands = threading.Event(), threading.Event()
+        self._goals: SimpleQueue[str | None] = SimpleQueue()
+        self._reached: SimpleQueue[Tensor | None] = SimpleQueue()
 
     def run(self) -> None:
         try:
@@ -63,30 +63,27 @@ class _Traveller(threading.Thread):
             pass
         except BaseException as error:
             self.error = error
-        self.x, self.ended = None, True
-        self._stands.set()
+        self.ended = True
+        self._reached.put(None)
 
     def _await(self) -> None:
-        self._go.wait()
-        self._go.clear()
+        self.goal = self._goals.get()
         if self.goal is None:
             raise _Closed
 
     def arrive(self, name: str, x: Tensor) -> None:
         """Called by every layer, in this thread."""
         if name == self.goal:
-            self.x = x
             give_back_buffers()
-            self._stands.set()
+            self._reached.put(x)
             self._await()
 
-    def send(self, goal: str | None) -> None:
-        """On to a layer, or None to end the pass; called from outside, and back when it stands or has ended."""
-        self.goal, self.x = goal, None
-        if not self.ended:
-            self._stands.clear()
-            self._go.set()
-            self._stands.wait()
+    def send(self, goal: str | None) -> Tensor | None:
+        """On to a layer, or None to end the pass: what is handed to that layer, None where the pass has ended."""
+        if self.ended:
+            return None
+        self._goals.put(goal)
+        return self._reached.get()
 
 
 class TorchLockstep(Lockstep):
@@ -107,12 +104,12 @@ class TorchLockstep(Lockstep):
         found, operator, first = [], self.network.operator(name), 0
         for traveller in self._travellers:
             with undisturbed(traveller.network.device):
-                traveller.send(name)
+                x = traveller.send(name)
             if traveller.error is not None:
                 raise traveller.error
-            if traveller.x is None:
+            if x is None:
                 return None
-            found.append(operator.inputs(traveller.x, first))
+            found.append(operator.inputs(x, first))
             first += traveller.batch.samples
         return found
 

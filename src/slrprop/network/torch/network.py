@@ -21,25 +21,13 @@ from slrprop.errors import SlrpropError, first_line
 from slrprop.forms import Fit
 from slrprop.losses import rows_of
 from slrprop.network.base import Changing, Flow, Network, gradients_along, require_finite
-from slrprop.network.chain import Affine, fold
+from slrprop.network.chain import fold
 from slrprop.network.layer import Layer
 from slrprop.network.reading import LAST, Raised, Reading
-from slrprop.network.torch.find import (
-    COMPUTING,
-    binding,
-    device_of,
-    elsewhere,
-    evaluating,
-    is_norm,
-    layer_modules,
-    named_modules,
-    operator_of,
-    tied_names,
-    weight_and_bias,
-)
+from slrprop.network.torch import find
 from slrprop.network.torch.modules import layer_from
 from slrprop.network.torch.trace import Held, Trace
-from slrprop.operators import Lookup, MatMul
+from slrprop.operators import MatMul
 
 
 @contextmanager
@@ -93,13 +81,7 @@ def stored_numbers(model: nn.Module) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
 
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
+_HOOKS = [key for key in vars(nn.Module()) if key.startswith(("_forward_hooks", "_forward_pre_hooks"))]
 
 
 def swapped(model: nn.Module, modules: Mapping[str, nn.Module], sharing: bool = False) -> nn.Module:
@@ -114,7 +96,7 @@ def swapped(model: nn.Module, modules: Mapping[str, nn.Module], sharing: bool = 
         SlrpropError: the model can't be copied, or a copy would run the original.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if sharing}
-    places = named_modules(model)
+    places = find.named_modules(model)
     for name, module in places.items():
         forward = vars(module).get("forward")
         if isinstance(forward, FunctionType) and forward.__closure__:
@@ -125,11 +107,11 @@ def swapped(model: nn.Module, modules: Mapping[str, nn.Module], sharing: bool = 
         old = places[name]
         new.train(old.training)
         for hooks in _HOOKS:
-            kept = {key: hook for key, hook in getattr(old, hooks).items() if not isinstance(hook, COMPUTING)}
+            kept = {key: hook for key, hook in getattr(old, hooks).items() if not isinstance(hook, find.COMPUTING)}
             getattr(new, hooks).update(kept)
         own = {"weight", "bias", "original_shape", *vars(new)}
         vars(new).update({key: value for key, value in vars(old).items() if key not in own})  # code may read its stride
-        memo[id(old)] = new.to(device_of(old))
+        memo[id(old)] = new.to(find.device_of(old))
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:  # somebody else's modules: they may hold anything
@@ -160,15 +142,15 @@ class TorchNetwork(Network):
 
     def __init__(self, model: nn.Module, data: Data | None, reading: Reading | None = None) -> None:
         self.model = model
-        self.modules = layer_modules(model)
-        self.arrays = {name: weight_and_bias(module) for name, module in self.modules.items()}
-        tied, layers = tied_names(model, self.modules), {}
+        self.modules = find.layer_modules(model)
+        self.arrays = {name: find.weight_and_bias(module) for name, module in self.modules.items()}
+        tied, layers = find.tied_names(model, self.modules), {}
         for name, module in self.modules.items():
-            operator = operator_of(module)
+            operator = find.operator_of(module)
             m, n = operator.matrix(self.arrays[name][0]).shape
-            layers[name] = Layer(name, operator, (m, n), tied=tied[name], held=binding(module))
+            layers[name] = Layer(name, operator, (m, n), tied=tied[name], held=find.binding(module))
         super().__init__(layers)
-        self.device, self.reading = device_of(model), reading
+        self.device, self.reading = find.device_of(model), reading
         for name, arrays in self.arrays.items():
             if not all(torch.isfinite(array).all() for array in arrays if array is not None):
                 raise SlrpropError(
@@ -183,7 +165,7 @@ class TorchNetwork(Network):
         if any(isinstance(value, np.ndarray) for value in first.values().values()):
             raise SlrpropError("an input of the data holds text, which a torch module can't take; give numbers")
         batch = next(self.parts_of(first)).to(self.device)
-        with hooked(trace.watch(self.modules)), evaluating(self.model), parametrize.cached():
+        with hooked(trace.watch(self.modules)), find.evaluating(self.model), parametrize.cached():
             with trace:
                 result = self.call(batch)
             weights: dict[str, Any] = {name: module.weight for name, module in self.modules.items()}
@@ -194,7 +176,7 @@ class TorchNetwork(Network):
             axis = self.place(batch)
 
             def raised(place: int, unit: int) -> Raised:
-                with evaluating(self.model), Trace(place, unit) as again:
+                with find.evaluating(self.model), Trace(place, unit) as again:
                     return Raised(main_output(self.call(batch)).movedim(axis, 0), *again.products[place - 1])
 
             last = range(len(trace.products), max(len(trace.products) - LAST, 0), -1)
@@ -207,14 +189,13 @@ class TorchNetwork(Network):
             positions = max(1, count // max(1, calls * batch.samples))
             self.layers[name] = replace(self.layers[name], calls=calls, positions=positions)
         self.order = tuple(sorted((name for name in made if self.layers[name].calls), key=lambda name: made[name][0]))
-        norms = trace.norms({key: module for key, module in named_modules(self.model).items() if is_norm(module)})
+        norms = trace.norms(
+            {key: module for key, module in find.named_modules(self.model).items() if find.is_norm(module)}
+        )
         for name in self.order:
             if len(made[name]) == 1:
                 start = made[name][0]
                 self._paths[name] = path = trace.follow(start, result, output, norms)
-                norm = path.elements[0] if path.elements and not isinstance(self.operator(name), Lookup) else None
-                if isinstance(norm, Affine) and norm.name and not self.stays(name):
-                    self.norms[name] = norm.name
                 y = trace.calls[start].result
                 if path.whole and y.ndim < 2:
                     raise SlrpropError(
@@ -224,11 +205,11 @@ class TorchNetwork(Network):
                 self._chains[name] = fold(path.elements, rows_of(y)[0]) if dense else None
 
     def outputs_of(self, batches: Iterable[Batch]) -> list[Tensor]:
-        with evaluating(self.model):
+        with find.evaluating(self.model):
             return [main_output(self.call(batch.to(self.device))) for batch in batches]
 
     def call(self, batch: Batch) -> Any:
-        """The model's result for a batch (use inside :func:`evaluating`).
+        """The model's result for a batch (use inside :func:`find.evaluating`).
 
         Raises:
             SlrpropError: the model refuses the batch, for example for its shape.
@@ -249,7 +230,7 @@ class TorchNetwork(Network):
             self.standing = max(self.standing, held.alive // batch.samples)
 
         handles = [module.register_forward_pre_hook(note) for module in self.modules.values()]
-        with hooked(handles), evaluating(self.model), held:
+        with hooked(handles), find.evaluating(self.model), held:
             return main_output(self.call(batch)), held.bytes
 
     @property
@@ -260,7 +241,7 @@ class TorchNetwork(Network):
         return self.arrays[name][0].itemsize
 
     def elsewhere(self) -> Mapping[str, int]:
-        return elsewhere(self.model, self.modules.values())
+        return find.elsewhere(self.model, self.modules.values())
 
     def weight(self, name: str) -> Tensor:
         return self.operator(name).matrix(self.arrays[name][0]).contiguous()
@@ -284,7 +265,7 @@ class TorchNetwork(Network):
             batch, output = batch.to(self.device), torch.empty(0)
             place = self.place(batch) if whole else 0
             handles = [self.modules[name].register_forward_hook(partial(note, name), prepend=True) for name in names]
-            with hooked(handles), evaluating(self.model), contextlib.suppress(_Enough):
+            with hooked(handles), find.evaluating(self.model), contextlib.suppress(_Enough):
                 output = main_output(self.call(batch)).movedim(place, 0)
             if whole:
                 require_finite(output)
@@ -308,7 +289,7 @@ class TorchNetwork(Network):
             seen = {name: [] for name in names}
             place = self.place(batch)
             handles = [self.modules[name].register_forward_hook(partial(watch, name), prepend=True) for name in names]
-            with hooked(handles), evaluating(self.model), frozen(self.model), torch.enable_grad():
+            with hooked(handles), find.evaluating(self.model), frozen(self.model), torch.enable_grad():
                 output = main_output(self.call(batch.to(self.device))).movedim(place, 0)
                 output = rows_of(self.classes_last(self.scores(output)))
             places = [(name, y) for name, calls in seen.items() for y in calls]
@@ -323,7 +304,7 @@ class TorchNetwork(Network):
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 return layer(inputs[0], candidate)
 
-            with self.modules[name].register_forward_hook(hook, prepend=True), evaluating(self.model):
+            with self.modules[name].register_forward_hook(hook, prepend=True), find.evaluating(self.model):
                 output = main_output(self.model(*flow.batch.inputs, **flow.batch.named)).movedim(place, 0)
                 return self.classes_last(output)
 

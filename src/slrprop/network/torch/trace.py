@@ -7,35 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from slrprop.network.chain import Affine, Element, Linear, Path, Walk
 
-_RELU: list[Any] = [torch.relu, torch.relu_, functional.relu, functional.relu_, Tensor.relu, Tensor.relu_]
-_TANH: list[Any] = [torch.tanh, torch.tanh_, functional.tanh, Tensor.tanh, Tensor.tanh_]
-_SIGMOID: list[Any] = [torch.sigmoid, torch.sigmoid_, functional.sigmoid, Tensor.sigmoid, Tensor.sigmoid_]
-_ACTIVATIONS: dict[Any, str] = {
-    **dict.fromkeys(_RELU, "relu"),
-    **dict.fromkeys(_TANH, "tanh"),
-    **dict.fromkeys(_SIGMOID, "sigmoid"),
-}
-_SOFTMAX = {torch.softmax, functional.softmax, Tensor.softmax}
-_LOG_SOFTMAX = {torch.log_softmax, functional.log_softmax, Tensor.log_softmax}
-_DROPOUT = {functional.dropout, functional.alpha_dropout, torch.dropout}
-_CONVOLUTIONS = {
-    torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
-}  # fmt: skip
-_PRODUCTS = {functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__}
-_WEIGHED = {functional.linear, functional.embedding, *_CONVOLUTIONS}
-_SIZED = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.squeeze, torch.squeeze}  # may name a size, or need one
 PLAIN = (Tensor, nn.Parameter)
-_SAME = {torch.flatten, Tensor.flatten, Tensor.contiguous, *_SIZED}
-_POOLING = {
-    getattr(functional, f"{kind}_pool{axes}d") for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for axes in (1, 2, 3)
-}  # fmt: skip
+# by the names of functions, which torch, torch.nn.functional and Tensor share
+_CONVOLUTIONS = {f"conv{kind}{axes}d" for kind in ("", "_transpose") for axes in (1, 2, 3)}
+_POOLING = {f"{kind}_pool{axes}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for axes in (1, 2, 3)}
+_SIZED = {"view", "reshape", "squeeze"}  # may name a size, or need one
+_SAME = {"flatten", "contiguous", *_SIZED}
 _ALONE = {
     "leaky_relu", "elu", "selu", "celu", "silu", "mish", "hardtanh", "relu6", "hardswish", "hardsigmoid", "softplus", "softsign",
     "log_sigmoid", "clamp", "abs", "neg", "exp", "square", "add", "sub", "mul", "div", "pow",
@@ -52,20 +35,26 @@ def _tensors(value: Any) -> list[Tensor]:
 
 class _Call:
     def __init__(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        self.function, self.args, self.kwargs, self.result = function, args, kwargs, result
+        self.name, self.args, self.kwargs, self.result = name_of(function), args, kwargs, result
         self.reads = {id(tensor) for tensor in _tensors(args) + _tensors(kwargs)}
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
 
 
+def name_of(function: Any) -> str:
+    """What a function is called, whether it is a method or not and whether it works in place or not."""
+    if function is torch.batch_norm:
+        return "torch.batch_norm"  # which takes what the other one does in another order
+    return str(getattr(function, "__name__", function)).removeprefix("__").rstrip("_")
+
+
 def feature_axis(function: Any, args: tuple[Any, ...]) -> int | None:
     """On which axis of its result a product has its units; None for other functions."""
-    if function in _CONVOLUTIONS:
+    name = name_of(function)
+    if name in _CONVOLUTIONS:
         return 1
-    if function not in _PRODUCTS:
-        return None
-    return -2 if function is not functional.linear and isinstance(args[0], nn.Parameter) else -1  # weight @ x
+    return {"linear": -1, "matmul": -2 if isinstance(args[0], nn.Parameter) else -1}.get(name)  # weight @ x
 
 
 class Trace(TorchFunctionMode):
@@ -111,19 +100,17 @@ class Trace(TorchFunctionMode):
 
     def reads(self, weight: Tensor) -> int:
         """How many products read a weight (of one that a hook computes at each call, the last)."""
-        products = (call for call in self.calls if call.function in _WEIGHED)
+        products = (call for call in self.calls if call.name in {"linear", "embedding", *_CONVOLUTIONS})
         return sum(call.argument(1, "weight") is weight for call in products)
 
     def ending(self, output: Tensor) -> str | None:
         """``softmax`` or ``log_softmax`` where that is what made the network's output."""
         last = next((call for call in reversed(self.calls) if call.result is output), None)
-        if last is None:
-            return None
-        return "softmax" if last.function in _SOFTMAX else "log_softmax" if last.function in _LOG_SOFTMAX else None
+        return last.name if last is not None and last.name in ("softmax", "log_softmax") else None
 
     def norms(self, modules: Mapping[str, nn.Module]) -> dict[int, str]:
         """The names of these batch norms that are called once, by the ids of their means."""
-        means = [id(call.argument(1, "running_mean")) for call in self.calls if call.function is functional.batch_norm]
+        means = [id(call.argument(1, "running_mean")) for call in self.calls if call.name == "batch_norm"]
         return {key: name for name, module in modules.items() if means.count(key := id(module.running_mean)) == 1}
 
     def follow(self, start: int, result: Any, output: Tensor, norms: Mapping[int, str]) -> Path:
@@ -137,7 +124,7 @@ class Trace(TorchFunctionMode):
         names = {position: name for name, positions in self.made.items() for position in positions}
         attributes = vars(result) if hasattr(result, "__dict__") else {}
         returned = {id(tensor) for tensor in [*_tensors(result), *_tensors(attributes)]}
-        here, tensor, maps = start, self.calls[start].result, self.calls[start].function in _CONVOLUTIONS
+        here, tensor, maps = start, self.calls[start].result, self.calls[start].name in _CONVOLUTIONS
         if maps and tensor.ndim != self.calls[start].argument(1, "weight").ndim:
             return Path([], False, "its maps have no axis of samples")
         walk = Walk(tensor.shape[1 if maps else -1] if tensor.ndim else 0, maps)
@@ -148,19 +135,19 @@ class Trace(TorchFunctionMode):
             if id(tensor) in returned:
                 walk.hold("the network returns what it makes")
             call = self.calls[users[0]]
-            told = f"'{_name(call.function)}' stands behind it"
+            told = f"'{call.name}' stands behind it"
             if len(users) > 1 and call.result is not tensor:
                 return walk.end(False, f"what it makes has {len(users)} uses")
             if not isinstance(call.result, Tensor) or call.argument(0, "input") is not tensor:
                 return walk.end(False, told)
-            if (call.function in _SOFTMAX or call.function in _LOG_SOFTMAX) and call.result is output:
+            if call.name in ("softmax", "log_softmax") and call.result is output:
                 return walk.end(call.argument(1, "dim") in (-1, tensor.ndim - 1))
             element = _element(call, tensor, names.get(users[0]), walk, norms)
             if element is None:
                 return walk.end(False, told)
             sides = call.args[1] if call.args[1:] and isinstance(call.args[1], (tuple, list)) else call.args[1:]
-            if call.function in _SIZED and ("squeeze" in told or sides[-1:] not in ((-1,), [-1])):
-                walk.hold(f"'{_name(call.function)}' behind it says how many channels there are")
+            if call.name in _SIZED and (call.name == "squeeze" or sides[-1:] not in ((-1,), [-1])):
+                walk.hold(f"'{call.name}' behind it says how many channels there are")
             walk.take(element)
             walk.maps = walk.maps and call.result.ndim > 2
             here, tensor = users[0], call.result
@@ -190,35 +177,31 @@ class Held(TorchDispatchMode):
         self.alive -= size
 
 
-def _name(function: Any) -> str:
-    return str(getattr(function, "__name__", function)).removeprefix("__").rstrip("_")
-
-
 def _element(call: _Call, tensor: Tensor, name: str | None, walk: Walk, norms: Mapping[int, str]) -> Element | None:
     """The call as an element, ``"same"`` where it changes nothing, None where it is neither."""
-    function, maps, shape = call.function, walk.maps, call.result.shape
-    if maps and (function in _POOLING or function in _SAME or _name(function) == "mean"):
-        axes = call.argument(1, "dim") if _name(function) == "mean" else 2
+    function, maps, shape = call.name, walk.maps, call.result.shape
+    if maps and (function in _POOLING or function in _SAME or function == "mean"):
+        axes = call.argument(1, "dim") if function == "mean" else 2
         axes = axes if isinstance(axes, (tuple, list)) else (axes,)
         over = all(isinstance(axis, int) and axis % tensor.ndim > 1 for axis in axes) and len(axes) > 0
         laid = len(shape) == 2 and shape[0] == len(tensor) and shape[1] % walk.width == 0
-        kind = "same" if function in _SAME else _name(function)
+        kind = "same" if function in _SAME else function
         return kind if over and (laid or shape[:2] == tensor.shape[:2]) else None
-    if function in _ACTIVATIONS:
-        return _ACTIVATIONS[function]
-    if function is functional.gelu:
+    if function in ("relu", "tanh", "sigmoid"):
+        return function
+    if function == "gelu":
         return "gelu" if call.argument(1, "approximate", "none") == "none" else "gelu_tanh"
-    if function in _DROPOUT and not call.argument(2, "training", True):
+    if function in ("dropout", "alpha_dropout") and not call.argument(2, "training", True):
         return "same"
-    if function in _SAME and call.result.shape == tensor.shape:
+    if function in _SAME and shape == tensor.shape:
         return "same"
-    if (function in _CONVOLUTIONS and name) if maps else function is functional.linear:
+    if (function in _CONVOLUTIONS and name) if maps else function == "linear":
         weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
         zero = weight.new_zeros(weight.shape[0])
         return Linear(weight.detach().flatten(1).T, zero if bias is None else bias.detach(), name)
-    if _name(function) in _ALONE and call.reads == {id(tensor)}:
-        return _name(function)
-    if function is functional.batch_norm and (maps or tensor.ndim == 2) and not call.argument(5, "training", False):
+    if function in _ALONE and call.reads == {id(tensor)}:
+        return function
+    if function == "batch_norm" and (maps or tensor.ndim == 2) and not call.argument(5, "training", False):
         mean, var = call.argument(1, "running_mean"), call.argument(2, "running_var")
         weight, bias, eps = call.argument(3, "weight"), call.argument(4, "bias"), call.argument(7, "eps", 1e-5)
         own = not walk.stop and mean.numel() == walk.width

@@ -1,9 +1,11 @@
-"""Weights that share one sequence, as ONNX nodes over constants.
+"""Weights that are put together out of few numbers, as ONNX nodes over constants: those that share one sequence, and sparse ones.
 
-The file is small; the runtime puts the weight together when it loads the file (constant folding) and then computes one
-product, as for a dense layer.
+The file is small; ONNX Runtime computes the weight once, when it loads the file (constant folding), and then one product, as for
+a dense layer. It folds only operators whose output's shape it can tell beforehand; that is why codes of places that mark nothing
+are not left out (NonZero, Compress) but written to a place of their own, in front of the weight.
 """
 
+from functools import singledispatch
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,18 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from slrprop.errors import SlrpropError
+from slrprop.forms import Form, Shared, Sparse
 from slrprop.forms.permutations import GOLDEN, MIX_1, MIX_2, entry_bits, pack, packed_bytes, windows
-from slrprop.forms.shared import Shared
-from slrprop.network.onnx.writer import Number, Writer, matrix_of
+from slrprop.network.onnx.writer import Number, Writer
 
 SEED_OPSET = 18  # the first that knows BitwiseXor
+OPSET = 11  # the first with CumSum and ScatterElements
+
+
+@singledispatch
+def matrix_of(form: Form, writer: Writer) -> str:
+    """Write the nodes that put a form's matrix (m x n) together, once, when the runtime loads the file. Such a form registers its own."""
+    raise SlrpropError(f"no ONNX nodes compute with {type(form).__name__} forms")
 
 
 def _zeros(writer: Writer, count: int, kind: int) -> str:
@@ -72,9 +81,9 @@ def seeded(writer: Writer, seed: int, m: int, n: int) -> str:
 @matrix_of.register
 def _(form: Shared, writer: Writer) -> str:
     """Permutations of a seed are generated from it where the file's opset can, else they are packed."""
-    if writer.opset < 11:
+    if writer.opset < OPSET:
         raise SlrpropError(
-            f"layer '{writer.name}': a shared weight needs an ONNX file of opset 11 or later, and this one has {writer.opset}; convert it"
+            f"layer '{writer.name}': a shared weight needs an ONNX file of opset {OPSET} or later, and this one has {writer.opset}; convert it"
         )
     m, n = form.shape
     if form.seed is not None and writer.opset >= SEED_OPSET:
@@ -92,3 +101,34 @@ def _(form: Shared, writer: Writer) -> str:
     if form.offset is not None:
         weight = writer.add("Add", [weight, writer.add("Reshape", [part("offset", form.offset), column])])
     return writer.settled(writer.add("Transpose", [weight], perm=[1, 0]))
+
+
+@matrix_of.register
+def _(form: Sparse, writer: Writer) -> str:
+    """Places are packed whole numbers; what fills up the last byte reads as all ones, which marks nothing."""
+    if writer.opset < OPSET:
+        raise SlrpropError(f"layer '{writer.name}': sparse weights need an ONNX file of opset {OPSET} or later, and this one has {writer.opset}; convert it")  # fmt: skip
+    add, (m, n), bits, whole = writer.add, form.shape, form.gap_bits, np.dtype(np.int32)
+    zero = helper.make_tensor("value", helper.np_dtype_to_tensor_dtype(writer.dtype), [1], [0])
+
+    def constant(value: int | list[int], dtype: type = np.int64) -> str:
+        return writer.tensor(np.array(value, dtype))
+
+    if not len(form.entries):
+        return add("ConstantOfShape", [constant([m, n])], value=zero)
+    stored = form.gaps.cpu().numpy()
+    filled = np.append(stored, np.full(-len(stored) % bits, 255, np.uint8))
+    powers = [1 << place for place in range(15, -1, -1)]
+    spread = add("Div", [writer.cast(writer.tensor(filled[:, None]), whole), constant(powers[8:], np.int32)])
+    spread = add("Mod", [spread, constant(2, np.int32)])  # (bytes, 8) bits
+    grouped = add("Reshape", [spread, constant([-1, bits])])
+    codes = add("MatMul", [grouped, constant(powers[16 - bits :], np.int32)])
+    marks = writer.cast(add("Less", [codes, constant((1 << bits) - 1, np.int32)]), whole)
+    first = constant(0)
+    ends = add("CumSum", [add("Add", [codes, marks]), first])  # one behind a marked place
+    order = add("Mul", [add("CumSum", [marks, first], exclusive=1), marks])
+    values = add("Gather", [writer.laid(Number(form.entries, ("entries",))), order])
+    empty = add("ConstantOfShape", [constant([m * n + 1])], value=zero)
+    flat = add("ScatterElements", [empty, add("Mul", [ends, marks]), values])
+    flat = add("Slice", [flat, constant([1]), constant([m * n + 1])])
+    return add("Reshape", [flat, constant([m, n])])
