@@ -270,7 +270,7 @@ def test_a_form_in_several_widths_is_fitted_once(trained, fresh, monkeypatch):
     counted = replace(method, fit=lambda task, settings: fits.append(settings) or method.fit(task, settings))
     monkeypatch.setitem(METHOD_OF, "nested", counted)
     found = explored(trained, fresh, (("nested", {"bits": 8}), ("nested", {"bits": 4})), ["0"])
-    widths = Counter(candidate.layer.settings["bits"] for candidate in found.curves["0"][1:])
+    widths = Counter(c.layer.settings["bits"] for c in found.curves["0"][1:] if not c.foretold)
     assert len(fits) == max(widths.values()) and widths[8] > 3 < widths[4]
 
 
@@ -327,3 +327,31 @@ def test_unknown_levels_and_methods(trained, fresh):
 
 def coupled():
     return next(name for name, method in slrprop.methods.METHODS.items() if method.coupled)
+
+
+@pytest.mark.parametrize("network", ["digits", "wide", "deep", "tanh", "convolutions"])
+def test_foretold_errors_cost_next_to_nothing(network, trained, fresh):
+    """Against the path of plans that has every step of every ladder fitted: damage at equal bytes, by the errors of the fits."""
+    from benchmarks.speed import excess, shares_of
+
+    torch.manual_seed(0)
+    x, y = fresh
+    parts = {
+        "wide": [nn.Linear(64, 320), nn.ReLU(), nn.Linear(320, 300), nn.ReLU(), nn.Linear(300, 10)],
+        "deep": [nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 10)],
+        "tanh": [nn.Linear(64, 100), nn.Tanh(), nn.Linear(100, 60), nn.Tanh(), nn.Linear(60, 10)],
+        "convolutions": [nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 24, 3), nn.ReLU(), nn.Conv2d(24, 24, 3), nn.ReLU(), nn.Flatten(), nn.Linear(384, 10)],
+    }  # fmt: skip
+    model = trained
+    if network in parts:
+        model = nn.Sequential(*parts[network])
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        for _ in range(60):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    told, every = (shares_of(model.eval(), (x[:300], y[:300]), every) for every in (False, True))
+    rows = list(excess(told, every))
+    fits = sum(not c.foretold for curve in told.curves.values() for c in curve)
+    assert fits < 0.75 * sum(map(len, every.curves.values()))
+    assert sum(rows) / len(rows) < 1.02 and max(rows) < 1.15

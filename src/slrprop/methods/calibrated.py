@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from slrprop.fit.pairs import Compressed
 from slrprop.fit.quantize import bias_in_few_bits, quantised
 from slrprop.fit.regression import Regression
@@ -40,6 +42,10 @@ class CalibratedSettings(Settings, ABC):
 
     def needs(self) -> tuple[str, ...]:
         return ("inputs", "sensitivity") if self.weighted else ("inputs",)
+
+    def parts(self, task: Regression) -> tuple[Tensor, Tensor] | None:
+        """Factors (m x k) and (k x n) whose first j components are the product of rank j for every j up to this rank, if it is so."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from torch import Tensor
+
 from slrprop.fit.regression import Regression
 from slrprop.forms import LowRank
 from slrprop.methods.base import RankSettings
@@ -31,6 +33,9 @@ class LowRankSettings(RankSettings, CalibratedSettings):
     @property
     def weighted(self) -> bool:
         return self.metric == "two_sided"
+
+    def parts(self, task: Regression) -> tuple[Tensor, Tensor]:
+        return task.components(self.rank, self.weighted)[:2]
 
     def stored_numbers(self, m: int, n: int) -> int:
         return self.rank * (m + n)
