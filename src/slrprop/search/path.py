@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -71,8 +71,8 @@ class Candidate:
     seconds: float = math.nan
 
     @property
-    def foretold(self) -> bool:
-        """Whether it is not fitted: bytes and error come from those that are."""
+    def formless(self) -> bool:
+        """Whether its form is not at hand: it was foretold, or is on no hull. It is fitted if it is chosen."""
         return self.layer is not None and self.layer.fit is None
 
 
@@ -210,8 +210,7 @@ class Maker:
             if max(first) not in far and len(rungs) - 1 not in made:
                 fit(len(rungs) - 1)
             errors = self._before_rounding(method, rungs)
-            used = find_method(method)  # a foretold layer is fitted from its settings when it is chosen
-            tolerance = self.tolerance if isinstance(used, CalibratedMethod) and used.fit_of is None else -1.0
+            tolerance = self.tolerance if refitted(method) else -1.0
             waiting = list(itertools.pairwise(sorted(made)))
             while waiting:
                 low, high = waiting.pop()
@@ -230,12 +229,20 @@ class Maker:
         self.found += [candidate for at in sorted(made) for candidate in made[at].values()]
 
     def settle(self) -> None:
-        """Fit the foretold candidates on the hull, until it has none."""
-        while told := [candidate for candidate in hull(self.found) if candidate.foretold]:
+        """Fit what is foretold on the hull, until nothing is; then let go of the forms elsewhere that can be fitted again, but for the largest of each kind."""
+        while told := [candidate for candidate in hull(self.found) if candidate.formless]:
             for candidate in told:
                 assert candidate.layer is not None
                 at, made = self.found.index(candidate), self.fit(candidate.layer.method, candidate.layer.settings)
                 self.found[at : at + 1] = [] if made is None else [made]
+        largest = {kind_of(c.layer): c for c in sorted(self.found, key=BYTES) if c.layer is not None and not c.formless}
+        held = {id(candidate) for candidate in [*hull(self.found), *largest.values()]}
+        self.found = [
+            c
+            if c.layer is None or id(c) in held or not refitted(c.layer.method)
+            else replace(c, layer=replace(c.layer, fit=None))
+            for c in self.found
+        ]
 
     def _before_rounding(self, method: str, rungs: Sequence[Rung]) -> list[float]:
         """The error of every rung's product before it is rounded, as far as it is known: else 0."""
@@ -276,6 +283,12 @@ class Maker:
         settings = {key: getattr(kind, key) for key in kind.names()}
         layer = LayerPlan(self.name, near.shape, near.fingerprint, near.method, settings, rungs[at].numbers, size)
         return Candidate(size, errors[at] + rounding, layer)
+
+
+def refitted(method: str) -> bool:
+    """Whether a plan's layer is fitted from nothing but its settings when the plan is carried out."""
+    found = find_method(method)
+    return isinstance(found, CalibratedMethod) and found.fit_of is None
 
 
 def candidates_of(
@@ -436,6 +449,11 @@ def path_of(
 def group_of(layer: LayerPlan) -> tuple[str, int, str]:
     """The method of a layer's form, the bits of its numbers, and the metric it was fitted in."""
     return layer.method, layer.settings["bits"], layer.settings.get("metric", "")
+
+
+def kind_of(layer: LayerPlan) -> tuple[Any, ...]:
+    """What tells forms apart that a file holds in other arrays."""
+    return *group_of(layer), layer.settings.get("shape")
 
 
 def undominated(candidates: Sequence[Candidate], cost: Cost = BYTES) -> list[Candidate]:

@@ -27,6 +27,7 @@ from slrprop.search.path import (
     fitted,
     group_of,
     hull,
+    kind_of,
     layer_inputs,
     neighbours,
     undominated,
@@ -101,7 +102,7 @@ class Shares:
         self.problem.calibration.forget()
         self.left_dense = left_dense | {name: "no form of it is smaller" for name in names if len(found[name]) < 2}
         self.curves = {name: self._in_file(name, found[name]) for name in names}
-        hulls = {name: hull([c for c in found if not c.foretold]) for name, found in self.curves.items()}
+        hulls = {name: hull([c for c in found if not c.formless]) for name, found in self.curves.items()}
         self.sensitivity = sensitivity = dict.fromkeys(self.curves, 1.0)
         noise, chains = self.trials.judge.noise, self.problem.network.chain
         for name in tqdm(self.curves, desc="sensitivities", unit="layer", disable=None):
@@ -116,11 +117,11 @@ class Shares:
             raise SlrpropError(f"no layer can be made smaller ({reasons})")
 
     def _in_file(self, name: str, curve: list[Candidate]) -> list[Candidate]:
-        """A layer's candidates with their bytes in the file; what foretold ones have around them is that of fitted ones of their kind."""
+        """A layer's candidates with their bytes in the file; what those without a form have around them is that of others of their kind."""
         around = dict[Any, int]()
-        for c in sorted(curve, key=lambda c: (c.foretold, -c.bytes)):
-            kind = c.layer and (group_of(c.layer), c.layer.settings.get("shape"))
-            around[id(c)] = around[kind] if c.foretold else self._around(name, c.layer, c.bytes)
+        for c in sorted(curve, key=lambda c: (c.formless, -c.bytes)):
+            kind = c.layer and kind_of(c.layer)
+            around[id(c)] = around[kind] if c.formless else self._around(name, c.layer, c.bytes)
             around[kind] = around[id(c)]
         return [replace(c, bytes=c.bytes + around[id(c)]) for c in curve]
 
@@ -141,7 +142,7 @@ class Shares:
         self.left_dense = self.left_dense | {name: why}
 
     def alone(self, plan: Plan) -> Plan:
-        """A plan of candidates, those that are foretold fitted now, each by itself."""
+        """A plan of candidates, those without a form fitted now, each by itself."""
         keys = {layer.name: Plan((layer,)).to_json() for layer in plan.layers if layer.fit is None}
         missing = tuple(
             layer for layer in plan.layers if layer.name in keys and keys[layer.name] not in self._by_itself

@@ -52,7 +52,7 @@ class Times:
             if id(c) in keys and c.layer is not None:
                 timed.setdefault(group_of(c.layer), []).append((numbers[id(c)], seconds[id(c)]))
         for c in curve[1:]:
-            if c.layer is not None and c.foretold and group_of(c.layer) in timed:
+            if c.layer is not None and c.formless and group_of(c.layer) in timed:
                 seconds[id(c)] = float(np.interp(numbers[id(c)], *np.array(sorted(timed[group_of(c.layer)])).T))
         slow = {place for place, taken in seconds.items() if not taken <= seconds[id(curve[0])]}
         return [replace(c, seconds=math.nan if id(c) in slow else seconds.get(id(c), math.nan)) for c in curve]
