@@ -193,29 +193,31 @@ def _pair(
     return (codes, scale), rounded(fitted, 1, bits, Spread.of(inner))
 
 
-def _onto_columns(across: Tensor, rest: Tensor, columns: Tensor, metric: Tensor | None, left: Tensor) -> Tensor:
-    """The same with the rest's projection, in the outputs' metric, onto some columns."""
-    found = left.T @ across @ rest
-    if metric is None or len(columns) == len(metric):
-        return found[:, columns]
-    there = metric[:, columns]
-    return torch.cholesky_solve((found @ there).T, torch.linalg.cholesky(there[columns])).T
-
-
 @compensated.register
 def _(form: SparseLowRank, bits: int, task: Regression) -> Quantized:
-    rest = task.weight - form.dense()
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    for index, (left, right) in enumerate(zip(form.left, form.right, strict=True)):
-        rows, columns = form.sets.rows[index].places, form.sets.columns[index]
-        rest[rows[:, None], columns] += left @ right
+    sets, found = form.sets, dict[str, tuple[Tensor, Tensor]]()
+    parts = [(left, right) for left, right in zip(form.left, form.right, strict=True)]  # the first ones rounded already
+
+    def wanted(left: Tensor, index: int, across: Tensor) -> Tensor:
+        """``left.T @ covariance`` times what the other blocks leave, projected, in the outputs' metric, onto the block's columns."""
+        covered, columns, metric = left.T @ across, sets.columns[index], task.metric
+        rest = covered @ task.weight
+        for other, (one, two) in enumerate(parts):
+            if other != index:
+                rest[:, sets.columns[other]] -= (covered[:, sets.rows[other].places] @ one) @ two
+        if metric is None or len(columns) == len(metric):
+            return rest[:, columns]
+        there = metric[:, columns]
+        return torch.cholesky_solve((rest @ there).T, torch.linalg.cholesky(there[columns])).T
+
+    for index, (left, right) in enumerate(parts):
+        rows = sets.rows[index].places
         across = task.covariance[rows]
         own = across[:, rows]
         spread = task.spread if len(rows) == len(task.covariance) else Spread.of(own)
-        wanted = partial(_onto_columns, across, rest, columns, task.metric)
-        one, other = _pair(left, right, bits, own, spread, wanted)
+        one, other = _pair(left, right, bits, own, spread, partial(wanted, index=index, across=across))
         found |= {f"left_{index}": one, f"right_{index}": other}
-        rest[rows[:, None], columns] -= (one[0] * one[1]) @ (other[0] * other[1][:, None])
+        parts[index] = one[0] * one[1], other[0] * other[1][:, None]
     return form_of(form, bits, found)
 
 

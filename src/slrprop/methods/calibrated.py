@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from slrprop.fit.pairs import Compressed
 from slrprop.fit.quantize import bias_in_few_bits, quantised
 from slrprop.fit.regression import Regression
@@ -32,6 +34,7 @@ class CalibratedSettings(Settings):
     refit_head: bool = True
 
     weighs: ClassVar[bool] = False
+    by_settings: ClassVar[bool] = True  # whether they alone say how a planned layer is fitted once more
 
     @property
     def weighted(self) -> bool:
@@ -40,6 +43,10 @@ class CalibratedSettings(Settings):
 
     def needs(self) -> tuple[str, ...]:
         return ("inputs", "sensitivity") if self.weighted else ("inputs",)
+
+    def parts(self, task: Regression) -> tuple[Tensor, Tensor] | None:
+        """Factors (m x k) and (k x n) whose first j components are the product of rank j for every j up to this rank, if it is so."""
+        return None
 
     @classmethod
     def method(cls) -> "CalibratedMethod":

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from torch import Tensor
+
 from slrprop.fit.regression import Regression
 from slrprop.forms import LowRank
 from slrprop.methods.base import RankSettings
@@ -31,3 +33,6 @@ class LowRankSettings(RankSettings, CalibratedSettings):
     def fit(self, task: Regression) -> LowRank:
         """Reduced-rank regression in both metrics."""
         return LowRank(*task.low_rank(self.rank, self.weighted))
+
+    def parts(self, task: Regression) -> tuple[Tensor, Tensor]:
+        return task.components(self.rank, self.weighted)[:2]

@@ -9,15 +9,15 @@ from torch import Tensor
 from slrprop.fit.regression import Regression, level
 from slrprop.forms import SparseLowRank
 from slrprop.linalg import balanced, top_eigenvectors
-from slrprop.methods.base import WIDEST
 
+THIN = 256  # neurons on a side, from where on only the principal part of a weight is fitted
 COMPONENTS = 4  # times the rank: what is fitted of a wide weight
 BLOCK_DAMPING = 1e-6  # of the covariance, times its mean variance: a block's own part of it is inverted
 
 
 def thin(rank: int, m: int, n: int) -> bool:
     """Whether blocks of a rank in all are fitted to the principal part of a wide weight, ``COMPONENTS`` times that rank of it."""
-    return max(m, n) > WIDEST and 2 * COMPONENTS * rank < min(m, n)
+    return max(m, n) > THIN and 2 * COMPONENTS * rank < min(m, n)
 
 
 class Term(NamedTuple):

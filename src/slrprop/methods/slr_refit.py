@@ -30,6 +30,7 @@ class SLRRefitSettings(SLRSettings, CalibratedSettings):
     source = "Swaminathan, Garg, Kannan, Andres, Neurocomputing 398, 2020, for the pattern; refit: slrprop, 2026"
     weighs = True
     rebuilt = False
+    by_settings = False
 
     def needs(self) -> tuple[str, ...]:
         return (*SLRSettings.needs(self), *CalibratedSettings.needs(self))

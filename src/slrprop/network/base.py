@@ -145,7 +145,8 @@ class Network(Sampled):
 
     def stored(self, name: str, fit: Fit | None = None) -> int:
         """Bytes of a layer, with a fit if one is given, in the type that its numbers are stored in."""
-        return (fit or Fit(Dense(self.weight(name)))).over(self.bias(name)).bytes(self.itemsize(name))
+        form = fit or Fit(Dense(torch.empty(self.shape(name), device="meta")))
+        return form.over(self.bias(name)).bytes(self.itemsize(name))
 
     def fingerprint(self, name: str) -> str:
         """SHA-256 of the layer's weight: the same for equal weights of any network."""

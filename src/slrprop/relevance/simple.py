@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slrprop.linalg import in_parts
+
 
 class Scores(NamedTuple):
     """Scores of a layer's inputs (rows, m) and outputs (columns, n)."""
@@ -15,8 +17,9 @@ class Scores(NamedTuple):
 
 def weight_scores(weight: Tensor) -> Scores:
     """Sums of ``|W|`` over each row and column of the original weight, m x n (Swaminathan et al. 2020)."""
-    magnitude = weight.abs().double()
-    return Scores(magnitude.sum(1), magnitude.sum(0))
+    wide = torch.float64
+    parts = [(part.abs().sum(1, dtype=wide), part.abs().sum(0, dtype=wide)) for (part,) in in_parts(weight)]
+    return Scores(torch.cat([rows for rows, _ in parts]), torch.stack([columns for _, columns in parts]).sum(0))
 
 
 def combined(first: Scores, second: Scores) -> Scores:

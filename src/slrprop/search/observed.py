@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from slrprop.linalg import in_parts
 from slrprop.methods.base import Problem
 from slrprop.methods.slr import SLRSettings, scores_of
 from slrprop.plan import LayerPlan
@@ -40,5 +41,5 @@ def observed(problem: Problem, name: str, rank: int, sensitivity: float, chosen:
         if settings.order == "independent" or "cost" not in settings.criterion:
             criterion, scores = settings.criterion, scores_of(problem, name, settings)
     m, n = weight.shape
-    energy = float(weight.double().square().sum())
+    energy = sum(float(part.double().square().sum()) for (part,) in in_parts(weight))
     return Observed((m, n), sensitivity, energy, values, criterion, scores.rows.tolist(), scores.columns.tolist())

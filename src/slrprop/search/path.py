@@ -3,17 +3,19 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from operator import attrgetter, itemgetter
-from typing import Any
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from slrprop.api import finished, plan_problem, planned_layer
 from slrprop.errors import SlrpropError
 from slrprop.fit.quantize import TooLargeError
-from slrprop.forms import Dense
+from slrprop.forms import Dense, LowRank
 from slrprop.memory import give_back
 from slrprop.methods import METHODS, Method, Problem, Settings, find_method
 from slrprop.methods.base import ranks_for
@@ -51,7 +53,8 @@ SIZE_ONLY["tuned"] = SIZE_ONLY["calibrated"]
 QUICK: dict[str, dict[str, Any]] = {"slr": {"criterion": "weight"}}  # settings of methods named without any
 MANY_LAYERS = 12  # with more, only every third step of each ladder is tried: so many layers make fine steps together
 SPARSELY = 3
-FAR = 1.5  # times the error: a method so far behind others with its largest and its middle step is not tried at its other ones
+FAR = 2  # times the error: a method so far behind others with its largest and its middle step is not tried at its other ones
+TOLERANCE = 0.05  # by which the logarithm of an error may be foretold wrongly before more is fitted
 CALIBRATION_ROWS = 512  # inputs of each layer that predictions are made from
 
 
@@ -66,6 +69,11 @@ class Candidate:
     error: float
     layer: LayerPlan | None = None
     seconds: float = math.nan
+
+    @property
+    def formless(self) -> bool:
+        """Whether its form is not at hand: it was foretold, or is on no hull. It is fitted if it is chosen."""
+        return self.layer is not None and self.layer.fit is None
 
 
 Cost = Callable[[Candidate], float]  # what a candidate takes of a budget
@@ -118,6 +126,171 @@ def layer_inputs(problem: Problem, names: tuple[str, ...]) -> dict[str, Tensor]:
     return seen
 
 
+class Rung(NamedTuple):
+    """One step of a method's ladder: its numbers, and its settings by the bits of a number."""
+
+    numbers: int
+    settings: dict[int, dict[str, Any]]
+
+
+class Maker:
+    """Makes a layer's candidates: some are fitted, and the errors of those between them foretold.
+
+    A form's error is that of its product before rounding and what rounding adds. Where a method's product of rank k is the first k parts of
+    a longer one (:meth:`~slrprop.methods.calibrated.CalibratedSettings.parts`) the former is known for all ranks at once; the rest runs
+    smoothly with the numbers, and is interpolated between fits, of which there are more where that is off by more than ``tolerance``.
+
+    Args:
+        inputs: rows of what the layer reads (p x m), or the numbers of an embedding's rows.
+        to_data: whether any method fits to data; errors are weighed by what they do to the network's outputs then, as far as that is known.
+    """
+
+    def __init__(self, name: str, problem: Problem, inputs: Tensor, to_data: bool, tolerance: float) -> None:
+        self.name, self.problem, self.tolerance = name, problem, tolerance
+        weight, self.operator = problem.weight(name).detach(), problem.network.operator(name)
+        self.task = problem.calibration.regression(name, {}) if to_data else None
+        self.wide = torch.promote_types(weight.dtype, torch.float32)
+        self.looked_up = isinstance(self.operator, Lookup)
+        self.x = inputs if self.looked_up else inputs.to(self.wide)
+        root = None if self.task is None else self.task.root
+        self.root = None if root is None else root.to(self.wide)
+        y = times(self.x, Dense(weight.to(self.wide)))
+        self.y, self.bias = y, problem.network.bias(name)
+        self.energy = max(self._weighed(y - y.mean(0) if to_data else y), 1e-30)
+        self.found = [Candidate(problem.network.stored(name), 0.0)]
+
+    def _weighed(self, y: Tensor) -> float:
+        return float((y if self.root is None else y @ self.root).square().sum(dtype=torch.float64))
+
+    def fit(self, method: str, settings: Mapping[str, Any]) -> Candidate | None:
+        """A step's candidate; None where it is no smaller, or few bits can't hold its numbers."""
+        try:
+            made = plan_problem(self.problem, method, [self.name], **settings)
+        except TooLargeError:  # other forms may hold such numbers
+            return None
+        layer = next((layer for layer in made.layers if layer.name == self.name), None)
+        if layer is None or layer.fit is None:
+            return None
+        form, own, bias = layer.fit.form, layer.bias, self.bias
+        moved = (0 if own is None else own.to(self.wide)) - (0 if bias is None or own is None else bias.to(self.wide))
+        # forms have their own dtype and device
+        rows = self.x if self.looked_up else self.x.to(next(iter(form.matrices().values())))
+        error = self._weighed(self.y - times(rows, form).to(self.y) - moved) / self.energy
+        return Candidate(self.problem.network.stored(self.name, layer.fit), error, layer)
+
+    def _far(self, candidate: Candidate | None) -> bool:
+        """Whether others of at most as many bytes have errors that are ``FAR`` times smaller."""
+        if candidate is None:
+            return True
+        others = [other.error for other in self.found[1:] if other.bytes <= candidate.bytes]
+        return candidate.error > FAR * min(others, default=math.inf)
+
+    def _off(self, told: Candidate | None, candidate: Candidate) -> float:
+        """How far the logarithm of an error was foretold wrongly."""
+        return math.inf if told is None else abs(math.log(max(candidate.error, 1e-30) / max(told.error, 1e-30)))
+
+    def add(self, method: str, rungs: Sequence[Rung]) -> None:
+        """A method's candidates, of one or several widths of numbers; ``rungs`` from the fewest numbers to the most.
+
+        The fewest and the middle one are fitted, and unless the latter is far behind other methods the most. Between two that are both far behind there is nothing to look for.
+        """
+        made: dict[int, dict[int, Candidate]] = {}  # by place and bits
+        far: set[int] = set()
+
+        def fit(at: int) -> None:
+            fits = {bits: self.fit(method, settings) for bits, settings in rungs[at].settings.items()}
+            made[at] = {bits: candidate for bits, candidate in fits.items() if candidate is not None}
+            if all(map(self._far, fits.values())):
+                far.add(at)
+
+        first = dict.fromkeys((0, (len(rungs) - 1) // 2)) if rungs else ()
+        for at in first:
+            fit(at)
+        if rungs and not far >= {*first}:
+            if max(first) not in far and len(rungs) - 1 not in made:
+                fit(len(rungs) - 1)
+            errors = self._before_rounding(method, rungs)
+            tolerance = self.tolerance if refitted(method) else -1.0
+            waiting = list(itertools.pairwise(sorted(made)))
+            while waiting:
+                low, high = waiting.pop()
+                middle = (low + high) // 2
+                if middle == low or far >= {low, high}:
+                    continue
+                told = {bits: self._told(made, rungs, errors, middle, bits) for bits in rungs[middle].settings}
+                fit(middle)
+                off = [self._off(told[bits], candidate) for bits, candidate in made[middle].items()]
+                if not off or max(off) > tolerance:
+                    waiting += [(low, middle), (middle, high)]
+            for at in range(max(made)):
+                if at not in made and tolerance >= 0:
+                    foretold = (self._told(made, rungs, errors, at, bits) for bits in rungs[at].settings)
+                    made[at] = {c.layer.settings["bits"]: c for c in foretold if c is not None and c.layer is not None}
+        self.found += [candidate for at in sorted(made) for candidate in made[at].values()]
+
+    def settle(self) -> None:
+        """Fit what is foretold on the hull, until nothing is; then let go of the forms elsewhere that can be fitted again, but for the largest of each kind."""
+        while told := [candidate for candidate in hull(self.found) if candidate.formless]:
+            for candidate in told:
+                assert candidate.layer is not None
+                at, made = self.found.index(candidate), self.fit(candidate.layer.method, candidate.layer.settings)
+                self.found[at : at + 1] = [] if made is None else [made]
+        largest = {kind_of(c.layer): c for c in sorted(self.found, key=BYTES) if c.layer is not None and not c.formless}
+        held = {id(candidate) for candidate in [*hull(self.found), *largest.values()]}
+        self.found = [
+            c
+            if c.layer is None or id(c) in held or not refitted(c.layer.method)
+            else replace(c, layer=replace(c.layer, fit=None))
+            for c in self.found
+        ]
+
+    def _before_rounding(self, method: str, rungs: Sequence[Rung]) -> list[float]:
+        """The error of every rung's product before it is rounded, as far as it is known: else 0."""
+        settings = [find_method(method).settings(**next(iter(rung.settings.values()))) for rung in rungs]
+        if self.task is None or not isinstance(settings[-1], CalibratedSettings):
+            return [0.0] * len(rungs)
+        parts = settings[-1].parts(self.task)
+        if parts is None:
+            return [0.0] * len(rungs)
+        left, right = parts[0].to(self.wide), parts[1].to(self.wide)
+        rest, start, errors = self.y, 0, []
+        for one in settings:
+            stop: int = vars(one)["rank"]
+            rest = rest - times(self.x, LowRank(left[:, start:stop], right[start:stop]))
+            start = stop
+            errors.append(self._weighed(rest if self.looked_up else rest - rest.mean(0)) / self.energy)
+        return errors
+
+    def _told(
+        self,
+        made: Mapping[int, dict[int, Candidate]],
+        rungs: Sequence[Rung],
+        errors: Sequence[float],
+        at: int,
+        bits: int,
+    ) -> Candidate | None:
+        """A candidate that is not fitted, from those that are on both sides of it; None where there are none."""
+        known = {place: made[place][bits] for place in sorted(made) if bits in made[place]}
+        if not known or not min(known) < at < max(known):
+            return None
+        numbers = [rungs[place].numbers for place in known]
+        added = [math.log(max(c.error - errors[place], c.error / 1000, 1e-30)) for place, c in known.items()]
+        rounding = math.exp(PchipInterpolator(np.log(numbers), added)(math.log(rungs[at].numbers)))
+        size = int(np.interp(rungs[at].numbers, numbers, [c.bytes for c in known.values()]))
+        near = known[min(known, key=lambda place: abs(place - at))].layer
+        assert near is not None
+        kind = find_method(near.method).settings(**rungs[at].settings[bits]).at(self.operator, near.shape)
+        settings = {key: getattr(kind, key) for key in kind.names()}
+        layer = LayerPlan(self.name, near.shape, near.fingerprint, near.method, settings, rungs[at].numbers, size)
+        return Candidate(size, errors[at] + rounding, layer)
+
+
+def refitted(method: str) -> bool:
+    """Whether a plan's layer is fitted from nothing but its settings when the plan is carried out."""
+    found = find_method(method)
+    return isinstance(found, CalibratedMethod) and found.settings.by_settings
+
+
 def candidates_of(
     name: str,
     problem: Problem,
@@ -126,81 +299,50 @@ def candidates_of(
     most: float = math.inf,
     every: int = 1,
     block: int = 1,
+    tolerance: float = TOLERANCE,
 ) -> list[Candidate]:
     """All candidates of a layer, the dense one first; none whose numbers alone take more than ``most`` bytes.
 
     ``inputs`` are rows of what every layer reads, ``choices`` what is tried for it. Of each method's ladder the largest step and every ``every``-th
-    below it are made, or all where ranks are cut down to whole blocks (:func:`slrprop.search.blocks.in_blocks`); of one whose largest and middle
-    step come out ``FAR`` behind what others make of as many bytes, only these and the smallest.
+    below it are there, or all where ranks are cut down to whole blocks (:func:`slrprop.search.blocks.in_blocks`). Those that :class:`Maker` does not
+    fit have settings and no form.
 
     ``error`` is of the layer's outputs there, weighed by what they do to the network's where that is known and any of
     the methods is calibrated.
     """
-    weight, methods = problem.weight(name).detach(), choices[name]
-    m, n = weight.shape
-    blind = bool(problem.network.operator(name).bits_only)  # the weight's own error stands for the outputs'
-    x, looked_up = torch.eye(m) if blind else inputs[name], isinstance(problem.network.operator(name), Lookup)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    x = x if looked_up else x.to(wide)
+    methods, operator = choices[name], problem.network.operator(name)
+    m, n = problem.network.shape(name)
+    blind = bool(operator.bits_only)  # the weight's own error stands for the outputs'
     to_data = not blind and any(
         "inputs" in find_method(method).settings(**settings).needs() for method, settings in methods
     )
-    root = problem.calibration.regression(name, {}).root if to_data else None
-    root = None if root is None else root.to(wide)
-    bias = problem.network.bias(name)
-
-    def weighed(y: Tensor) -> float:
-        return float((y if root is None else y @ root).square().sum(dtype=torch.float64))
-
-    y = times(x, Dense(weight.to(wide)))
-    energy = max(weighed(y - y.mean(0) if to_data else y), 1e-30)
+    maker = Maker(name, problem, torch.eye(m) if blind else inputs[name], to_data, tolerance)
     ranks = ranks_for(m, n)
     if ranks and any(method in ("svd", "slr", "slrprop") for method, _ in methods):
         problem.svd(name, ranks[-1], "auto")  # the lower ranks are parts of it
-    found = [Candidate(problem.network.stored(name), 0.0)]
-
-    def fit(method: str, settings: Mapping[str, Any]) -> Candidate | None:
-        """A step's candidate, one of all from now on; None where it is no smaller, or few bits can't hold its numbers."""
-        try:
-            made = plan_problem(problem, method, [name], **settings)
-        except TooLargeError:  # other forms may hold such numbers
-            return None
-        layer = next((layer for layer in made.layers if layer.name == name), None)
-        if layer is None or layer.fit is None:
-            return None
-        factors, own = layer.fit.form, layer.bias
-        moved = (0 if own is None else own.to(wide)) - (0 if bias is None or own is None else bias.to(wide))
-        # factors have their own dtype and device
-        rows = x if looked_up else x.to(next(iter(factors.matrices().values())))
-        error = weighed(y - times(rows, factors).to(y) - moved) / energy
-        found.append(Candidate(problem.network.stored(name, layer.fit), error, layer))
-        return found[-1]
-
-    for _, alike in itertools.groupby(methods, lambda choice: (choice[0], choice[1] | {"bits": 0})):
-        rest: list[tuple[int, str, dict[str, Any]]] = []
-        for method, given in alike:
-            kind = find_method(method).settings
-            if find_method(method).coupled:
-                raise SlrpropError(
-                    f"method '{method}' treats layers together, and the search chooses for each by itself; use slrprop.plan, or leave it out"
-                )
+    for (method, _), alike in itertools.groupby(methods, lambda choice: (choice[0], choice[1] | {"bits": 0})):
+        kind, rungs = find_method(method).settings, dict[int, Rung]()
+        if find_method(method).coupled:
+            raise SlrpropError(
+                f"method '{method}' treats layers together, and the search chooses for each by itself; use slrprop.plan, or leave it out"
+            )
+        for _, given in alike:
             if name not in kind(**given).eligible(problem.network):
                 continue  # for example a layer that SLRProp's chain does not reach
             alone = {"sequential": False} if issubclass(kind, CalibratedSettings) else {}
-            operator, ladder = problem.network.operator(name), kind.ladder(m, n)
-            blocks, steps = in_blocks(ladder, operator, (m, n), block), []
+            ladder = kind.ladder(m, n)
+            blocks = in_blocks(ladder, operator, (m, n), block)
             for step in blocks[:: -every if blocks == ladder else -1]:
                 settings = kind(**{**step, **alone, **given}).at(operator, (m, n))
-                size = (settings.stored_numbers(m, n) or 0) * min(settings.bits, 8 * problem.network.itemsize(name)) / 8
+                numbers = settings.stored_numbers(m, n) or 0
+                size = numbers * min(settings.bits, 8 * problem.network.itemsize(name)) / 8
                 if not settings.refusal(m, n) and size <= most:
-                    steps.append({**step, **alone, **given})
-            early = [fit(method, steps.pop(place)) for place in (0, (len(steps) - 1) // 2, -1) if steps]
-            if any(not c or c.error <= FAR * min(o.error for o in found[1:] if o.bytes <= c.bytes) for c in early[:2]):
-                rest += [(place, method, step) for place, step in enumerate(steps)]
-        for _, method, step in sorted(rest, key=itemgetter(0)):  # by place: a form in several widths is fitted once
-            fit(method, step)
+                    rung = rungs.setdefault(numbers, Rung(numbers, {}))
+                    rung.settings[settings.bits] = {**step, **alone, **given}
+        maker.add(method, [rungs[numbers] for numbers in sorted(rungs)])
+    maker.settle()
     give_back()
-    return found
+    return maker.found
 
 
 def fitted(problem: Problem, plan: Plan, sequential: bool, known: dict[tuple[Any, ...], LayerPlan]) -> Plan:
@@ -304,11 +446,14 @@ def path_of(
         points.append(point())
 
 
-def group_of(candidate: Candidate) -> tuple[str, int, str]:
-    """The method of a candidate that is not the dense one, the bits of its numbers, and the metric it was fitted in."""
-    assert candidate.layer is not None
-    settings = candidate.layer.settings
-    return candidate.layer.method, settings["bits"], settings.get("metric", "")
+def group_of(layer: LayerPlan) -> tuple[str, int, str]:
+    """The method of a layer's form, the bits of its numbers, and the metric it was fitted in."""
+    return layer.method, layer.settings["bits"], layer.settings.get("metric", "")
+
+
+def kind_of(layer: LayerPlan) -> tuple[Any, ...]:
+    """What tells forms apart that a file holds in other arrays."""
+    return *group_of(layer), layer.settings.get("shape")
 
 
 def undominated(candidates: Sequence[Candidate], cost: Cost = BYTES) -> list[Candidate]:

@@ -109,7 +109,7 @@ class Search:
             return self.drop(at) <= allowed
 
         def holds_alone(at: int) -> bool:
-            return at == 0 or self._drop(self.trials.evaluate(self.points[at].plan)) <= allowed
+            return at == 0 or self._drop(self.trials.evaluate(self.shares.alone(self.points[at].plan))) <= allowed
 
         if not self.shares.many:
             return self._bisect(0, last, holds, steps)
@@ -131,7 +131,8 @@ class Search:
 
         Where layers are many the next is near enough.
         """
-        high, low = self.shares.stored(self.final_at(at)), self.shares.stored(self.points[at + 1].plan)
+        high = self.shares.stored(self.final_at(at))
+        low = self.points[at + 1].predicted_bytes - self.points[0].predicted_bytes + self.shares.stored(Plan(()))
         for _ in range(0 if self.shares.many else min(REFINEMENTS, self.spare)):
             middle = math.isqrt(low * high)
             found = self.shares.within(middle, 1)

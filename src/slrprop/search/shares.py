@@ -18,6 +18,7 @@ from slrprop.search.observed import Observed, observed
 from slrprop.search.path import (
     MANY_LAYERS,
     SPARSELY,
+    TOLERANCE,
     Candidate,
     Choice,
     Evaluation,
@@ -26,6 +27,7 @@ from slrprop.search.path import (
     fitted,
     group_of,
     hull,
+    kind_of,
     layer_inputs,
     neighbours,
     undominated,
@@ -48,6 +50,7 @@ class Shares:
         narrow: more of them for layers of at most ``WIDEST`` neurons on a side, being slow on others.
         tuning: tune every plan that is measured; None does not.
         workers: processes, and ``cluster`` a Ray cluster, that share the layers' candidates (:func:`slrprop.parallel.each`).
+        tolerance: how well candidates that are not fitted are foretold, see :class:`slrprop.search.path.Maker`; below 0 all are fitted.
         block: of ranks, see :func:`slrprop.search.blocks.in_blocks`.
         in_file: whether bytes are those of the file, names and shapes of the arrays included, or of the numbers alone.
     """
@@ -63,11 +66,12 @@ class Shares:
         narrow: tuple[Choice, ...] = (),
         in_file: bool = False,
         block: int = 1,
+        tolerance: float = TOLERANCE,
     ) -> None:
         self.trials, self.problem, self.tuning = trials, problem, tuning
         self.methods, self.narrow = methods, narrow
         self.workers, self.cluster = workers, cluster
-        self.in_file, self.block = in_file, block
+        self.in_file, self.block, self.tolerance = in_file, block, tolerance
         self._headers: dict[tuple[str, ...], list[tuple[LayerPlan, int]]] = {}
         all_methods = methods + narrow
         self.calibrated = any("inputs" in find_method(name).settings(**given).needs() for name, given in all_methods)
@@ -75,6 +79,7 @@ class Shares:
         self._finals: dict[str, Plan] = {}  # the last ones that fit
         self._carried_out: set[str] = set()  # what they are, as JSON
         self._in_order: dict[tuple[Any, ...], LayerPlan] = {}  # the last ones that fit
+        self._by_itself: dict[str, LayerPlan] = {}  # the last ones that fit
         self.curves: dict[str, list[Candidate]] = {}
         self.sensitivity: dict[str, float] = {}
         self.left_dense: dict[str, str] = {}
@@ -90,17 +95,14 @@ class Shares:
         every = SPARSELY if len(names) > MANY_LAYERS else 1
         narrow = {name for name in names if max(self.problem.network.shape(name)) <= WIDEST}
         methods = {name: self.methods + (self.narrow if name in narrow else ()) for name in names}
-        shared = self.problem, inputs, methods, most, every, self.block
+        shared = self.problem, inputs, methods, most, every, self.block, self.tolerance
         made = each(candidates_of, names, shared, self.workers, self.cluster)
         found = dict(tqdm(made, total=len(names), desc="candidates", unit="layer", disable=None))
         del inputs, shared
         self.problem.calibration.forget()
         self.left_dense = left_dense | {name: "no form of it is smaller" for name in names if len(found[name]) < 2}
-        self.curves = {
-            name: [replace(c, bytes=c.bytes + self._around(name, c.layer, c.bytes)) for c in found[name]]
-            for name in names
-        }
-        hulls = {name: hull(found) for name, found in self.curves.items()}
+        self.curves = {name: self._in_file(name, found[name]) for name in names}
+        hulls = {name: hull([c for c in found if not c.formless]) for name, found in self.curves.items()}
         self.sensitivity = sensitivity = dict.fromkeys(self.curves, 1.0)
         noise, chains = self.trials.judge.noise, self.problem.network.chain
         for name in tqdm(self.curves, desc="sensitivities", unit="layer", disable=None):
@@ -113,6 +115,15 @@ class Shares:
         if math.isinf(most) and all(len(curve) < 2 for curve in self.curves.values()):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.left_dense.items())
             raise SlrpropError(f"no layer can be made smaller ({reasons})")
+
+    def _in_file(self, name: str, curve: list[Candidate]) -> list[Candidate]:
+        """A layer's candidates with their bytes in the file; what those without a form have around them is that of others of their kind."""
+        around = dict[Any, int]()
+        for c in sorted(curve, key=lambda c: (c.formless, -c.bytes)):
+            kind = c.layer and kind_of(c.layer)
+            around[id(c)] = around[kind] if c.formless else self._around(name, c.layer, c.bytes)
+            around[kind] = around[id(c)]
+        return [replace(c, bytes=c.bytes + around[id(c)]) for c in curve]
 
     def time(self, times: Times) -> None:
         """Measure what the candidates take in time; a layer with no faster one stays as it is."""
@@ -129,6 +140,19 @@ class Shares:
         """Take a layer's candidates away."""
         self.curves[name] = self.curves[name][:1]
         self.left_dense = self.left_dense | {name: why}
+
+    def alone(self, plan: Plan) -> Plan:
+        """A plan of candidates, those without a form fitted now, each by itself."""
+        keys = {layer.name: Plan((layer,)).to_json() for layer in plan.layers if layer.fit is None}
+        missing = tuple(
+            layer for layer in plan.layers if layer.name in keys and keys[layer.name] not in self._by_itself
+        )
+        made = {layer.name: layer for layer in fitted(self.problem, Plan(missing), False, {}).layers}
+        now = {name: made.get(name) or self._by_itself[key] for name, key in keys.items()}
+        self._by_itself |= {keys[name]: layer for name, layer in made.items()}
+        while sum(layer.bytes for layer in self._by_itself.values()) > bound() // 4:
+            del self._by_itself[next(iter(self._by_itself))]
+        return replace(plan, layers=tuple(now.get(layer.name, layer) for layer in plan.layers))
 
     def final(self, plan: Plan) -> Plan:
         """A plan of candidates as it is carried out: its calibrated layers fitted one after the other, then tuned if asked."""
@@ -184,12 +208,12 @@ class Shares:
 
     def _groups(self) -> list[dict[str, list[Candidate]]]:
         """All candidates that none beats, and those of each method and width of numbers alone: predictions compare them badly."""
-        kinds = sorted({group_of(candidate) for curve in self.curves.values() for candidate in curve[1:]})
+        kinds = sorted({group_of(c.layer) for curve in self.curves.values() for c in curve if c.layer is not None})
 
         def group(*some: tuple[str, int, str]) -> dict[str, list[Candidate]]:
             curves = self.curves.items()
             return {
-                name: undominated([c for c in curve if c.layer is None or group_of(c) in some])
+                name: undominated([c for c in curve if c.layer is None or group_of(c.layer) in some])
                 for name, curve in curves
             }
 
@@ -203,7 +227,9 @@ class Shares:
         places = [(group, best_places(group, self.sensitivity, limit)) for group in groups]
         rated = [(self._damage(group, place), group, place) for group, place in places if place is not None]
         least = min((damage for damage, *_ in rated), default=0.0)
-        near = [(group, self._chosen(group, place)) for damage, group, place in rated if damage <= BADLY * least]
+        near = [
+            (group, self.alone(self._chosen(group, place))) for damage, group, place in rated if damage <= BADLY * least
+        ]
         return [group for group, _ in sorted(near, key=lambda one: self.trials.evaluate(one[1]).divergence)[:LIKELY]]
 
     @property

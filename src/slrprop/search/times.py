@@ -49,11 +49,11 @@ class Times:
         seconds = {place: shares[""] * layer.calls * (shares[key] if key else 1.0) for place, key in keys.items()}
         timed: dict[tuple[str, int, str], list[tuple[int, float]]] = {}
         for c in curve[1:]:
-            if id(c) in keys:
-                timed.setdefault(group_of(c), []).append((numbers[id(c)], seconds[id(c)]))
+            if id(c) in keys and c.layer is not None:
+                timed.setdefault(group_of(c.layer), []).append((numbers[id(c)], seconds[id(c)]))
         for c in curve[1:]:
-            if c.layer is not None and c.layer.factors is None and group_of(c) in timed:
-                seconds[id(c)] = float(np.interp(numbers[id(c)], *np.array(sorted(timed[group_of(c)])).T))
+            if c.layer is not None and c.formless and group_of(c.layer) in timed:
+                seconds[id(c)] = float(np.interp(numbers[id(c)], *np.array(sorted(timed[group_of(c.layer)])).T))
         slow = {place for place, taken in seconds.items() if not taken <= seconds[id(curve[0])]}
         return [replace(c, seconds=math.nan if id(c) in slow else seconds.get(id(c), math.nan)) for c in curve]
 

@@ -14,6 +14,7 @@ from slrprop.data import Batch, Data
 from slrprop.errors import SlrpropError
 from slrprop.forms import Fit
 from slrprop.losses import rows_of
+from slrprop.memory import bound
 from slrprop.network.base import Changing, Flow, Network, gradients_along, require_finite
 from slrprop.network.chain import Chain, Linear, fold
 from slrprop.network.layer import Layer
@@ -55,9 +56,10 @@ class OnnxNetwork(Network):
             self._paths = {name: self.graph.follow(layer) for name, layer in self.graph.layers.items()}
             self._reads = {name: layer.x for name, layer in self.graph.layers.items()}
         self._cut: Cut | None = None
+        self._held: dict[str, Tensor] = {}  # the last weight, if it is small
         self.pieces: dict[
             str, Any
-        ] = {}  # of the graph, by the layer that they lead to (:mod:`~slrprop.network.onnx.lockstep`)
+        ] = {}  # of the graph, by the layer that they lead to (:mod:`slrprop.network.onnx.lockstep`)
         self.reading = reading_of
         if data is not None:
             batch = next(iter(data))
@@ -156,8 +158,12 @@ class OnnxNetwork(Network):
         return elsewhere(self.file.proto.graph, weights)
 
     def weight(self, name: str) -> Tensor:
+        if name in self._held:  # asked for again and again while its layer is looked at
+            return self._held[name]
         with reading(self.file.path):
-            return tensor_of(self.graph.weight(self.layer(name)))
+            found = tensor_of(self.graph.weight(self.layer(name)))
+        self._held = {name: found} if found.nbytes <= bound() // 16 else {}
+        return found
 
     def bias(self, name: str) -> Tensor | None:
         with reading(self.file.path):
