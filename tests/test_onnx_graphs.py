@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 import slrprop
 from slrprop import SlrpropError, cli
 from slrprop.data import Data
-from slrprop.network import OnnxNetwork, onnx_rewrite
+from slrprop.network import OnnxNetwork
 from slrprop.network.junction import Junction
+from slrprop.network.onnx import rewrite as onnx_rewrite
 from tests.onnx_models import run
 
 

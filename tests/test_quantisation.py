@@ -13,7 +13,8 @@ from benchmarks import quantisation
 from slrprop import SlrpropError, cli
 from slrprop.fit.quantize import bias_in_few_bits, quantised
 from slrprop.forms import Dense, Fit, LowRank, SparseLowRank
-from slrprop.network import OnnxNetwork, onnx_rewrite
+from slrprop.network import OnnxNetwork
+from slrprop.network.onnx import rewrite as onnx_rewrite
 
 
 def outputs(path, x):

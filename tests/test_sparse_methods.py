@@ -13,8 +13,9 @@ from onnx import TensorProto
 from sklearn.linear_model import Lasso, MultiTaskLasso
 
 import slrprop
-from slrprop import SlrpropError, sparsity
+from slrprop import SlrpropError
 from slrprop.data import Data
+from slrprop.fit import sparsity
 from slrprop.fit.quantize import quantised
 from slrprop.fit.sparsity import SupportedSquares, damped, largest, largest_per_output, least_squares, squared_error
 from slrprop.forms import Quantized
