@@ -21,13 +21,10 @@ from weakref import WeakValueDictionary
 import ml_dtypes
 import numpy as np
 import onnx
-import onnxruntime
-import torch
 from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 
 from slrprop.errors import SlrpropError, first_line
 from slrprop.files import Outputs, replacing, together
-from slrprop.forms.quantized import packed
 from slrprop.network.onnx.tensors import (
     GRAPH,
     INITIALIZER,
@@ -116,7 +113,8 @@ class OnnxFile:
         """Who makes and reads each tensor."""
         from slrprop.network.onnx.graph import Graph  # which stands on files
 
-        return Graph(self)
+        with reading(self.path):
+            return Graph(self)
 
     @property
     def opset(self) -> int:
@@ -179,7 +177,7 @@ class OnnxFile:
             array = np.asarray(array, order="C")  # numbers without axes stay so
             tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
             if array.dtype == ml_dtypes.int4:
-                tensor.raw_data = packed(torch.from_numpy(array.astype(np.int8)), 4).numpy().tobytes()
+                tensor.raw_data = numpy_helper.from_array(array).raw_data
             elif array.nbytes < LARGE:
                 tensor.raw_data = array.tobytes()
             else:
@@ -313,6 +311,9 @@ class Session:
     """An ONNX Runtime session on the CPU; large tensors stay where the :class:`OnnxFile` has them."""
 
     def __init__(self, file: OnnxFile, proto: ModelProto, outputs: list[str]) -> None:
+        import onnxruntime
+        import torch
+
         self.outputs = outputs
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()

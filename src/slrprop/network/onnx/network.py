@@ -17,7 +17,6 @@ from slrprop.losses import rows_of
 from slrprop.network.base import Changing, Flow, Network, gradients_along, require_finite
 from slrprop.network.chain import Chain, Linear, fold
 from slrprop.network.layer import Layer
-from slrprop.network.onnx.census import elsewhere
 from slrprop.network.onnx.constants import tensor_of
 from slrprop.network.onnx.cut import Cut
 from slrprop.network.onnx.feed import Feed, Part, input_dtype, unpadded
@@ -46,10 +45,9 @@ class OnnxNetwork(Network):
         self.file = model if isinstance(model, OnnxFile) else OnnxFile.open(model)
         with reading(self.file.path):
             self.graph = self.file.graph
-            tied = self.graph.tied()
             super().__init__(
                 {
-                    name: Layer(name, place.operator, place.shape, tied=tied[name], held=place.held)
+                    name: Layer(name, place.operator, place.shape, tied=place.tied, held=place.held)
                     for name, place in self.graph.layers.items()
                 }
             )
@@ -151,11 +149,10 @@ class OnnxNetwork(Network):
         return self.file.numbers
 
     def itemsize(self, name: str) -> int:
-        return self.graph.constants[self.layer(name).weight].dtype.itemsize
+        return self.graph.itemsize(name)
 
     def elsewhere(self) -> Mapping[str, int]:
-        weights = {self.graph.constants[layer.weight].root for layer in self.graph.layers.values()}
-        return elsewhere(self.file.proto.graph, weights)
+        return self.graph.elsewhere()
 
     def weight(self, name: str) -> Tensor:
         with reading(self.file.path):
