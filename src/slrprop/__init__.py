@@ -8,10 +8,10 @@ from slrprop.lazy import lazily
 if TYPE_CHECKING:
     from slrprop import relevance as relevance
     from slrprop.api import apply as apply
-    from slrprop.api import inspect as inspect
     from slrprop.api import plan as plan
     from slrprop.errors import SlrpropError as SlrpropError
     from slrprop.export import export_onnx as export_onnx
+    from slrprop.inspection import inspect as inspect
     from slrprop.measure import measure as measure
     from slrprop.network.onnx.parity import Parity as Parity
     from slrprop.plan import Plan as Plan
@@ -27,6 +27,6 @@ __version__ = "0.1.0"
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reads it when it is loaded, so before all imports
 lazily(__name__, {
-    "api": "apply inspect plan", "errors": "SlrpropError", "export": "export_onnx", "measure": "measure", "network.onnx.parity": "Parity",
+    "api": "apply plan", "errors": "SlrpropError", "export": "export_onnx", "inspection": "inspect", "measure": "measure", "network.onnx.parity": "Parity",
     "plan": "Plan", "search.compress": "compress", "search.result": "BudgetError", "storage": "load save", "tune": "TuneSettings tune",
 })  # fmt: skip

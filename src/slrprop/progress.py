@@ -42,9 +42,9 @@ class Progress(tqdm):  # type: ignore[misc]
     def line(self) -> str:
         """How far the work is, in words."""
         if not self.total:
-            return f"{self.desc}{self.n} so far"
+            return f"{self.desc}: {self.n} so far"
         done, left = self.n - self.initial, "time left not known yet"
         if done:
             seconds = (self._time() - self.start_t) / done * (self.total - self.n)
             left = f"about {seconds:.0f} s left" if seconds < 100 else f"about {seconds / 60:.0f} min left"
-        return f"{self.desc}{100 * self.n / self.total:.0f} %, {self.n} of {self.total}, {left}"
+        return f"{self.desc}: {100 * self.n / self.total:.0f} %, {self.n} of {self.total}, {left}"
