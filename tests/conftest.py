@@ -1,3 +1,5 @@
+import copy
+import functools
 from collections import OrderedDict
 
 import numpy as np
@@ -5,8 +7,26 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+import slrprop
 
 torch.set_num_threads(1)
+
+
+def _translated_once(made):
+    """torch's exporter translates its library of operators anew for every file, which takes half of its time; what it changes is a copy."""
+    made = functools.cache(made)
+
+    def registry(*given, **named):
+        found = copy.copy(made(*given, **named))
+        found.functions = {target: list(known) for target, known in found.functions.items()}
+        return found
+
+    return registry
+
+
+ONNXRegistry.from_torchlib = staticmethod(_translated_once(ONNXRegistry.from_torchlib))
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +51,7 @@ def fitted(model, digits, epochs):
 
 
 @pytest.fixture(scope="session")
-def trained(digits):
+def trained_dense(digits):
     """A 64-96-80-10 network trained on 1200 digits; never changed by a test."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 80), nn.ReLU(), nn.Linear(80, 10))
@@ -39,8 +59,8 @@ def trained(digits):
 
 
 @pytest.fixture(scope="session")
-def trained_dense(trained):
-    return trained
+def trained(trained_dense):
+    return trained_dense
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +79,18 @@ def calibration(digits):
     """300 training samples."""
     x, y = digits
     return x[:300], y[:300]
+
+
+@pytest.fixture(scope="session")
+def exported(trained_dense, trained_convolutions, digits, tmp_path_factory):
+    """The files of the trained networks, by the network; never changed by a test."""
+    folder = tmp_path_factory.mktemp("exported")
+
+    @functools.cache
+    def file_of(model):
+        path = folder / ("dense.onnx" if model is trained_dense else "convolutions.onnx")
+        assert model in (trained_dense, trained_convolutions)
+        slrprop.export_onnx(model, path, digits[0][:5])
+        return path
+
+    return file_of

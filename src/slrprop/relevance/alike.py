@@ -90,8 +90,8 @@ def _run(name: str, *tensors: Tensor) -> None:
     """One of the compiled loops, in as many threads as torch has."""
     import numba
 
-    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    threads = min(torch.get_num_threads(), most)
+    most, asked = numba.config.NUMBA_NUM_THREADS, torch.get_num_threads()  # type: ignore[attr-defined]
+    threads = min(asked, most)
     with RUNNING:
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
@@ -99,6 +99,7 @@ def _run(name: str, *tensors: Tensor) -> None:
             getattr(loops(), name)(*(tensor.contiguous().numpy() for tensor in tensors), threads)
         finally:
             numba.set_num_threads(before)
+            torch.set_num_threads(asked)  # numba's pool of OpenMP threads may have changed them
 
 
 def _gathered(source: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
