@@ -1,6 +1,6 @@
 import copy
 import functools
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import numpy as np
 import pytest
@@ -12,6 +12,34 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 import slrprop
 
 torch.set_num_threads(1)
+QUICK = 60.0  # seconds that the tests of --quick took together, whatever worker they ran in
+took = Counter()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="the fastest tests: those that took a minute together")
+
+
+def pytest_runtest_logreport(report):
+    took[report.nodeid] += report.duration
+
+
+def pytest_sessionfinish(session):
+    if not hasattr(session.config, "workerinput") and getattr(session.config, "cache", None) is not None:
+        session.config.cache.set("slrprop/seconds", session.config.cache.get("slrprop/seconds", {}) | took)
+
+
+def pytest_collection_modifyitems(config, items):
+    """With --quick the fastest tests, as they took when they last ran; of tests that never ran the first case."""
+    if config.getoption("quick"):
+        known, chosen, total = config.cache.get("slrprop/seconds", {}), set(), 0.0
+        cases = {item.nodeid.partition("[")[0]: item.nodeid for item in reversed(items)}
+        for item in sorted(items, key=lambda item: known.get(item.nodeid, 0.0)):
+            total += known.get(item.nodeid, 0.0)
+            if total <= QUICK and (item.nodeid in known or item.nodeid in cases.values()):
+                chosen.add(item)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
 
 
 def _translated_once(made):

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
+from slrprop import network
 from slrprop.errors import SlrpropWarning, printable
-from slrprop.network.layer import Contents
 from slrprop.network.onnx.census import forms_of, is_own
 from slrprop.network.onnx.file import OnnxFile
 
@@ -44,7 +44,8 @@ class Inspection(list[LayerInfo]):
 
 def inspect(model: Model) -> Inspection:
     """The layers of a torch module or an ONNX file, in the order of its modules or nodes, and what else holds numbers."""
-    holds, found = _contents(model), Inspection()
+    found = Inspection()  # a file's graph needs no torch, which takes seconds to load
+    holds = OnnxFile.open(model).graph if isinstance(model, (str, Path)) else network.open_network(model, None)
     warn_if_compressed(model)
     total, found.other = max(1, holds.number_bytes), holds.other_numbers()
     for name in holds.names:
@@ -53,14 +54,6 @@ def inspect(model: Model) -> Inspection:
         share = m * n * holds.itemsize(name) / total
         found.append(LayerInfo(name, (m, n), m * n, share, (m * n - 1) // (m + n), tied))
     return found
-
-
-def _contents(model: Model) -> Contents:
-    if isinstance(model, (str, Path)):
-        return OnnxFile.open(model).graph  # without torch and ONNX Runtime, which take seconds to load
-    from slrprop.network import open_network
-
-    return open_network(model, None)
 
 
 def warn_if_compressed(model: Model | OnnxFile) -> None:

@@ -7,8 +7,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-NEVER = sys.maxsize  # steps until the work itself shows how far it is
-
 
 class Progress(tqdm):  # type: ignore[misc]
     """tqdm's bar; where standard error is no terminal, tqdm's monitor asks for a line instead, however long a step takes.
@@ -19,9 +17,9 @@ class Progress(tqdm):  # type: ignore[misc]
     quiet = False
 
     def __init__(self, *given: Any, disable: bool = False, **settings: Any) -> None:
-        self.lines, self.told = not sys.stderr.isatty(), time.monotonic()
-        settings |= {"miniters": NEVER, "leave": False} if self.lines else {}
-        super().__init__(*given, disable=disable or self.quiet, mininterval=1, maxinterval=self.monitor_interval, **settings)  # fmt: skip
+        self.lines, self.told, every = not sys.stderr.isatty(), time.monotonic(), self.monitor_interval
+        settings |= {"miniters": sys.maxsize, "leave": False} if self.lines else {}
+        super().__init__(*given, disable=disable or self.quiet, mininterval=1, maxinterval=every, **settings)
 
     def __iter__(self) -> Iterator[Any]:
         with self:
@@ -33,18 +31,16 @@ class Progress(tqdm):  # type: ignore[misc]
         """Show how far the work is."""
         if not self.lines:
             return super().display(msg, pos)
-        self.miniters = NEVER  # which the monitor has changed
+        self.miniters = sys.maxsize  # which the monitor has changed
         if msg is None and time.monotonic() - self.told > 0.9 * self.maxinterval:
             self.told = time.monotonic()
-            self.fp.write(f"{self.line()}\n")
+            print(self.line(), file=self.fp)
         return False
 
     def line(self) -> str:
         """How far the work is, in words."""
-        if not self.total:
-            return f"{self.desc}: {self.n} so far"
-        done, left = self.n - self.initial, "time left not known yet"
-        if done:
-            seconds = (self._time() - self.start_t) / done * (self.total - self.n)
-            left = f"about {seconds:.0f} s left" if seconds < 100 else f"about {seconds / 60:.0f} min left"
-        return f"{self.desc}: {100 * self.n / self.total:.0f} %, {self.n} of {self.total}, {left}"
+        done = self.n - self.initial
+        seconds = (self._time() - self.start_t) / max(1, done) * ((self.total or self.n) - self.n)
+        left = f"about {seconds:.0f} s left" if seconds < 100 else f"about {seconds / 60:.0f} min left"
+        share = f"{100 * self.n / self.total:.0f} %, {self.n} of {self.total}" if self.total else f"{self.n} so far"
+        return f"{self.desc}: {', '.join([share, *([left] if done and self.total else [])])}"

@@ -41,9 +41,8 @@ BatchAxis = Annotated[
 ]
 
 
-def _hush(asked: bool) -> bool:
+def _hush(asked: bool) -> None:
     importlib.import_module("slrprop.progress").Progress.quiet = asked
-    return asked
 
 
 Quiet = Annotated[bool, typer.Option("--quiet", callback=_hush, help="Show no progress.")]

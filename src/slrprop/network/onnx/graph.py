@@ -18,7 +18,7 @@ from slrprop.network.onnx.file import FLOATS, OnnxFile, Session, node_reads
 from slrprop.network.onnx.places import Finder, Place
 
 if TYPE_CHECKING:
-    from slrprop.network.chain import Affine, Element, Linear, Path, Walk
+    from slrprop.network.chain import Affine, Element, Path, Walk
 
 ACTIVATION_OPS = {"Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid"}
 POOLS = {"MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"}
@@ -200,7 +200,7 @@ class Graph(Contents):
     def follow(self, layer: Place) -> "Path":
         """What happens to a layer's output, as long as each channel goes its own way, or is read by a layer, and has no other use.
 
-        The layers on the path are named; their numbers are not read (see :meth:`linear`).
+        The layers on the path are named; their numbers are not read.
         """
         import torch
 
@@ -268,14 +268,6 @@ class Graph(Contents):
             return op if op in POOLS else None
         walk.maps = False
         return "same"
-
-    def linear(self, name: str) -> "Linear":
-        """A layer as an element of a path, its numbers read."""
-        from slrprop.network.chain import Linear
-
-        layer = self.layers[name]
-        weight, bias = tensor_of(self.weight(layer)), self.bias(layer)
-        return Linear(weight, weight.new_zeros(layer.shape[1]) if bias is None else tensor_of(bias), name)
 
     def _element(self, node: NodeProto, tensor: str, walk: "Walk", flat: bool) -> "Element | None":
         """The node as an element, ``"same"`` where it changes nothing, None where it is neither."""

@@ -120,10 +120,14 @@ class OnnxNetwork(Network):
             elements, whole = self._paths[name][:2]
             dense = whole and isinstance(self.operator(name), MatMul)
             with reading(self.file.path):
-                real = [self.graph.linear(e.name) if isinstance(e, Linear) and e.name else e for e in elements if dense]
+                real = [self._linear(e.name) if isinstance(e, Linear) and e.name else e for e in elements if dense]
                 like = torch.ones(self.shape(name)[1], dtype=self.dtype(name))
                 self._chains = {name: fold(real, like) if dense else None}
         return super().chain(name)
+
+    def _linear(self, name: str) -> Linear:
+        weight, bias = self.weight(name), self.bias(name)
+        return Linear(weight, weight.new_zeros(weight.shape[1]) if bias is None else bias, name)
 
     def forget(self) -> None:
         self._chains.clear()
