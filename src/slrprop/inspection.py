@@ -44,7 +44,8 @@ class Inspection(list[LayerInfo]):
 
 def inspect(model: Model) -> Inspection:
     """The layers of a torch module or an ONNX file, in the order of its modules or nodes, and what else holds numbers."""
-    found = Inspection()  # a file's graph needs no torch, which takes seconds to load
+    found = Inspection()
+    # of a file the graph alone: it needs no torch, which takes seconds to load
     holds = OnnxFile.open(model).graph if isinstance(model, (str, Path)) else network.open_network(model, None)
     warn_if_compressed(model)
     total, found.other = max(1, holds.number_bytes), holds.other_numbers()

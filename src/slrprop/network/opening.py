@@ -18,8 +18,6 @@ from slrprop.network.torch import fold as torch_fold
 from slrprop.network.torch.lockstep import TorchLockstep
 from slrprop.network.torch.network import TorchNetwork
 
-__all__ = ["Lockstep", "Network", "OnnxNetwork", "TorchNetwork", "folded", "in_lockstep", "open_network"]
-
 
 def open_network(
     model: nn.Module | OnnxFile | str | Path, data: Data | None, reading: Reading | None = None
