@@ -14,7 +14,7 @@ demo: .venv/installed
 test: .venv/installed lint
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/pytest
 
-# the fastest tests, which took a minute together when they last ran, on two cores half of that
+# the fastest tests: those that together took a tenth of the time when all last ran
 quick: .venv/installed
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/pytest --quick
 
