@@ -32,13 +32,15 @@ def fields_of(method):
 @pytest.mark.parametrize("method", METHODS, scope="class")  # so tests of one method stand together
 class TestEveryMethod:
     @pytest.fixture(scope="class")
-    def trained(self, method, request):
+    @classmethod
+    def trained(cls, method, request):
         """Dense layers; convolutions under the same names for methods that treat no others."""
         dense = METHODS[method].settings().treats(MatMul())
         return request.getfixturevalue("trained_dense" if dense else "trained_convolutions")
 
     @pytest.fixture(scope="class")
-    def plan(self, method, trained, calibration):
+    @classmethod
+    def plan(cls, method, trained, calibration):
         """Made once, and changed by no test."""
         made = slrprop.plan(trained, calibration, method=method, layers=LAYERS, rank=6)
         before = copy.deepcopy(made)
