@@ -154,6 +154,20 @@ def test_compiled_loops_equal_one_neuron_after_the_other(widths, dtype, rows, mo
     assert not list(alike.behind_one(z[0], 0 * x, left @ right, weights[0]))
 
 
+@pytest.mark.skipif(alike.loops() is None, reason="needs numba")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_compiled_loops_leave_torch_its_threads(threads):
+    """Numba's pool may be torch's own: with more threads than it asked for, small products take many times longer."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        x, weight = torch.randn(40, 30).relu(), torch.randn(20, 5)
+        assert list(alike.behind_one(torch.randn(40, 20), x, torch.randn(30, 20), weight))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_samples_are_near_their_reference():
     """Every sample is in one group, and differs from its reference in fewer units than from one reference for all."""
     torch.manual_seed(1)

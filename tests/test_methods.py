@@ -29,17 +29,26 @@ def fields_of(method):
     return {field.name for field in fields(METHODS[method].settings)}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS, scope="class")  # so tests of one method stand together
 class TestEveryMethod:
-    @pytest.fixture
-    def trained(self, method, request):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def trained(cls, method, request):
         """Dense layers; convolutions under the same names for methods that treat no others."""
         dense = METHODS[method].settings().treats(MatMul())
         return request.getfixturevalue("trained_dense" if dense else "trained_convolutions")
 
-    @pytest.fixture
-    def plan(self, method, trained, calibration):
-        return slrprop.plan(trained, calibration, method=method, layers=LAYERS, rank=6)
+    @pytest.fixture(scope="class")
+    @classmethod
+    def plan(cls, method, trained, calibration):
+        """Made once, and changed by no test."""
+        made = slrprop.plan(trained, calibration, method=method, layers=LAYERS, rank=6)
+        before = copy.deepcopy(made)
+        yield made
+        assert made.to_json() == before.to_json()
+        for mine, theirs in zip(made.layers, before.layers, strict=True):
+            arrays = mine.factors.arrays()
+            assert all(torch.equal(arrays[name], value) for name, value in theirs.factors.arrays().items())
 
     def test_every_setting_is_held_to_its_annotation(self, method):
         settings = METHODS[method].settings
@@ -131,15 +140,14 @@ class TestEveryMethod:
             assert torch.equal(slrprop.apply(trained, made)(calibration[0]), trained(calibration[0]))
 
     @pytest.mark.parametrize("bits", [8, 4])
-    def test_quantised_in_torch_and_in_onnx(self, method, bits, trained, calibration, digits, tmp_path):
-        x = digits[0]
+    def test_quantised_in_torch_and_in_onnx(self, method, bits, trained, calibration, digits, exported, tmp_path):
+        x, model = digits[0], exported(trained)
         made = slrprop.plan(trained, calibration, method=method, layers=LAYERS, rank=6, bits=bits)
         packed = [layer for layer in made.layers if isinstance(layer.factors, Quantized)]
         assert {layer.name for layer in packed} == set(LAYERS)
         small = slrprop.apply(trained, made)
         assert slrprop.export_onnx(small, tmp_path / "torch.onnx", x[:5]) < 1e-4
         made.save(tmp_path / "plan.json")
-        slrprop.export_onnx(trained, tmp_path / "model.onnx", x[:5])
         slrprop.save(small, tmp_path / "small.safetensors")
         again = slrprop.load(trained, tmp_path / "small.safetensors")
         assert torch.equal(again(x), small(x))
@@ -148,12 +156,12 @@ class TestEveryMethod:
         loaded = slrprop.Plan.load(tmp_path / "plan.json")
         assert torch.equal(slrprop.apply(trained, loaded)(x), again(x))
         # the same through the ONNX door, where the plan is made for the file
-        through = slrprop.plan(tmp_path / "model.onnx", calibration, method=method, rank=6, bits=bits)
-        parity = slrprop.apply(tmp_path / "model.onnx", through, tmp_path / "small.onnx", calibration)
+        through = slrprop.plan(model, calibration, method=method, rank=6, bits=bits)
+        parity = slrprop.apply(model, through, tmp_path / "small.onnx", calibration)
         assert max(parity.outputs.values()) < 1e-4
         stored = sum(layer.bytes for layer in through.layers)
         dense = sum(4 * m * n for m, n in (layer.shape for layer in through.layers))
-        saved = (tmp_path / "model.onnx").stat().st_size - (tmp_path / "small.onnx").stat().st_size
+        saved = model.stat().st_size - (tmp_path / "small.onnx").stat().st_size
         assert saved > 0.7 * (dense - stored) - 6000  # nodes and names take some
 
 

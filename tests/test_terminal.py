@@ -1,8 +1,12 @@
 """What reaches the terminal is what was meant, and nothing else leaves the machine or stays on it."""
 
+import json
 import os
+import pty
+import re
 import subprocess
 import sys
+import termios
 
 import numpy as np
 import onnx
@@ -11,8 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 import slrprop
-from slrprop import cli
+from slrprop import cli, parallel, progress
 from slrprop.errors import SlrpropError, printable
+from slrprop.progress import Progress
 from slrprop.report.layout import _plain
 
 HOSTILE = "[/]\x1b[2J\nfake: 1\u202egnp"
@@ -121,3 +126,69 @@ def test_nothing_is_sent_and_no_file_is_left_elsewhere(hostile, tmp_path):
     assert sorted(path.name for path in work.iterdir()) == ["d.npz", "m.onnx", "o.onnx"]
     assert list(home.rglob("*")) == []
     assert run("socket").returncode < 0, "the check itself must be able to fail"
+
+
+def tuned(prelude, *arguments, stderr=subprocess.PIPE):
+    """A command in a process of its own, whose progress is told every few hundredths of a second."""
+    code = "import sys; from slrprop.cli import main; from slrprop.progress import Progress; Progress.monitor_interval = 0.02\n"
+    command = [sys.executable, "-c", f"{code}{prelude}\nmain()", *map(str, arguments)]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=300)
+
+
+def test_where_no_terminal_is_lines_say_how_far_the_work_is_and_quiet_says_nothing(hostile, tmp_path):
+    path, data = hostile
+    command = ["compress", path, "--calibration", data, "--max-bytes", "70%", "--level", "tuned", "--method", "low_rank",
+               "--run-dir", tmp_path / "run", "-o", tmp_path / "c.onnx", "--json"]  # fmt: skip
+    told = tuned("", *command)
+    assert told.returncode == 0, told.stderr
+    lines = [line for line in told.stderr.splitlines() if not line.startswith("note: ")]
+    known = r"tuning: \d+ %, \d+ of \d+(, about \d+ (s|min) left)?"
+    assert "\r" not in told.stderr and any(re.fullmatch(known, line) for line in lines), told.stderr
+    quiet = tuned("", *command, "--quiet")
+    assert quiet.returncode == 0 and not [line for line in quiet.stderr.splitlines() if not line.startswith("note: ")]
+    for printed in (told.stdout, quiet.stdout):
+        assert json.loads(printed)["file"] == str(tmp_path / "c.onnx")
+
+
+def test_a_terminal_shows_a_bar():
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    code = "from slrprop.progress import Progress\nlist(Progress(range(3), desc='fitting layers'))\nProgress.quiet = True\nlist(Progress(range(4)))"
+    done = subprocess.run([sys.executable, "-c", code], stderr=theirs)
+    os.close(theirs)
+    shown = os.read(ours, 10000).decode()
+    os.close(ours)
+    assert done.returncode == 0 and "fitting layers: 100%|" in shown and "3/3" in shown and "/4" not in shown
+
+
+def test_a_line_has_the_stage_its_share_and_what_is_left_and_comes_every_ten_seconds(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with Progress(total=30, desc="fitting layers", unit="layer") as bar:
+        bar._time = lambda: bar.start_t + clock[0]
+        seen = []
+        for clock[0], done in ((5, 3), (10, 12), (15, 13), (20, 14), (700, 15)):
+            bar.n = done
+            bar.miniters = 1  # as tqdm's monitor does before it asks
+            bar.refresh()
+            bar.update(0)
+            assert bar.miniters > 1e9, "the work itself never shows a line"
+            seen.append(capsys.readouterr().err)
+    assert seen[0] == seen[2] == "" == capsys.readouterr().err
+    assert seen[1] == "fitting layers: 40 %, 12 of 30, about 15 s left\n"
+    assert seen[3] == "fitting layers: 47 %, 14 of 30, about 23 s left\n"
+    assert seen[4] == "fitting layers: 50 %, 15 of 30, about 12 min left\n"
+    begun, open_ended = Progress(total=4, desc="tuning"), Progress(iter("ab"), desc="cost of head")
+    assert begun.line() == "tuning: 0 %, 0 of 4"
+    assert open_ended.line() == "cost of head: 0 so far"
+    assert Progress.monitor_interval == 10
+
+
+def test_a_quiet_process_and_a_worker_show_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(Progress, "quiet", False)
+    runner.invoke(cli.app, ["plan", "none.onnx", "-o", "p.json", "--quiet"])
+    assert Progress.quiet and list(Progress(range(3))) == [0, 1, 2] and Progress(total=2).disable
+    runner.invoke(cli.app, ["plan", "none.onnx", "-o", "p.json"])
+    assert not Progress.quiet and not Progress(total=2).disable
+    parallel._start("call", ())
+    assert Progress.quiet

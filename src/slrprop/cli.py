@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+import slrprop
 from slrprop.checks import need_extra
 from slrprop.errors import SlrpropError, SlrpropWarning, printable
 from slrprop.files import raising_on_signals, together
@@ -23,6 +24,7 @@ from slrprop.terminal import (  # fmt: skip
     IgnoreLabel,
     Json,
     Metric,
+    Quiet,
     Workers,
     axes_of,
     parsed,
@@ -34,7 +36,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Make trained networks smaller and faster by rewriting their dense weights.",
 )
 
 OnnxFile = Annotated[Path, typer.Argument(help="An .onnx file.", show_default=False)]
@@ -49,6 +50,13 @@ Calibration = Annotated[
     Path | None,
     typer.Option("--calibration", help=".npz with one array per input of the model and optional 'targets', or .npy."),
 ]
+
+
+@app.callback(invoke_without_command=True)
+def start(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    """Make trained networks smaller and faster by rewriting their dense weights."""
+    if version:
+        typer.echo(slrprop.__version__)
 
 
 @app.command()
@@ -125,6 +133,7 @@ def plan(
     class_axis: ClassAxis = None,
     ignore_label: IgnoreLabel = None,
     batch_axis: BatchAxis = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Decide for each layer of an ONNX file what to do with it.
@@ -154,6 +163,7 @@ def apply_plan(
     calibration: Calibration = None,
     integer_products: IntegerProducts = False,
     batch_axis: BatchAxis = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Carry a plan out; the new file's outputs are compared (on the data, or on made-up inputs) before it is kept.
@@ -187,6 +197,7 @@ def measure(
     class_axis: ClassAxis = None,
     ignore_label: IgnoreLabel = None,
     batch_axis: BatchAxis = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Measure an ONNX file on labels or real targets, alone or against another file; without them against another file only.
@@ -254,6 +265,7 @@ def compress(
         bool, typer.Option(help="Leave batch norms where they are; else layers take in those right behind them.")
     ] = False,
     block: Annotated[int, typer.Option(help="Ranks under a budget on latency are multiples of it; 1: free.")] = 16,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Compress an ONNX file within a budget, checked on data the search did not see.

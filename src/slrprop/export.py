@@ -18,8 +18,9 @@ from slrprop.data import TARGET_KEYS, as_tensor, by_name
 from slrprop.errors import SlrpropError, first_line
 from slrprop.files import replacing, scratch
 from slrprop.forms import Dense
+from slrprop.network.onnx.census import OWN
 from slrprop.network.onnx.file import OnnxFile
-from slrprop.network.onnx.rewrite import OWN, placed
+from slrprop.network.onnx.rewrite import placed
 from slrprop.network.onnx.tensors import no_model
 from slrprop.network.torch.find import device_of, evaluating
 from slrprop.network.torch.modules import FactoredLayer, in_place_of_layers

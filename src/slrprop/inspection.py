@@ -3,17 +3,17 @@
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Union
 
-from torch import nn
-
+from slrprop import network
 from slrprop.errors import SlrpropWarning, printable
-from slrprop.network import open_network
-from slrprop.network.onnx.census import forms_of
+from slrprop.network.onnx.census import forms_of, is_own
 from slrprop.network.onnx.file import OnnxFile
-from slrprop.network.onnx.rewrite import is_own
-from slrprop.network.torch.modules import FactoredLayer
 
-Model = nn.Module | str | Path
+if TYPE_CHECKING:
+    from torch import nn
+
+Model = Union["nn.Module", str, Path]
 
 
 @dataclass(frozen=True)
@@ -44,27 +44,31 @@ class Inspection(list[LayerInfo]):
 
 def inspect(model: Model) -> Inspection:
     """The layers of a torch module or an ONNX file, in the order of its modules or nodes, and what else holds numbers."""
-    network, found = open_network(model, None), Inspection()
+    found = Inspection()
+    # of a file the graph alone: it needs no torch, which takes seconds to load
+    holds = OnnxFile.open(model).graph if isinstance(model, (str, Path)) else network.open_network(model, None)
     warn_if_compressed(model)
-    total, found.other = max(1, network.number_bytes), network.other_numbers()
-    for name in network.names:
-        m, n = network.shape(name)
-        tied = network.layers[name].tied
-        share = m * n * network.itemsize(name) / total
+    total, found.other = max(1, holds.number_bytes), holds.other_numbers()
+    for name in holds.names:
+        m, n = holds.shape(name)
+        tied = holds.layers[name].tied
+        share = m * n * holds.itemsize(name) / total
         found.append(LayerInfo(name, (m, n), m * n, share, (m * n - 1) // (m + n), tied))
     return found
 
 
 def warn_if_compressed(model: Model | OnnxFile) -> None:
     """Say it where a model's layers are compressed already."""
-    if isinstance(model, nn.Module):
-        found = {name: part.factors().kind for name, part in model.named_modules() if isinstance(part, FactoredLayer)}
-        own = bool(found)
-    elif not isinstance(model, (str, Path, OnnxFile)):
-        return  # what it is will be told where it is opened
-    else:
+    if isinstance(model, (str, Path, OnnxFile)):
         proto = (model if isinstance(model, OnnxFile) else OnnxFile.open(model)).proto
         found, own = forms_of(proto.graph), is_own(proto.graph)
+    elif not hasattr(model, "named_modules"):
+        return  # what it is will be told where it is opened
+    else:
+        from slrprop.network.torch.modules import FactoredLayer
+
+        found = {name: part.factors().kind for name, part in model.named_modules() if isinstance(part, FactoredLayer)}
+        own = bool(found)
     if own or any("bits" in form for form in found.values()):
         by = "by slrprop: give the original" if own else "by another tool: give the model of before"
         told = "; ".join(f"{name}: {form}" for name, form in found.items()) or "in real numbers"

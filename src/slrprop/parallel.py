@@ -5,17 +5,16 @@ import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from functools import partialmethod
 from typing import Any, TypeVar
 
 import torch
 from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import BrokenProcessPool
-from tqdm.auto import tqdm
 
 from slrprop.checks import need_extra, require_count
 from slrprop.errors import SlrpropError, first_line
 from slrprop.files import raising_on_signals, scratch
+from slrprop.progress import Progress
 
 RETRIES = 10  # times that a task runs again whose machine was lost
 
@@ -63,7 +62,7 @@ def _start(call: str, shared: tuple[Any, ...], folder: str | None = None) -> Non
     _shared.clear()
     _shared[call] = shared
     torch.set_num_threads(1)
-    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # bars of several processes would run into each other
+    Progress.quiet = True  # bars of several processes would run into each other
 
 
 def _numbered(function: Callable[..., Result], call: str, index: int, task: Any) -> tuple[int, Result]:

@@ -1,5 +1,6 @@
 """What the commands share: options and tables."""
 
+import importlib
 import json
 import sys
 from typing import Annotated, Any
@@ -38,6 +39,13 @@ BatchAxis = Annotated[
     list[str] | None,
     typer.Option("--batch-axis", help="Axis of the samples: of all inputs, or by input like x=1; may be repeated."),
 ]
+
+
+def _hush(asked: bool) -> None:
+    importlib.import_module("slrprop.progress").Progress.quiet = asked
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", callback=_hush, help="Show no progress.")]
 
 
 def axes_of(given: list[str] | None) -> int | dict[str, int] | None:

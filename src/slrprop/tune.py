@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from slrprop.checks import Count, Positive, Seed, hold
 from slrprop.data import Batch, Data, open_data
@@ -32,6 +31,7 @@ from slrprop.network.torch.modules import keep_factored
 from slrprop.network.torch.network import main_output, swapped
 from slrprop.operators import MatMul, Operator
 from slrprop.plan import LayerPlan, Plan
+from slrprop.progress import Progress
 
 HELD_OUT = 0.1  # of the data, to choose the epoch by
 LEAST_HELD_OUT = 1000  # few are mixed with one another again and again
@@ -126,9 +126,7 @@ def trained(
     ways = min(max(MIXTURES, -(-LEAST_MIXED // len(rest))), epochs) if mixing else 1
     partners, shares = mixtures(rest, ways)
     known = _kept(teacher, held_inputs, wanted, ways, len(rest))
-    with tqdm(
-        total=epochs * an_epoch, desc="tuning", unit="step", mininterval=1, disable=True if quiet else None
-    ) as bar:
+    with Progress(total=epochs * an_epoch, desc="tuning", unit="step", disable=quiet) as bar:
         for rate, passes in zip(RATES, (epochs - epochs // 2, epochs // 2), strict=True):
             layers.load_state_dict(kept)
             optimizer = torch.optim.Adam(layers.parameters(), rate * chosen.learning_rate, fused=True)

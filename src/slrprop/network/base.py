@@ -1,7 +1,6 @@
 """What every network offers, wherever its layers come from: names, order, what follows a layer, streams of data."""
 
 import hashlib
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
@@ -17,7 +16,7 @@ from slrprop.linalg import in_parts
 from slrprop.losses import IGNORED, LossName, pick_loss, rows_of
 from slrprop.network.chain import ACTIVATIONS, Affine, Chain, Element, Linear, Path
 from slrprop.network.junction import Junction
-from slrprop.network.layer import Layer
+from slrprop.network.layer import Contents, Layer
 from slrprop.network.reading import Raised, Reading, class_axis, embedding
 from slrprop.network.samples import Sampled
 from slrprop.operators import Lookup, Operator
@@ -41,11 +40,13 @@ class Flow(NamedTuple):
     calls: dict[str, list[tuple[Tensor, Tensor]]]
 
 
-class Network(Sampled):
+class Network(Sampled, Contents):
     """Layers by name, and the graph around them.
 
     ``order`` are those the data reaches, in order of execution; ``ending`` is ``softmax`` or ``log_softmax`` where that makes the output.
     """
+
+    layers: dict[str, Layer]
 
     def __init__(self, layers: dict[str, Layer]) -> None:
         super().__init__()
@@ -55,11 +56,6 @@ class Network(Sampled):
         self._reads: dict[str, Any] = {}  # by layer, what tells apart the tensors that they read
         self._paths: dict[str, Path] = {}
         self._chains: dict[str, Chain | None] = {}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All layers."""
-        return tuple(self.layers)
 
     def operator(self, name: str) -> Operator:
         """How a layer's weight is multiplied."""
@@ -78,16 +74,8 @@ class Network(Sampled):
         """Floating-point numbers the model stores, shared ones once."""
 
     @abstractmethod
-    def elsewhere(self) -> Mapping[str, int]:
-        """Bytes of numbers beside the layers' weights, by the kind of module or node that uses them."""
-
-    @abstractmethod
     def weight(self, name: str) -> Tensor:
         """The layer's weight in the articles' orientation, m x n (inputs x outputs)."""
-
-    @abstractmethod
-    def itemsize(self, name: str) -> int:
-        """Bytes that the model stores a number of the layer's weight in."""
 
     @abstractmethod
     def bias(self, name: str) -> Tensor | None:
@@ -119,29 +107,10 @@ class Network(Sampled):
             data: to see what follows each layer; None for a network that is only to be streamed.
         """
 
-    def other_numbers(self, treated: Collection[str] | None = None) -> str:
-        """:meth:`elsewhere` in words, what is 1 % of all and more; layers that are not ``treated`` are part of it."""
-        left = {name for name in self.names if treated is not None and name not in treated}
-        found = {**self.elsewhere(), "layers that stay": self._dense_bytes(left)}
-        parts, total = sorted(found.items(), key=lambda part: -part[1]), self.number_bytes
-        return ", ".join(f"{kind} {100 * size / total:.0f} %" for kind, size in parts if size and 100 * size >= total)
-
-    @property
-    def number_bytes(self) -> int:
-        """Bytes of all numbers."""
-        return self._dense_bytes(self.names) + sum(self.elsewhere().values())
-
-    def _dense_bytes(self, names: Iterable[str]) -> int:
-        return sum(math.prod(self.shape(name)) * self.itemsize(name) for name in names)
-
     def stays(self, name: str) -> str:
         """Why a layer can't be replaced whatever the method; empty where it can."""
         layer = self.layers[name]
         return f"its weight is also {', '.join(layer.tied)}" if layer.tied else layer.held
-
-    def shape(self, name: str) -> tuple[int, int]:
-        """(m, n) of a layer's weight."""
-        return self.layers[name].shape
 
     def stored(self, name: str, fit: Fit | None = None) -> int:
         """Bytes of a layer, with a fit if one is given, in the type that its numbers are stored in."""

@@ -127,12 +127,6 @@ class Convolution(Operator):
         return y.gather(2, places[:, None].expand(-1, y.shape[1], -1)).movedim(1, -1).flatten(0, 1)
 
 
-def same(side: int, places: int, step: int, reach: int, upper: bool) -> tuple[int, int]:
-    """The zeros before and behind an axis that ONNX's ``SAME_UPPER``, or ``SAME_LOWER``, puts there; with a step of 1 for any side."""
-    more = max(0, ((-(-side // step) - 1) * step - side + 1 if step > 1 else 0) + reach * (places - 1))
-    return (more // 2, more - more // 2) if upper else (more - more // 2, more // 2)
-
-
 def positions(first: int, samples: int, size: int) -> np.ndarray:
     """Places (samples x p) among ``size``, ascending: one in each of equal stretches, where in it the sample's number says."""
     if size <= POSITIONS:

@@ -90,14 +90,15 @@ def _run(name: str, *tensors: Tensor) -> None:
     """One of the compiled loops, in as many threads as torch has."""
     import numba
 
-    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    most, asked = numba.config.NUMBA_NUM_THREADS, torch.get_num_threads()  # type: ignore[attr-defined]
     with RUNNING:
         before = numba.get_num_threads()
-        numba.set_num_threads(min(torch.get_num_threads(), most))
+        numba.set_num_threads(min(asked, most))
         try:
             getattr(loops(), name)(*(tensor.contiguous().numpy() for tensor in tensors))
         finally:
             numba.set_num_threads(before)
+            torch.set_num_threads(asked)  # numba's pool of OpenMP threads may have changed them
 
 
 def _gathered(source: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from slrprop.data import Data
 from slrprop.forms import LowRank
@@ -14,6 +13,7 @@ from slrprop.losses import IGNORED, LossName, Point, check_labels, loss_point, r
 from slrprop.network.base import Changing, Flow, Network
 from slrprop.network.chain import Chain
 from slrprop.operators import Operator
+from slrprop.progress import Progress
 from slrprop.relevance.changes import Walk, chain_changes
 
 Baseline = Literal["truncated", "original"]
@@ -53,7 +53,7 @@ def cost_scores(
     """
     sums, held, chain = list[tuple[Tensor, Tensor, Tensor]](), list[Seen](), network.chain(name)
     original, samples, most = 0.0, 0, HELD // max(svd.vt.shape[1], svd.left.shape[0])
-    for flow in tqdm(network.stream((name,), data), desc=f"cost of {name}", unit="batch", disable=None, leave=False):
+    for flow in Progress(network.stream((name,), data), desc=f"cost of {name}", unit="batch", leave=False):
         target = flow.batch.targets
         chosen = network.loss(target, rows_of(flow.output), loss)
         output = rows_of(flow.output if chosen == "squared" else network.scores(flow.output))

@@ -12,7 +12,7 @@ from slrprop.errors import SlrpropError, printable
 from slrprop.files import holding, together
 from slrprop.research import module
 from slrprop.research.paper.commands import Output
-from slrprop.terminal import BatchAxis, ClassAxis, IgnoreLabel, Json, axes_of, show_json, show_table
+from slrprop.terminal import BatchAxis, ClassAxis, IgnoreLabel, Json, Quiet, axes_of, show_json, show_table
 
 
 def interpret(
@@ -98,7 +98,7 @@ def _drivers(effects: Any, top: int) -> list[list[tuple[int, float]]]:
     return [[(i, float(column[i])) for i in first] for first, column in zip(order, effects.T, strict=True)]
 
 
-def demo(output: Output = Path("build/demo"), as_json: Json = False) -> None:
+def demo(output: Output = Path("build/demo"), quiet: Quiet = False, as_json: Json = False) -> None:
     """Train a small network on scikit-learn's digits, compress it, measure it.
 
     Example: slrprop demo --output build/demo

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from slrprop.api import apply, plan
 from slrprop.errors import SlrpropError
@@ -16,6 +15,7 @@ from slrprop.export import export_onnx
 from slrprop.files import holding, made_folder, replacing, scratch, together
 from slrprop.latency import latencies
 from slrprop.measure import measure
+from slrprop.progress import Progress
 
 WIDTH, EPOCHS, BATCH = 768, 12, 64
 RANKS = (2, 4, 8, 16, 32, 64)
@@ -51,7 +51,7 @@ def train(x: Tensor, y: Tensor) -> nn.Module:
     wide = [part for _ in range(2) for part in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
     model = nn.Sequential(nn.Linear(64, WIDTH), nn.ReLU(), *wide, nn.Linear(WIDTH, 10))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in tqdm(range(EPOCHS), desc="training", unit="epoch", disable=None):
+    for _ in Progress(range(EPOCHS), desc="training", unit="epoch"):
         for chosen in torch.randperm(len(x)).split(BATCH):
             loss = nn.functional.cross_entropy(model(x[chosen]), y[chosen])
             optimizer.zero_grad()
@@ -78,12 +78,12 @@ def run(output: Path) -> tuple[list[Row], Row]:
     model = train(x[:TRAIN], y[:TRAIN])
     networks = {"original": model}
     for method in METHODS:
-        for rank in tqdm(RANKS, desc=method, unit="rank", disable=None):
+        for rank in Progress(RANKS, desc=method, unit="rank"):
             made = plan(model, (x[:TRAIN], y[:TRAIN]), method=method, layers=LAYERS, rank=rank)
             networks[f"{method}, rank {rank}"] = apply(model, made)
     with scratch() as folder:
         files = {name: folder / f"{index}.onnx" for index, name in enumerate(networks)}
-        for name, path in tqdm(files.items(), desc="exporting and checking", unit="file", disable=None):
+        for name, path in Progress(files.items(), desc="exporting and checking", unit="file"):
             export_onnx(networks[name], path, x[:4])
         times = latencies(files, [x[:1].numpy()], repetitions=200)
         rows = []

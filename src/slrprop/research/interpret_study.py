@@ -11,10 +11,10 @@ import torch
 from sklearn.datasets import load_breast_cancer
 from sklearn.model_selection import train_test_split
 from torch import nn
-from tqdm.auto import tqdm
 
 from slrprop.checks import require_choice
 from slrprop.parallel import each
+from slrprop.progress import Progress
 from slrprop.research.datasets import Dataset
 from slrprop.research.interpret import InformationControl, References, collapse
 from slrprop.research.store import Store
@@ -95,7 +95,7 @@ def run(
         task: [c for c in controls if any((*task, c, epoch) not in done for epoch in RECORDED)] for task in tasks
     }
     some = [(*task, tuple(left)) for task, left in missing.items() if left]
-    with tqdm(total=sum(map(len, missing.values())), desc=NAME, unit="network") as bar:
+    with Progress(total=sum(map(len, missing.values())), desc=NAME, unit="network") as bar:
         for (*_, left), _ in each(_train, some, (data, store), workers, cluster):
             bar.update(len(left))
     return len(RECORDED) * sum(map(len, missing.values()))

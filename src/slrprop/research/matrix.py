@@ -16,7 +16,7 @@ from slrprop.losses import rows_of
 from slrprop.network import OnnxNetwork, TorchNetwork, open_network
 from slrprop.network.base import Network
 from slrprop.network.onnx.constants import tensor_of
-from slrprop.network.onnx.file import Part
+from slrprop.network.onnx.feed import Part
 from slrprop.network.onnx.gradients import OPS, Behind, Op
 from slrprop.network.samples import alike
 from slrprop.network.torch.find import evaluating

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from slrprop.checks import require_seed, suggestion
 from slrprop.data import open_data
@@ -15,6 +14,7 @@ from slrprop.forms import Bias, Fit, Shared
 from slrprop.network.torch.find import device_of, layer_modules
 from slrprop.network.torch.modules import FactoredLayer
 from slrprop.network.torch.network import main_output, swapped
+from slrprop.progress import Progress
 
 
 class PermutedLinear(FactoredLayer):
@@ -92,7 +92,7 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     model.train()
-    with tqdm(total=steps, unit="step", mininterval=1) as bar:
+    with Progress(total=steps, unit="step") as bar:
         for _ in range(epochs):
             for batch in opened:
                 if batch.targets is None:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from slrprop.checks import require_choice
 from slrprop.files import made_folder
 from slrprop.parallel import each
+from slrprop.progress import Progress
 from slrprop.research.datasets import Dataset
 from slrprop.research.spiking import STRATEGIES, Operations, Pruning, SpikingNetwork, Training, fewest
 from slrprop.research.store import Store
@@ -108,7 +107,7 @@ def run(
     missing = [cell for cell in cells(seeds, methods) if cell not in done]
     images = tuple(_flat(x) for x in (data.x_train, data.x_test))
     targets = data.y_train.numpy(), data.y_test.numpy()
-    with tqdm(total=len(missing), desc=NAME, unit="row") as bar:
+    with Progress(total=len(missing), desc=NAME, unit="row") as bar:
         for _, wave in itertools.groupby(missing, lambda cell: cell[0]):
             some = list(wave)
             bases = dict.fromkeys((neurons, seed) for neurons, seed, *_ in some)
@@ -137,7 +136,7 @@ def _saved(folder: Path, cell: Cell) -> Path:
 
 
 def _shown(indices: Any) -> Any:
-    return tqdm(indices, desc="images", unit="", leave=False, mininterval=1)
+    return Progress(indices, desc="images", unit="", leave=False)
 
 
 def _base(task: tuple[int, int], images: tuple[Any, Any], folder: Path) -> None:

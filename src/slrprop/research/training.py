@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from slrprop.errors import SlrpropError
 from slrprop.files import replacing
+from slrprop.progress import Progress
 from slrprop.research.datasets import Dataset
 
 PADDING = 4  # pixels that a cropped image may lose on a side
@@ -204,7 +204,7 @@ class Trainer:
         low = recipe.convolutional and half(self.device)
         self.model.train()
         total = self.steps * recipe.epochs
-        with tqdm(total=total, initial=len(self.log) * self.steps, desc=label, unit="step", mininterval=1) as bar:
+        with Progress(total=total, initial=len(self.log) * self.steps, desc=label, unit="step") as bar:
             while len(self.log) < recipe.epochs:
                 start, count = time.perf_counter(), len(images)
                 losses, right = torch.zeros(2, dtype=torch.float64, device=self.device)  # summed where they are made

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from slrprop.api import finished
 from slrprop.errors import SlrpropError
@@ -14,6 +13,7 @@ from slrprop.methods import Problem, find_method
 from slrprop.methods.base import WIDEST
 from slrprop.parallel import each
 from slrprop.plan import LayerPlan, Plan
+from slrprop.progress import Progress
 from slrprop.search.observed import Observed, observed
 from slrprop.search.path import (
     MANY_LAYERS,
@@ -97,7 +97,7 @@ class Shares:
         methods = {name: self.methods + (self.narrow if name in narrow else ()) for name in names}
         shared = self.problem, inputs, methods, most, every, self.block, self.tolerance
         made = each(candidates_of, names, shared, self.workers, self.cluster)
-        found = dict(tqdm(made, total=len(names), desc="candidates", unit="layer", disable=None))
+        found = dict(Progress(made, total=len(names), desc="candidates", unit="layer"))
         del inputs, shared
         self.problem.calibration.forget()
         self.left_dense = left_dense | {name: "no form of it is smaller" for name in names if len(found[name]) < 2}
@@ -105,7 +105,7 @@ class Shares:
         hulls = {name: hull([c for c in found if not c.formless]) for name, found in self.curves.items()}
         self.sensitivity = sensitivity = dict.fromkeys(self.curves, 1.0)
         noise, chains = self.trials.judge.noise, self.problem.network.chain
-        for name in tqdm(self.curves, desc="sensitivities", unit="layer", disable=None):
+        for name in Progress(self.curves, desc="sensitivities", unit="layer"):
             middle, moved = hulls[name][len(hulls[name]) // 2], 0.0
             if len(self.curves) > 1 and middle.layer is not None and middle.error > 0:
                 moved = self._alone(middle)

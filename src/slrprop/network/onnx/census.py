@@ -11,6 +11,7 @@ from onnx import GraphProto, TensorProto, helper
 from slrprop.network.onnx.constants import attribute, standard
 from slrprop.network.onnx.tensors import graphs_of
 
+OWN = "slrprop"  # the name of a node that slrprop made
 REAL = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16}
 FOUR_BITS = {TensorProto.INT4, TensorProto.UINT4}
 FEW_BITS = {TensorProto.INT8, TensorProto.UINT8, TensorProto.FLOAT8E4M3FN} | FOUR_BITS
@@ -89,3 +90,8 @@ def forms_of(graph: GraphProto) -> dict[str, str]:
             before = found.pop(node.input[0], None)
             found[node.output[0]] = ", ".join(filter(None, [bits, "" if before is None else "two factors"]))
     return {name: form for name, form in found.items() if form}
+
+
+def is_own(graph: GraphProto) -> bool:
+    """Whether slrprop wrote layers of a graph."""
+    return any(node.name == OWN for node in graph.node)

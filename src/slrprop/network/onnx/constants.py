@@ -3,13 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from slrprop.network.onnx.file import FLOATS, OnnxFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +87,8 @@ def _derived(op: str, node: NodeProto, found: dict[str, Constant]) -> Constant |
     return Constant(base.root, shape, base.dtype, lambda: base.load().reshape(shape))
 
 
-def tensor_of(array: np.ndarray) -> torch.Tensor:
+def tensor_of(array: np.ndarray) -> "Tensor":
     """Numbers to compute with: a contiguous copy, half precision as float32."""
+    import torch
+
     return torch.from_numpy(np.array(array, np.float32 if array.dtype == np.float16 else array.dtype, order="C"))

@@ -9,7 +9,8 @@ from torch import Tensor
 from slrprop.errors import SlrpropError
 from slrprop.network.base import Flow
 from slrprop.network.onnx.constants import tensor_of
-from slrprop.network.onnx.file import Feed, Part
+from slrprop.network.onnx.feed import Part
+from slrprop.network.onnx.file import Feed
 from slrprop.network.onnx.places import Place
 
 if TYPE_CHECKING:

@@ -15,20 +15,16 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import ml_dtypes
 import numpy as np
 import onnx
-import onnxruntime
-import torch
 from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 
-from slrprop.data import Batch
 from slrprop.errors import SlrpropError, first_line
 from slrprop.files import Outputs, replacing, together
-from slrprop.forms.quantized import packed
 from slrprop.network.onnx import tensors
 
 if TYPE_CHECKING:
@@ -99,7 +95,8 @@ class OnnxFile:
         """Who makes and reads each tensor."""
         from slrprop.network.onnx.graph import Graph  # which stands on files
 
-        return Graph(self)
+        with tensors.reading(self.path):
+            return Graph(self)
 
     @property
     def opset(self) -> int:
@@ -162,7 +159,7 @@ class OnnxFile:
             array = np.asarray(array, order="C")  # numbers without axes stay so
             tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
             if array.dtype == ml_dtypes.int4:
-                tensor.raw_data = packed(torch.from_numpy(array.astype(np.int8)), 4).numpy().tobytes()
+                tensor.raw_data = numpy_helper.from_array(array).raw_data
             elif array.nbytes < tensors.LARGE:
                 tensor.raw_data = array.tobytes()
             else:
@@ -299,6 +296,9 @@ class Session:
     """An ONNX Runtime session on the CPU; large tensors stay where the :class:`OnnxFile` has them."""
 
     def __init__(self, file: OnnxFile, proto: ModelProto, outputs: list[str]) -> None:
+        import onnxruntime
+        import torch
+
         self.outputs = outputs
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -332,37 +332,6 @@ class Session:
     def run(self, feed: Feed) -> dict[str, Any]:
         """The outputs by name."""
         return dict(zip(self.outputs, self._session.run(self.outputs, feed), strict=True))
-
-
-class Part(NamedTuple):
-    """Samples as the session takes them: ``feed`` may be padded beyond the ``samples`` of the batch."""
-
-    batch: Batch
-    feed: Feed
-    samples: int
-    size: int
-
-
-def input_dtype(value: onnx.ValueInfoProto) -> np.dtype[Any] | None:
-    """The type of an input's numbers; None where it declares none, or text."""
-    code = value.type.tensor_type.elem_type
-    if code in (TensorProto.UNDEFINED, TensorProto.STRING):
-        return None
-    if code not in TensorProto.DataType.values():
-        raise SlrpropError(f"input '{value.name}' has element type {code}, which ONNX does not know")
-    if code == TensorProto.BFLOAT16:
-        raise SlrpropError(f"input '{value.name}' is bfloat16, which ONNX Runtime does not take from NumPy; export the model in float32")  # fmt: skip
-    return np.dtype(helper.tensor_dtype_to_np_dtype(code))
-
-
-def unpadded(value: torch.Tensor, part: Part) -> torch.Tensor:
-    """A tensor without what the padding samples gave: the end of the samples' axis, as far as that can be told."""
-    axis = max(part.batch.axes.values(), default=0)
-    if part.samples < part.size and axis < value.ndim - 1 and value.shape[axis] == part.size:
-        return value.narrow(axis, 0, part.samples)
-    if part.samples == part.size or not value.ndim or len(value) % part.size:
-        return value
-    return value[: len(value) // part.size * part.samples]
 
 
 def _length(chunks: Iterable[Chunk]) -> int:

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from slrprop.network.onnx.constants import attribute, standard, tensor_of
-from slrprop.network.onnx.places import Place
-from slrprop.operators.convolution import CONVOLVED, TRANSPOSED, same
+from slrprop.network.onnx.places import Place, same
+from slrprop.operators.convolution import CONVOLVED, TRANSPOSED
 
 if TYPE_CHECKING:
     from slrprop.network.onnx.graph import Graph

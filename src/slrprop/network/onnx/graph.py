@@ -4,20 +4,21 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-import torch
 from onnx import NodeProto, TensorProto, helper
 
 from slrprop.errors import SlrpropError
-from slrprop.network.chain import ACTIVATIONS, Affine, Element, Linear, Path, Walk
+from slrprop.network.layer import Contents
+from slrprop.network.onnx.census import elsewhere
 from slrprop.network.onnx.constants import attribute, constants_of, standard, tensor_of
 from slrprop.network.onnx.file import FLOATS, OnnxFile, Session, node_reads
-from slrprop.network.onnx.gradients import OPS
 from slrprop.network.onnx.places import Finder, Place
-from slrprop.operators import Convolution
+
+if TYPE_CHECKING:
+    from slrprop.network.chain import Affine, Element, Linear, Path, Walk
 
 ACTIVATION_OPS = {"Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid"}
 POOLS = {"MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"}
@@ -26,10 +27,9 @@ ELEMENTWISE = {
     "Elu", "Selu", "Celu", "Mish", "HardSigmoid", "HardSwish", "Softplus", "Softsign", *ACTIVATION_OPS,
 }  # fmt: skip
 MAX_REGION = 16  # nodes that one activation may be made of
-PROBE = torch.linspace(-6, 6, 121, dtype=torch.float64)[:, None]
 
 
-class Graph:
+class Graph(Contents):
     """Who makes and who reads each tensor, which tensors are constant, and which nodes are layers."""
 
     def __init__(self, file: OnnxFile) -> None:
@@ -50,8 +50,9 @@ class Graph:
         self.inputs = [value for value in file.proto.graph.input if value.name not in stored]
         self.main = self._main_output()
         self._ranks: dict[str, tuple[int, ...]] | None = None
-        self.layers = Finder(self).places()
-        self.by_index = {layer.index: name for name, layer in self.layers.items()}
+        found = Finder(self).places()
+        self.by_index = {layer.index: name for name, layer in found.items()}
+        self.layers = self._tied(found)
         self.ending = self._ending()
         self.fingerprints: dict[str, str] = {}  # of layers' weights, those that were asked for
 
@@ -99,18 +100,25 @@ class Graph:
         value = np.broadcast_to(value, layer.shape[1:])
         return value if layer.beta == 1 else value * np.asarray(layer.beta, value.dtype)
 
-    def tied(self) -> dict[str, tuple[str, ...]]:
-        """For every layer, what else uses the numbers of its weight."""
+    def _tied(self, layers: dict[str, Place]) -> dict[str, Place]:
+        """The layers, told what else uses the numbers of their weights."""
         uses: dict[str, list[int]] = defaultdict(list)
         for name, constant in self.constants.items():
             if name in self.outputs:
                 uses[constant.root].append(-1)
             uses[constant.root] += [i for i in self.readers[name] if self.nodes[i].output[0] not in self.constants]
 
-        return {
-            name: tuple(self.label(index) for index in uses[self.constants[layer.weight].root] if index != layer.index)
-            for name, layer in self.layers.items()
-        }
+        def others(layer: Place) -> tuple[str, ...]:
+            return tuple(self.label(i) for i in uses[self.constants[layer.weight].root] if i != layer.index)
+
+        return {name: replace(layer, tied=others(layer)) for name, layer in layers.items()}
+
+    def itemsize(self, name: str) -> int:
+        return self.constants[self.layers[name].weight].dtype.itemsize
+
+    def elsewhere(self) -> Mapping[str, int]:
+        weights = {self.constants[layer.weight].root for layer in self.layers.values()}
+        return elsewhere(self.file.proto.graph, weights)
 
     def label(self, index: int) -> str:
         """What a node is called; -1 is an output of the model."""
@@ -189,12 +197,16 @@ class Graph:
         self.ends_last = axis == -1 or axis + 1 == self.rank(self.main)
         return kind
 
-    def follow(self, layer: Place) -> Path:
+    def follow(self, layer: Place) -> "Path":
         """What happens to a layer's output, as long as each channel goes its own way, or is read by a layer, and has no other use.
 
-        The layers on the path are named; their numbers are not read (see :meth:`linear`).
+        The layers on the path are named; their numbers are not read.
         """
-        walk, tensor = Walk(layer.shape[1], isinstance(layer.operator, Convolution)), layer.y
+        import torch
+
+        from slrprop.network.chain import Linear, Walk
+
+        walk, tensor = Walk(layer.shape[1], bool(layer.operator.kernel)), layer.y
         flat, axes = standard(self.nodes[layer.index]) == "Gemm", 1 - layer.operator.axis
         for _ in self.nodes:  # a path is not longer, unless a broken graph goes in circles
             if tensor == self.main:
@@ -229,13 +241,13 @@ class Graph:
             tensor = region[1]
         return walk.end(False)
 
-    def _reads(self, reader: Place, tensor: str, walk: Walk) -> bool:
+    def _reads(self, reader: Place, tensor: str, walk: "Walk") -> bool:
         """Whether a layer reads the channels of a tensor, each in as many rows."""
-        over_maps, grouped = isinstance(reader.operator, Convolution), bool(reader.operator.bits_only)
+        over_maps, grouped = bool(reader.operator.kernel), bool(reader.operator.bits_only)
         fits = over_maps == walk.maps and (grouped or reader.shape[0] % walk.width == 0)
         return fits and reader.x == tensor and not reader.trans_a
 
-    def _over_maps(self, node: NodeProto, tensor: str, walk: Walk, axes: int) -> Element | None:
+    def _over_maps(self, node: NodeProto, tensor: str, walk: "Walk", axes: int) -> "Element | None":
         """The node as an element of maps of so many axes, where it goes over the places of a map, or lays them one after the other."""
         op, sides = standard(node), self.sides(tensor)
         if op not in POOLS | {"Flatten", "ReduceMean", "Reshape"} or node.input[0] != tensor or len(node.output) > 1:
@@ -261,13 +273,15 @@ class Graph:
         """Whether a batch norm can be put into a layer: numbers of half precision would be rounded anew."""
         return self.constants[layer.weight].dtype != np.float16
 
-    def linear(self, name: str) -> Linear:
+    def linear(self, name: str) -> "Linear":
         """A layer as an element of a path, its numbers read."""
+        from slrprop.network.chain import Linear
+
         layer = self.layers[name]
         weight, bias = tensor_of(self.weight(layer)), self.bias(layer)
         return Linear(weight, weight.new_zeros(layer.shape[1]) if bias is None else tensor_of(bias), name)
 
-    def _element(self, node: NodeProto, tensor: str, walk: Walk, flat: bool) -> Element | None:
+    def _element(self, node: NodeProto, tensor: str, walk: "Walk", flat: bool) -> "Element | None":
         """The node as an element, ``"same"`` where it changes nothing, None where it is neither."""
         op = standard(node)
         if not node.input or node.input[0] != tensor:
@@ -294,12 +308,14 @@ class Graph:
         name = node.output[0] if affine is not None and affine.scale.numel() == walk.width and not walk.stop else None
         return None if affine is None else replace(affine, name=name)
 
-    def affine(self, node: NodeProto) -> Affine | None:
+    def affine(self, node: NodeProto) -> "Affine | None":
         """What a batch norm of constants computes of each feature on axis 1; None for other nodes."""
         if standard(node) != "BatchNormalization" or len(node.input) != 5 or len(node.output) > 1:
             return None
         if attribute(node, "training_mode", 0) or any(name not in self.constants for name in node.input[1:]):
             return None
+        from slrprop.network.chain import Affine
+
         gain, shift, mean, var = (tensor_of(self.constants[name].load()) for name in node.input[1:])
         return Affine.of(mean, var, attribute(node, "epsilon", 1e-5), gain, shift)
 
@@ -334,7 +350,13 @@ class Graph:
         return unknown
 
     def _named(self, start: str, end: str, region: list[int]) -> str | None:
-        values, tolerance = {start: PROBE}, 1e-5
+        import torch
+
+        from slrprop.network.chain import ACTIVATIONS
+        from slrprop.network.onnx.gradients import OPS
+
+        probe = torch.linspace(-6, 6, 121, dtype=torch.float64)[:, None]
+        values, tolerance = {start: probe}, 1e-5
         try:
             for node in (self.nodes[index] for index in region):
                 numbers = {name: self.constants[name] for name in node.input if name in self.constants}
@@ -346,7 +368,7 @@ class Graph:
         except (RuntimeError, TypeError, ValueError, LookupError):  # not what it looked like
             return None
         for name, function in ACTIVATIONS.items():
-            got, want = values[end].double(), function(PROBE)
+            got, want = values[end].double(), function(probe)
             if name != "identity" and got.shape == want.shape and torch.allclose(got, want, tolerance, tolerance):
                 return name
         return None

@@ -11,7 +11,8 @@ from slrprop.data import Data
 from slrprop.forms import Dense
 from slrprop.memory import bound
 from slrprop.network.lockstep import Changed, Lockstep
-from slrprop.network.onnx.file import Feed, Session, unpadded
+from slrprop.network.onnx.feed import unpadded
+from slrprop.network.onnx.file import Feed, Session
 from slrprop.network.onnx.network import OnnxNetwork, layer_input
 
 

@@ -18,10 +18,10 @@ from slrprop.memory import bound
 from slrprop.network.base import Changing, Flow, Network, gradients_along, require_finite
 from slrprop.network.chain import Chain, Linear, fold
 from slrprop.network.layer import Layer
-from slrprop.network.onnx.census import elsewhere
 from slrprop.network.onnx.constants import tensor_of
 from slrprop.network.onnx.cut import Cut
-from slrprop.network.onnx.file import Feed, OnnxFile, Part, Session, input_dtype, unpadded
+from slrprop.network.onnx.feed import Part, input_dtype, unpadded
+from slrprop.network.onnx.file import Feed, OnnxFile, Session
 from slrprop.network.onnx.gradients import Behind
 from slrprop.network.onnx.places import Place
 from slrprop.network.onnx.rewrite import rewritten
@@ -45,10 +45,9 @@ class OnnxNetwork(Network):
         self.file = model if isinstance(model, OnnxFile) else OnnxFile.open(model)
         with reading(self.file.path):
             self.graph = self.file.graph
-            tied = self.graph.tied()
             super().__init__(
                 {
-                    name: Layer(name, place.operator, place.shape, tied=tied[name], held=place.held)
+                    name: Layer(name, place.operator, place.shape, tied=place.tied, held=place.held)
                     for name, place in self.graph.layers.items()
                 }
             )
@@ -117,10 +116,14 @@ class OnnxNetwork(Network):
             elements, whole = self._paths[name][:2]
             dense = whole and isinstance(self.operator(name), MatMul)
             with reading(self.file.path):
-                real = [self.graph.linear(e.name) if isinstance(e, Linear) and e.name else e for e in elements if dense]
+                real = [self._linear(e.name) if isinstance(e, Linear) and e.name else e for e in elements if dense]
                 like = torch.ones(self.shape(name)[1], dtype=self.dtype(name))
                 self._chains = {name: fold(real, like) if dense else None}
         return super().chain(name)
+
+    def _linear(self, name: str) -> Linear:
+        weight, bias = self.weight(name), self.bias(name)
+        return Linear(weight, weight.new_zeros(weight.shape[1]) if bias is None else bias, name)
 
     def forget(self) -> None:
         self._chains.clear()
@@ -151,11 +154,10 @@ class OnnxNetwork(Network):
         return self.file.numbers
 
     def itemsize(self, name: str) -> int:
-        return self.graph.constants[self.layer(name).weight].dtype.itemsize
+        return self.graph.itemsize(name)
 
     def elsewhere(self) -> Mapping[str, int]:
-        weights = {self.graph.constants[layer.weight].root for layer in self.graph.layers.values()}
-        return elsewhere(self.file.proto.graph, weights)
+        return self.graph.elsewhere()
 
     def weight(self, name: str) -> Tensor:
         if name in self._held:  # asked for again and again while its layer is looked at

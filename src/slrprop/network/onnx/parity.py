@@ -11,7 +11,8 @@ from torch import Tensor
 from slrprop.data import Data
 from slrprop.errors import SlrpropError
 from slrprop.forms import Fit, Form, Quantized
-from slrprop.network.onnx.file import Feed, OnnxFile, Session, input_dtype
+from slrprop.network.onnx.feed import input_dtype
+from slrprop.network.onnx.file import Feed, OnnxFile, Session
 from slrprop.network.onnx.network import OnnxNetwork
 from slrprop.network.onnx.rewrite import rewritten
 

@@ -1,19 +1,33 @@
 """Where an ONNX graph multiplies by constants: the nodes that are layers."""
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from onnx import NodeProto
-from torch import Tensor
 
 from slrprop.network.onnx.constants import Constant, attribute, standard, tensor_of
 from slrprop.network.onnx.file import FLOATS
-from slrprop.operators import Convolution, Lookup, MatMul, Operator
-from slrprop.operators.convolution import Sides, same
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from slrprop.network.onnx.graph import Graph
+    from slrprop.operators import Operator
+    from slrprop.operators.convolution import Sides
+
+
+def operator(kind: str, *sides: Any) -> "Operator":
+    """An operator by the name of its class: it computes with torch, which is not loaded before somebody does."""
+    made: Operator = getattr(import_module("slrprop.operators"), kind)(*sides)
+    return made
+
+
+DENSE = partial(operator, "MatMul")
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +35,7 @@ class Place:
     """Where a layer is: node number ``index`` multiplies ``x`` by the constant ``weight``, ``y`` is its output.
 
     ``shape`` is that of the matrix, ``bias`` the tensor that is added, by ``adder`` (this node, or an Add node behind a MatMul).
-    ``held`` says why nothing can take its place, ``port`` which of the node's inputs the weight is.
+    ``held`` says why nothing can take its place, ``port`` which of the node's inputs the weight is, ``tied`` what else uses it.
     """
 
     index: int
@@ -35,20 +49,26 @@ class Place:
     beta: float = 1.0
     trans_a: bool = False
     trans_b: bool = False
-    operator: Operator = field(default_factory=MatMul)
+    makes: Callable[[], "Operator"] = DENSE
     held: str = ""
     port: int = 1
+    tied: tuple[str, ...] = ()
+
+    @cached_property
+    def operator(self) -> "Operator":
+        """How the node multiplies."""
+        return self.makes()
 
     def matrix(self, stored: np.ndarray) -> np.ndarray:
         """The matrix (m x n) of the numbers as they are stored."""
-        if isinstance(self.operator, MatMul):
+        if self.operator.kind == "dense layer":
             return stored.T if self.trans_b else stored
         matrix: np.ndarray = self.operator.matrix(tensor_of(stored)).numpy()
         return matrix
 
-    def stored(self, matrix: Tensor) -> Tensor:
+    def stored(self, matrix: "Tensor") -> "Tensor":
         """A matrix as this node stores it."""
-        if isinstance(self.operator, MatMul):
+        if self.operator.kind == "dense layer":
             return matrix.T if self.trans_b else matrix
         return self.operator.stored(matrix)
 
@@ -132,22 +152,22 @@ class Finder:
         bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
         if bias is not None and not self._is_row(bias, outputs):
             return None
-        operator = Convolution(kernel, stride, padding, dilation, groups, turned, wider)
+        makes = partial(operator, "Convolution", kernel, stride, padding, dilation, groups, turned, wider)
         m, n = weight.shape[0] if turned else weight.shape[1], weight.shape[1] if turned else weight.shape[0]
-        m *= operator.unit
-        return Place(
-            index, node.input[0], node.output[0], node.input[1], (m, n), bias, index, operator=operator, held=held
-        )
+        m *= math.prod(kernel)
+        return Place(index, node.input[0], node.output[0], node.input[1], (m, n), bias, index, makes=makes, held=held)
 
     def _lookup(self, index: int, node: NodeProto) -> Place | None:
         weight = self._matrix(node.input[0])
         if weight is None or attribute(node, "axis", 0) not in (0, -2):
             return None
         m, n = weight.shape
-        return Place(index, node.input[1], node.output[0], node.input[0], (m, n), operator=Lookup(), port=0)
+        return Place(
+            index, node.input[1], node.output[0], node.input[0], (m, n), makes=partial(operator, "Lookup"), port=0
+        )
 
     def _padding(
-        self, node: NodeProto, kernel: Sides, stride: Sides, dilation: Sides
+        self, node: NodeProto, kernel: "Sides", stride: "Sides", dilation: "Sides"
     ) -> tuple[tuple[tuple[int, int], ...], str]:
         """The zeros before and behind each axis of the map, and why that can't be known."""
         count, how = len(kernel), attribute(node, "auto_pad", b"NOTSET").decode()
@@ -166,3 +186,9 @@ class Finder:
         """Whether a tensor is a constant (n,) or (1, n), or one number for all."""
         found = self.graph.constants.get(name)
         return found is not None and found.dtype in FLOATS.values() and found.shape in ((n,), (1, n), (1,), ())
+
+
+def same(side: int, places: int, step: int, reach: int, upper: bool) -> tuple[int, int]:
+    """The zeros before and behind an axis that ONNX's ``SAME_UPPER``, or ``SAME_LOWER``, puts there; with a step of 1 for any side."""
+    more = max(0, ((-(-side // step) - 1) * step - side + 1 if step > 1 else 0) + reach * (places - 1))
+    return (more // 2, more - more // 2) if upper else (more - more // 2, more // 2)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from slrprop.errors import SlrpropError
 from slrprop.forms import Bias, Dense, Fit, Form, LowRank, Quantized, SparseLowRank, express
+from slrprop.network.onnx.census import OWN, is_own
 from slrprop.network.onnx.constants import attribute
 from slrprop.network.onnx.file import OnnxFile
 from slrprop.network.onnx.places import Place
@@ -22,7 +24,6 @@ from slrprop.network.onnx.writer import FOUR_BITS, Additions, Number, Writer
 from slrprop.network.torch.modules import FactoredLayer
 from slrprop.operators import Lookup, Operator
 
-OWN = "slrprop"
 MERGED = 40_000  # zeros that may be multiplied to save nodes: python -m benchmarks.quantisation
 GATHERED = 50  # zeros more for every number that blocks would gather
 SPREAD = 380  # bytes of the nodes that put zeros between numbers
@@ -169,7 +170,9 @@ def placed(file: OnnxFile, modules: Sequence[FactoredLayer]) -> OnnxFile:
     for index, node in enumerate(graph.nodes):
         if node.domain == OWN:
             module = modules[attribute(node, "index")]
-            place = Place(index, node.input[0], node.output[0], "", module.shape, operator=module.operator)
+            place = Place(
+                index, node.input[0], node.output[0], "", module.shape, makes=partial(getattr, module, "operator")
+            )
             fit = module.fit()
             kind = next((value.dtype for value in fit.form.matrices().values()), torch.float32)
             items[node.output[0]] = (place, fit, np.dtype(str(kind).removeprefix("torch.")))
@@ -186,7 +189,7 @@ def layer_file(form: Form, operator: Operator, shape: Sequence[int], integers: b
     graph = helper.make_graph([helper.make_node("Layer", ["x"], ["y"], OWN, domain=OWN)], OWN, [fed], [made])
     opsets = [helper.make_opsetid("", FOUR_BITS)]
     file = OnnxFile(Path(), helper.make_model(graph, opset_imports=opsets, ir_version=10), {})
-    place = Place(0, "x", "y", "", form.shape, operator=operator)
+    place = Place(0, "x", "y", "", form.shape, makes=lambda: operator)
     return _edited(file, {"y": (place, Fit(form), np.dtype(np.float32))}, integers, {})
 
 
@@ -219,8 +222,3 @@ def _edited(
         return additions.tensors
 
     return file.edited(edit)
-
-
-def is_own(graph: GraphProto) -> bool:
-    """Whether slrprop wrote layers of a graph."""
-    return any(node.name == OWN for node in graph.node)

@@ -12,7 +12,7 @@ from slrprop.errors import SlrpropError
 from slrprop.files import made_folder, together
 from slrprop.research import module
 from slrprop.research.paper.commands import Database, DataFolder, Rows, Seeds
-from slrprop.terminal import Cluster, Json, Workers, show_json, show_table
+from slrprop.terminal import Cluster, Json, Quiet, Workers, show_json, show_table
 
 GROUPS = ("fast", "slow", "all")
 
@@ -64,6 +64,7 @@ def compare(
     workers: Workers = 1,
     cluster: Cluster = None,
     table_only: Annotated[bool, typer.Option("--table-only", help="Compute nothing; show what there is.")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Compress a network by every contender at equal stored bytes; a second call goes on where the first one stopped.

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from slrprop.api import apply, plan_problem, realised
 from slrprop.export import export_onnx
@@ -20,6 +19,7 @@ from slrprop.network.junction import Junction
 from slrprop.network.onnx.file import OnnxFile
 from slrprop.parallel import each
 from slrprop.plan import Plan, wording
+from slrprop.progress import Progress
 from slrprop.research import require_seen
 from slrprop.research.bench import Bench, in_parts
 from slrprop.research.comparison.contenders import CONTENDERS, NARROWER, ORIGINAL, Contender
@@ -237,7 +237,7 @@ def compare(
     ]
     train_missing(experiment, sorted({seed for seed, _, _ in tasks}), data, folder, workers, cluster)
     new, shared = 0, (Benches(experiment, data, folder), store, timed)
-    with tqdm(total=len(tasks), desc=experiment.name, unit="contender") as bar:
+    with Progress(total=len(tasks), desc=experiment.name, unit="contender") as bar:
         for (seed, contender, _), count in each(_contend, tasks, shared, workers, cluster):
             new += count
             bar.update()

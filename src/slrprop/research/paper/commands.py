@@ -12,7 +12,7 @@ from slrprop.checks import need_extra, require_choice
 from slrprop.errors import SlrpropError
 from slrprop.files import holding, made_folder, replacing, together
 from slrprop.research import module
-from slrprop.terminal import Cluster, Json, Workers, show_json, show_table
+from slrprop.terminal import Cluster, Json, Quiet, Workers, show_json, show_table
 
 STUDIES = {"spiking-mnist": "spiking_study", "interpret-room": "interpret_study"}  # their modules
 
@@ -63,6 +63,7 @@ def paper_train(
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
     data: DataFolder = None,
     run_dir: RunFolder = Path("runs/paper"),
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Train the network of an experiment; where that is long, a second call goes on after the last finished epoch.
@@ -99,6 +100,7 @@ def paper_run(
     rows: Rows = None,
     workers: Workers = 1,
     cluster: Cluster = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Train, and sweep methods and ranks; a second call goes on where the first one stopped.

@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from slrprop.api import apply, plan_problem
 from slrprop.checks import require_choice
 from slrprop.measure import file_bytes, measure
@@ -15,6 +13,7 @@ from slrprop.methods.slr import CRITERIA
 from slrprop.network import TorchNetwork
 from slrprop.parallel import each
 from slrprop.plan import Plan
+from slrprop.progress import Progress
 from slrprop.research import require_seen
 from slrprop.research.bench import Bench
 from slrprop.research.datasets import Dataset
@@ -120,7 +119,7 @@ def run(
     }
     tasks = [(seed, cells) for seed, cells in missing.items() if cells]
     train_missing(experiment, [seed for seed, _ in tasks], data, folder, workers, cluster)
-    with tqdm(total=sum(map(len, missing.values())), desc=experiment.name, unit="row") as bar:
+    with Progress(total=sum(map(len, missing.values())), desc=experiment.name, unit="row") as bar:
         for (_, cells), _ in each(_sweep, tasks, (experiment, data, folder, store), workers, cluster):
             bar.update(len(cells))
     return int(bar.total)
@@ -136,7 +135,7 @@ def _sweep(
     if (ORIGINAL, 0) not in cells:
         store.require_same(measured(bench, ORIGINAL, 0, Plan(()), 0.0), "accuracy", "recall", "precision")
     of_level: dict[str, dict[int, int]] = {}  # the rank of every size, the stored bytes of SLR
-    for method, rank in tqdm(cells, desc=f"seed {seed}", unit="row", leave=False):
+    for method, rank in Progress(cells, desc=f"seed {seed}", unit="row", leave=False):
         if method.startswith(AUTO):
             size = experiment.stored(apply(bench.head, planned(bench, "slr weight", rank)))[0]
             of_level.setdefault(method, {})[size] = rank
