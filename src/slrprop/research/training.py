@@ -92,20 +92,8 @@ class Epoch:
 
 
 def half(device: str) -> bool:
-    """Whether bfloat16 is fast there; of a processor with instructions for it one convolution each way tells."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported()
-    if not torch.cpu._is_avx512_bf16_supported():
-        return False
-    times = dict[torch.dtype, float]()
-    for kind in (torch.float32, torch.bfloat16):
-        layer = nn.Conv2d(64, 64, 3, padding=1).to(dtype=kind, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        x = torch.ones(64, 64, 16, 16, dtype=kind).to(memory_format=torch.channels_last)
-        layer(x).sum().backward()  # prepares the kernels
-        start = time.thread_time()
-        layer(x).sum().backward()
-        times[kind] = time.thread_time() - start
-    return times[torch.bfloat16] < times[torch.float32]
+    """Whether bfloat16 is fast there."""
+    return torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
 
 
 def device_of(name: str) -> str:
