@@ -358,3 +358,10 @@ def test_foretold_errors_cost_next_to_nothing(network, trained, fresh, monkeypat
     rows = list(excess(told, every))
     assert few < 0.75 * (len(fits) - few)
     assert sum(rows) / len(rows) < 1.02 and max(rows) < 1.15
+
+
+def test_a_method_whose_numbers_the_data_decide_has_all_steps_of_its_ladder(trained, fresh):
+    """Nothing says where they stand between each other, so that every one is fitted or far behind."""
+    fits = explored(trained, fresh, (("net_trim", {}),), ["0"]).curves["0"][1:]
+    gains = [candidate.layer.settings["gain"] for candidate in fits]
+    assert len(set(gains)) == len(gains) > 5 and all(candidate.error > 0 for candidate in fits)

@@ -127,7 +127,7 @@ def layer_inputs(problem: Problem, names: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 class Rung(NamedTuple):
-    """One step of a method's ladder: its numbers, and its settings by the bits of a number."""
+    """One step of a method's ladder: its numbers (where the data decide them none, or less for smaller steps), and its settings by the bits of a number."""
 
     numbers: int
     settings: dict[int, dict[str, Any]]
@@ -210,20 +210,21 @@ class Maker:
             if max(first) not in far and len(rungs) - 1 not in made:
                 fit(len(rungs) - 1)
             errors = self._before_rounding(method, rungs)
-            tolerance = self.tolerance if refitted(method) else -1.0
+            telling = self.tolerance >= 0 and refitted(method) and rungs[0].numbers > 0
             waiting = list(itertools.pairwise(sorted(made)))
             while waiting:
                 low, high = waiting.pop()
                 middle = (low + high) // 2
                 if middle == low or far >= {low, high}:
                     continue
-                told = {bits: self._told(made, rungs, errors, middle, bits) for bits in rungs[middle].settings}
+                widths = rungs[middle].settings if telling else ()
+                told = {bits: self._told(made, rungs, errors, middle, bits) for bits in widths}
                 fit(middle)
-                off = [self._off(told[bits], candidate) for bits, candidate in made[middle].items()]
-                if not off or max(off) > tolerance:
+                off = [self._off(told.get(bits), candidate) for bits, candidate in made[middle].items()]
+                if not off or max(off) > self.tolerance:
                     waiting += [(low, middle), (middle, high)]
             for at in range(max(made)):
-                if at not in made and tolerance >= 0:
+                if at not in made and telling:
                     foretold = (self._told(made, rungs, errors, at, bits) for bits in rungs[at].settings)
                     made[at] = {c.layer.settings["bits"]: c for c in foretold if c is not None and c.layer is not None}
         self.found += [candidate for at in sorted(made) for candidate in made[at].values()]
@@ -332,10 +333,10 @@ def candidates_of(
             alone = {"sequential": False} if issubclass(kind, CalibratedSettings) else {}
             ladder = kind.ladder(m, n)
             blocks = in_blocks(ladder, operator, (m, n), block)
-            for step in blocks[:: -every if blocks == ladder else -1]:
+            for place, step in enumerate(blocks[:: -every if blocks == ladder else -1]):
                 settings = kind(**{**step, **alone, **given}).at(operator, (m, n))
-                numbers = settings.stored_numbers(m, n) or 0
-                size = numbers * min(settings.bits, 8 * problem.network.itemsize(name)) / 8
+                numbers = settings.stored_numbers(m, n) or -place
+                size = max(numbers, 0) * min(settings.bits, 8 * problem.network.itemsize(name)) / 8
                 if not settings.refusal(m, n) and size <= most:
                     rung = rungs.setdefault(numbers, Rung(numbers, {}))
                     rung.settings[settings.bits] = {**step, **alone, **given}
