@@ -78,8 +78,7 @@ class Shares:
         self.sequential = all(settings.get("sequential", True) for _, settings in all_methods)
         self._finals: dict[str, Plan] = {}  # the last ones that fit
         self._carried_out: set[str] = set()  # what they are, as JSON
-        self._in_order: dict[tuple[Any, ...], LayerPlan] = {}  # the last ones that fit
-        self._by_itself: dict[str, LayerPlan] = {}  # the last ones that fit
+        self._in_order: dict[tuple[Any, ...], LayerPlan] = {}  # the last ones that fit, those fitted each by itself too
         self.curves: dict[str, list[Candidate]] = {}
         self.sensitivity: dict[str, float] = {}
         self.left_dense: dict[str, str] = {}
@@ -143,16 +142,18 @@ class Shares:
 
     def alone(self, plan: Plan) -> Plan:
         """A plan of candidates, those without a form fitted now, each by itself."""
-        keys = {layer.name: Plan((layer,)).to_json() for layer in plan.layers if layer.fit is None}
-        missing = tuple(
-            layer for layer in plan.layers if layer.name in keys and keys[layer.name] not in self._by_itself
-        )
+        keys = {layer.name: ("alone", Plan((layer,)).to_json()) for layer in plan.layers if layer.fit is None}
+        missing = tuple(layer for layer in plan.layers if layer.name in keys and keys[layer.name] not in self._in_order)
         made = {layer.name: layer for layer in fitted(self.problem, Plan(missing), False, {}).layers}
-        now = {name: made.get(name) or self._by_itself[key] for name, key in keys.items()}
-        self._by_itself |= {keys[name]: layer for name, layer in made.items()}
-        while sum(layer.bytes for layer in self._by_itself.values()) > bound() // 4:
-            del self._by_itself[next(iter(self._by_itself))]
+        now = {name: made.get(name) or self._in_order[key] for name, key in keys.items()}
+        self._in_order |= {keys[name]: layer for name, layer in made.items()}
+        self._forget()
         return replace(plan, layers=tuple(now.get(layer.name, layer) for layer in plan.layers))
+
+    def _forget(self) -> None:
+        """Let go of the oldest layers, until the others fit into their part of the memory."""
+        while sum(layer.bytes for layer in self._in_order.values()) > bound() // 4:
+            del self._in_order[next(iter(self._in_order))]
 
     def final(self, plan: Plan) -> Plan:
         """A plan of candidates as it is carried out: its calibrated layers fitted one after the other, then tuned if asked."""
@@ -167,8 +168,7 @@ class Shares:
             self._finals[key] = found
             while sum(layer.bytes for kept in self._finals.values() for layer in kept.layers) > bound() // 4:
                 del self._finals[next(iter(self._finals))]
-            while sum(layer.bytes for layer in self._in_order.values()) > bound() // 4:
-                del self._in_order[next(iter(self._in_order))]
+            self._forget()
             return found
         return self._finals[key]
 
