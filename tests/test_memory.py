@@ -124,8 +124,9 @@ def status(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1e3
 maps = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(8), nn.Flatten()]
 model = nn.Sequential(*maps, nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 10)).eval()
+plan = slrprop.plan  # loads what it needs
 before = status("VmRSS")
-slrprop.plan(model, torch.rand(200, 1, 128, 128), method="low_rank", rank=8)
+plan(model, torch.rand(200, 1, 128, 128), method="low_rank", rank=8)
 print(status("VmHWM") - before)
 """
 

@@ -87,13 +87,13 @@ class TestPacking:
     def test_levels_come_back(self, numbers, blocks):
         levels = torch.tensor([min(number, blocks) for number in numbers], dtype=torch.uint8)
         lowest = min(levels.tolist(), default=0)
-        stored = pack_levels(levels, blocks)
+        stored = pack_levels(levels, blocks, lowest)
         assert torch.equal(unpack_levels(stored, len(numbers), lowest, blocks), levels)
         bits = (blocks - min(lowest, 1)).bit_length()  # as many as tell the levels apart
         assert stored.nbytes == -(-len(numbers) * bits // 8)
 
     def test_levels_that_do_not_fit(self):
-        stored = pack_levels(torch.tensor([0, 1, 2, 1], dtype=torch.uint8), 2)
+        stored = pack_levels(torch.tensor([0, 1, 2, 1], dtype=torch.uint8), 2, 0)
         with pytest.raises(SlrpropError, match="the levels of 5 neurons take 2 bytes, got"):
             unpack_levels(stored, 5, 0, 2)
         with pytest.raises(SlrpropError, match="a neuron's level is 3, but there are 2 blocks"):

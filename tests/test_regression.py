@@ -681,7 +681,7 @@ class TestNested:
             NestedSettings(rank=2, shape=shape, sweeps=2),
         )
         whole = settings.fit(narrow)
-        monkeypatch.setattr(refit_module, "WIDEST", 8)
+        monkeypatch.setattr(refit_module, "THIN", 8)
         assert Refit(narrow, settings.rank).wanted.left.shape[1] == 8
         thin = settings.fit(narrow)
         assert torch.equal(thin.row_levels, whole.row_levels) and torch.equal(thin.column_levels, whole.column_levels)
