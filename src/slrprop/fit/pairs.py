@@ -58,7 +58,7 @@ class Pairs:
         shapes = [self.network.shape(name) for name in names]
         once = all(self.network.layers[name].calls == 1 for name in self.network.order)
         standing = max(4 * rows * max(map(max, shapes)), samples * self.network.standing)
-        self.together = once and 2 * standing <= bound()  # the original's batches, and those behind compressed layers
+        self.together = once and 4 * standing <= bound()  # the original's batches, and those behind compressed layers
         self.keeps = 4 * rows * sum(n for _, n in shapes) <= bound() // 2
         return self.keeps
 

@@ -1,5 +1,6 @@
 """How layers share bytes: the candidates of each, what an error of it does to the network, and the best plan of a size."""
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -151,26 +152,29 @@ class Shares:
         return replace(plan, layers=tuple(now.get(layer.name, layer) for layer in plan.layers))
 
     def _forget(self) -> None:
-        """Let go of the oldest layers, until the others fit into their part of the memory."""
-        while sum(layer.bytes for layer in self._in_order.values()) > bound() // 4:
-            del self._in_order[next(iter(self._in_order))]
+        """Let go of the oldest layers and plans, until the others fit into their part of the memory together."""
+        while True:
+            layers = itertools.chain(self._in_order.values(), *(plan.layers for plan in self._finals.values()))
+            held = {id(layer): layer.bytes for layer in layers}
+            oldest: dict[Any, Any] = self._in_order or self._finals
+            if sum(held.values()) <= bound() // 4 or not oldest:
+                return
+            del oldest[next(iter(oldest))]
 
     def final(self, plan: Plan) -> Plan:
         """A plan of candidates as it is carried out: its calibrated layers fitted one after the other, then tuned if asked."""
         key = plan.to_json()
         if key in self._carried_out:
             return plan
-        if key not in self._finals:
+        found = self._finals.get(key)
+        if found is None:
             found = fitted(self.problem, plan, self.sequential, self._in_order)
             if self.tuning is not None and found.layers:
                 found = distilled(self.problem.network, self.problem.data, found, self.tuning)
             self._carried_out.add(found.to_json())
             self._finals[key] = found
-            while sum(layer.bytes for kept in self._finals.values() for layer in kept.layers) > bound() // 4:
-                del self._finals[next(iter(self._finals))]
             self._forget()
-            return found
-        return self._finals[key]
+        return found
 
     def within(self, limit: int, tries: int, every: bool = False) -> tuple[Plan, Evaluation] | None:
         """The best plan found whose layers' bytes are at most ``limit``; None where none is that small.

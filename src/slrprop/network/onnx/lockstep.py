@@ -43,7 +43,7 @@ class OnnxLockstep(Lockstep):
             dense = graph.layers[layer]
             if layer != name:
                 self._pass(layer, between[layer])
-        if sum(value.nbytes for tensors in self._tensors for value in tensors.values()) > bound():
+        if sum(value.nbytes for tensors in self._tensors for value in tensors.values()) > bound() // 2:
             return None
         rows, first = [], 0
         for tensors, part in zip(self._tensors, self._parts, strict=True):
