@@ -1,4 +1,4 @@
-"""Form in few bits: packing, scales, rounding that compensates itself, and what is stored of it."""
+"""Forms in few bits: packing, scales, rounding that compensates itself, and what is stored of it."""
 
 from dataclasses import replace
 

@@ -138,7 +138,7 @@ def plan(
 ) -> None:
     """Decide for each layer of an ONNX file what to do with it.
 
-    Form that are fitted to the data are written beside the plan, as .safetensors.
+    Forms that are fitted to the data are written beside the plan, as .safetensors.
 
     Example: slrprop plan model.onnx --calibration data.npz --method nested --rank 16 --set bits=4 -o plan.json
     """

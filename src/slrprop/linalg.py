@@ -190,7 +190,7 @@ def projected(target: Tensor, root: Tensor | None, vectors: Tensor) -> tuple[Ten
 
 
 def reduced_rank(target: Tensor, covariance: Tensor, root: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
-    """Form A (m x k), B (k x n) that minimise ``||C^.5 (T - A B) L||_F``: reduced-rank regression in two metrics.
+    """Factors A (m x k), B (k x n) that minimise ``||C^.5 (T - A B) L||_F``: reduced-rank regression in two metrics.
 
     The projection of T onto the top principal directions of the weighed output (methods: DRONE 2021, SVD-LLM 2024 for
     L = I). Nothing is inverted but L, so C may be singular.

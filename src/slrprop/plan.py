@@ -66,7 +66,7 @@ class LayerPlan:
 
     ``shape`` is (m, n), inputs x outputs; ``fingerprint`` the SHA-256 of the original weight; ``numbers`` and ``bytes`` are
     what the factors store; ``notes`` what else the method reports. ``fit`` is what the method gave: ``factors``, and ``bias``
-    (n,) if that changes. Form that were fitted to data can't be rebuilt from the weight: ``form`` is their
+    (n,) if that changes. Forms that were fitted to data can't be rebuilt from the weight: ``form`` is their
     description, ``fitted`` the SHA-256 of it and of their arrays, which are saved beside the plan.
     """
 

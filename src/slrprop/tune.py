@@ -1,7 +1,7 @@
 """Distillation: a short fine-tuning of a plan's factors on the original network's outputs; labels are not needed.
 
 The student's outputs come near to the teacher's in Kullback-Leibler divergence at a temperature (Hinton, Vinyals, Dean,
-2015). Form in few bits are rounded in every step, and the gradient passes the rounding as if it were not there; their
+2015). Forms in few bits are rounded in every step, and the gradient passes the rounding as if it were not there; their
 scales learn too (Esser et al., learned step size quantization, ICLR 2020). Samples are mixed (mixup, Zhang et al., ICLR 2018):
 the original answers between the samples too, and says more there than where it was trained to be certain. The mixtures come
 again after a few epochs, so that the original, which is much slower than the plan, answers each of them once.

@@ -1,4 +1,4 @@
-"""Form in 8 or 4 bits: scales by clip search, rounding that compensates its own error on the calibration data.
+"""Forms in 8 or 4 bits: scales by clip search, rounding that compensates its own error on the calibration data.
 
 Rounding one row of a matrix leaves an error; the rows not rounded yet take up what they can of it, as the covariance of
 the inputs says (Frantar et al., GPTQ, ICLR 2023, after optimal brain surgery). Between the two factors of a product the

@@ -1,4 +1,4 @@
-"""Form in few bits: whole numbers and scales."""
+"""Forms in few bits: whole numbers and scales."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -55,7 +55,7 @@ def _of_form(name: str) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Quantized(Form):
-    """Form whose matrices are whole numbers times scales.
+    """A form whose matrices are whole numbers times scales.
 
     Numbers that belong to one rank component (of a dense weight: to one output) share a scale, so neurons can be put in
     any order. ``codes`` is the form filled with whole numbers of ``bits`` bits (int8), ``form`` the same without any; ``scales`` has for every matrix a float16

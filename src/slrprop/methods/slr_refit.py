@@ -56,7 +56,7 @@ class SLRRefitSettings(SLRSettings, CalibratedSettings):
 
 
 def refitted(task: Regression, settings: SLRRefitSettings, rows: Tensor, columns: Tensor) -> SparseLowRank:
-    """Form of SLR's pattern; masks (m,) and (n,) say who keeps the full rank."""
+    """Factors of SLR's pattern; masks (m,) and (n,) say who keeps the full rank."""
     m, n = task.weight.shape
     refit, short = Refit(task, settings.rank), settings.reduced_rank
     sets = [(torch.arange(m), torch.arange(n), short)] if short else []

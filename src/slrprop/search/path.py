@@ -53,7 +53,7 @@ SIZE_ONLY["tuned"] = SIZE_ONLY["calibrated"]
 QUICK: dict[str, dict[str, Any]] = {"slr": {"criterion": "weight"}}  # settings of methods named without any
 MANY_LAYERS = 12  # with more, only every third step of each ladder is tried: so many layers make fine steps together
 SPARSELY = 3
-FAR = 2  # times the error: a method so far behind others with its largest and its middle step is not tried at its other ones
+FAR = 2  # times the error: between two steps of a method that are so far behind others nothing is looked for
 TOLERANCE = 0.05  # by which the logarithm of an error may be foretold wrongly before more is fitted
 CALIBRATION_ROWS = 512  # inputs of each layer that predictions are made from
 
